@@ -1,0 +1,4 @@
+"""esparse: expert-level sparsity in Mixture-of-Experts language models."""
+
+
+

@@ -1,0 +1,81 @@
+"""Where the shipped data lies, and outputs that are either absent or complete."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+PACKAGE = Path(__file__).resolve().parent
+
+
+def checkout() -> Path:
+    """The root of the checkout that this package runs from.
+
+    Raises FileNotFoundError when the package was installed without its notebooks, as from a wheel.
+    """
+    if (PACKAGE.parent / "notebooks").is_dir():
+        return PACKAGE.parent
+    raise FileNotFoundError("The notebooks are not part of the installed package: clone the repository and run this there.")
+
+
+def data_folder() -> Path:
+    """`data/` of the checkout, or its copy inside an installed package."""
+    installed = PACKAGE / "data"
+    return installed if installed.is_dir() else PACKAGE.parent / "data"
+
+
+def refuse_existing(path: str | Path) -> Path:
+    """The path, if nothing is there yet; FileExistsError otherwise."""
+    if Path(path).exists():
+        raise FileExistsError(f"{path} already exists: choose another destination, or remove it first.")
+    return Path(path)
+
+
+@contextmanager
+def new_folder(destination: str | Path) -> Iterator[Path]:
+    """A folder to fill, renamed to `destination` at the end; on an error nothing stays behind."""
+    destination = refuse_existing(destination)
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)  # mkdtemp makes private folders
+        os.replace(temporary, destination)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a file under a temporary name, then rename it: a reader sees the old one or the whole new one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def read_json(path: str | Path, what: str) -> Any:
+    """Parsed JSON; FileNotFoundError or ValueError, in terms of `what` the file should be."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"There is no {what} at {path}.") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not a readable {what} ({error}): it may be truncated; make it again.") from None
+
+
+def digest(*parts: Any) -> str:
+    """A short stable name for a value that JSON can hold."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,121 @@
+"""Dynamic expert skipping (Section 3.3, A.2) as an experts implementation that leaves dropped pairs uncomputed."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from .models import MoELayer, check_tokens, moe_layers, run_experts
+from .routers import skip_pairs, unpack
+from .trace import check_beta
+
+IMPLEMENTATION = "esparse_skipping"
+
+
+def skipping_forward(
+    experts: torch.nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """[tokens, d] -> [tokens, d]: each kept (token, expert) pair goes through the experts as a token of its own.
+
+    Dropped pairs are in no product. A token's pairs are then added in float32 (float64 for float64 models).
+    """
+    weights, order = top_k_weights.sort(dim=1, descending=True, stable=True)  # [tokens, k]
+    keep, weights = skip_pairs(weights, experts.esparse_beta, experts.esparse_renormalise)
+    pairs = keep.flatten().nonzero()[:, 0]  # [pairs], into tokens * k
+    k = keep.shape[1]
+    index = top_k_index.gather(1, order).flatten()[pairs, None]
+    outputs = run_experts(experts, hidden_states[pairs // k], index, weights.flatten()[pairs, None])  # [pairs, d]
+    wide = torch.promote_types(outputs.dtype, torch.float32)
+    total = torch.zeros(keep.numel(), outputs.shape[1], dtype=wide, device=outputs.device)
+    total[pairs] = outputs.to(wide)
+    return total.view(-1, k, outputs.shape[1]).sum(1).to(hidden_states.dtype)
+
+
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, skipping_forward)
+
+
+def _check_betas(model, betas: Sequence[float]) -> list[MoELayer]:
+    layers = moe_layers(model)
+    if isinstance(betas, int | float) or len(betas) != len(layers):
+        given = "one number" if isinstance(betas, int | float) else f"{len(betas)} betas"
+        raise ValueError(f"Skipping takes one beta per MoE layer: the model has {len(layers)}, got {given}.")
+    for layer, beta in zip(layers, betas, strict=True):
+        check_beta(beta, layer.k)
+    return layers
+
+
+def enable_skipping(model, betas: Sequence[float]) -> None:
+    """Let the model skip experts from now on, until `disable_skipping`.
+
+    betas: one number >= 0 per MoE layer, as from `median_betas`; 0 drops nothing. Works with `generate`, `masked` and
+    pruned models. Raises ValueError for the wrong number of betas, betas that are negative or no numbers, and k = 1.
+    """
+    for layer, beta in zip(_check_betas(model, betas), betas, strict=True):
+        layer.experts.esparse_beta = float(beta)
+        layer.experts.esparse_renormalise = layer.router.renormalise
+    if model.config._experts_implementation != IMPLEMENTATION:
+        model.esparse_former = model.config._experts_implementation
+    model.set_experts_implementation(IMPLEMENTATION)
+
+
+def disable_skipping(model) -> None:
+    """Put back the experts implementation the model had before `enable_skipping`; nothing to do without it."""
+    if skipping_betas(model) is None:
+        return
+    model.set_experts_implementation(model.esparse_former)
+    del model.esparse_former
+    for layer in moe_layers(model):
+        del layer.experts.esparse_beta, layer.experts.esparse_renormalise
+
+
+def skipping_betas(model) -> list[float] | None:
+    """The betas the model skips with, or None when it does not skip."""
+    if model.config._experts_implementation != IMPLEMENTATION:
+        return None
+    return [layer.experts.esparse_beta for layer in moe_layers(model)]
+
+
+@contextmanager
+def skipping(model, betas: Sequence[float]) -> Iterator[None]:
+    """The model with skipping, and as it was before on leaving."""
+    former = skipping_betas(model)
+    enable_skipping(model, betas)
+    try:
+        yield
+    finally:
+        disable_skipping(model)
+        if former is not None:
+            enable_skipping(model, former)
+
+
+@torch.no_grad()
+def skipped_shares(model, tokens: torch.Tensor, batch_size: int = 8) -> list[float]:
+    """The share of droppable pairs each layer of a skipping model really drops on these tokens [sequences, length].
+
+    Differs from the trace's share, since skipping earlier changes what later layers see.
+    Raises ValueError when the model does not skip.
+    """
+    if skipping_betas(model) is None:
+        raise ValueError("The model does not skip: call enable_skipping first.")
+    check_tokens(model, tokens)
+    layers = moe_layers(model)
+    kept, seen = [0] * len(layers), [0] * len(layers)
+
+    def count(number: int, layer: MoELayer):
+        def hook(_gate, _inputs, output):
+            weights = unpack(output)[1].sort(dim=1, descending=True).values
+            keep = skip_pairs(weights, layer.experts.esparse_beta, layer.router.renormalise)[0]
+            kept[number] += int(keep[:, 1:].sum())
+            seen[number] += keep[:, 1:].numel()
+
+        return hook
+
+    handles = [layer.gate.register_forward_hook(count(i, layer)) for i, layer in enumerate(layers)]
+    try:
+        for batch in tokens.split(batch_size):
+            model.base_model(batch.to(model.device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [1 - k / s for k, s in zip(kept, seen, strict=True)]

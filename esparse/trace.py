@@ -1,0 +1,334 @@
+"""The trace: one calibration pass, after which pruning and skipping are arithmetic.
+
+For every token of a layer it keeps the router logits, the experts the token can reach in falling order of score, and
+the Gram matrix of those experts' contributions. Changing the routing weights from w to w' moves the layer's output by
+sum_i (w' - w)_i f_i, whose squared norm is (w' - w)^T G (w' - w): Eq. 3 for every subset, and nothing runs again.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm.auto import tqdm
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from .files import new_folder, read_json, write_json
+from .models import MoELayer, check_tokens, experts_implementation, fingerprint, moe_layers, run_experts
+from .routers import SoftmaxRouter, skip_pairs, skip_ratios, unpack
+
+CHUNK_TOKENS = 1024
+
+
+def reach(n: int, k: int, keep: int | None) -> int:
+    """How many of its best-ranked experts a token can ever use when at least `keep` of n stay: min(n, k + n - keep)."""
+    return min(n, k + n - (k if keep is None else keep))
+
+
+@dataclass
+class LayerTrace:
+    """What one MoE layer did with the calibration tokens.
+
+    logits: [tokens, n] in the router's dtype. order: [tokens, m] int64, the experts within reach, best first.
+    gram: [tokens, m (m + 1) / 2], <f_i, f_j> in `order`, upper triangle by rows, float64 for float64 models, else
+    float32. A progressive trace compares with another layer's output z: target_dot [tokens, m] holds <f_i, z>,
+    target_norm [tokens] ||z||^2; without them z is the layer's own output.
+    """
+
+    name: str
+    k: int
+    router: SoftmaxRouter
+    logits: torch.Tensor
+    order: torch.Tensor
+    gram: torch.Tensor
+    target_dot: torch.Tensor | None = None
+    target_norm: torch.Tensor | None = None
+
+    @property
+    def n(self) -> int:
+        return self.logits.shape[1]
+
+    @property
+    def keep(self) -> int:
+        """The smallest r this trace can answer for."""
+        return self.n - (self.order.shape[1] - self.k)
+
+    @cached_property
+    def weights(self) -> torch.Tensor:
+        """Routing weights [tokens, k] of the full layer, falling."""
+        return self.router.weights(self.logits, self.order[:, : self.k])
+
+    def check(self, kept: Sequence[int]) -> list[int]:
+        """The kept experts in rising order; ValueError if they are no subset this trace can answer for."""
+        kept = sorted(int(e) for e in kept)
+        if len(set(kept)) != len(kept) or not kept or kept[0] < 0 or kept[-1] >= self.n:
+            raise ValueError(f"Kept experts must be different numbers from 0 to {self.n - 1}, got {kept}.")
+        check_experts(len(kept), self.n, self.k, self.keep)
+        return kept
+
+    def routing(self, kept: Sequence[int] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where in `order` each token's k experts stand and their weights, both [tokens, k], when only `kept` exist."""
+        if kept is None:
+            return torch.arange(self.k, device=self.order.device).expand(len(self.order), -1), self.weights
+        return self._routing(self.check(kept))
+
+    def _routing(self, kept: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        column = torch.full((self.n,), -1, device=self.order.device)
+        column[kept] = torch.arange(len(kept), device=self.order.device)
+        local = column[self.order]  # [tokens, m]: the column of a kept expert, or -1
+        alive = local >= 0
+        selected = alive & (alive.cumsum(1) <= self.k)  # k to a row, by the bound on reach
+        positions = selected.nonzero()[:, 1].view(-1, self.k)
+        return positions, self.router.weights(self.logits[:, kept], local.gather(1, positions))
+
+    def squared_losses(self, positions: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """||sum_i w'_i f_i - z||^2 of every token, float64 [tokens], for weights [tokens, k] at `positions`."""
+        m = self.order.shape[1]
+        change = torch.zeros(len(self.order), m, dtype=torch.float64, device=weights.device)
+        change.scatter_(1, positions, weights.double())
+        if self.target_dot is None:
+            change[:, : self.k] -= self.weights.double()
+        i, j = _triangle(m, change.device)
+        products = change[:, i] * change[:, j] * torch.where(i == j, 1.0, 2.0)  # [tokens, m (m + 1) / 2]
+        squares = (products * self.gram).sum(1)
+        if self.target_dot is not None:
+            squares = squares - 2 * (change * self.target_dot).sum(1) + self.target_norm
+        return squares
+
+
+def _triangle(m: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+    i, j = torch.triu_indices(m, m, device=device)
+    return i, j
+
+
+def check_experts(r: int, n: int, k: int, keep: int | None = None) -> None:
+    """ValueError unless r experts can be kept: at least k, at most n, and no fewer than the trace was made for."""
+    if not k <= r <= n:
+        raise ValueError(f"Cannot keep {r} experts: a token is routed to {k} of {n}, so keep from {k} to {n}.")
+    if keep is not None and r < keep:
+        raise ValueError(f"This trace answers down to {keep} experts, not {r}: trace again with keep={r}.")
+
+
+def check_beta(beta: float, k: int) -> None:
+    """ValueError unless beta is a number >= 0 and there is a second expert to skip."""
+    if k == 1:
+        raise ValueError("Nothing can be skipped: this model routes each token to one expert (k = 1).")
+    if not (isinstance(beta, int | float) and 0 <= beta < float("inf")):
+        raise ValueError(f"beta must be a finite number that is not negative, got {beta!r}.")
+
+
+def reconstruction_loss(layer: LayerTrace, kept: Sequence[int] | None = None, beta: float | None = None) -> float:
+    """Eq. 3 for one layer: the Frobenius norm over all traced tokens of the change in the layer's output.
+
+    kept: the experts that stay (all, if None); beta: skipping on top of it, with the rule of `routers.skip_pairs`.
+    Exact up to the rounding of the Gram. Raises ValueError for subsets outside the trace and bad betas.
+    """
+    positions, weights = layer.routing(kept)
+    if beta is not None:
+        check_beta(beta, layer.k)
+        weights = skip_pairs(weights, beta, layer.router.renormalise)[1]
+    return layer.squared_losses(positions, weights).sum().clamp(min=0).sqrt().item()
+
+
+def median_betas(trace: "Trace", kept: Sequence[Sequence[int]] | None = None) -> list[float]:
+    """The median over tokens and droppable pairs of rho, one per MoE layer (Section 3.3 and A.7).
+
+    kept: one subset a layer, for a model pruned to it (as seen by the full model's hidden states).
+    """
+    subsets = kept if kept is not None else [None] * len(trace.layers)
+    if len(subsets) != len(trace.layers):
+        raise ValueError(f"Got kept experts for {len(subsets)} layers, but the trace has {len(trace.layers)}.")
+    return [_median_beta(layer, subset) for layer, subset in zip(trace.layers, subsets, strict=True)]
+
+
+def _median_beta(layer: LayerTrace, kept: Sequence[int] | None) -> float:
+    check_beta(0.0, layer.k)
+    ratios = skip_ratios(layer.routing(kept)[1]).flatten().double().sort().values
+    return ((ratios[(len(ratios) - 1) // 2] + ratios[len(ratios) // 2]) / 2).item()
+
+
+def dropped_share(layer: LayerTrace, beta: float, kept: Sequence[int] | None = None) -> float:
+    """The share of droppable pairs (2..k) that skipping at beta drops on the trace."""
+    check_beta(beta, layer.k)
+    return (skip_ratios(layer.routing(kept)[1]) < beta).float().mean().item()
+
+
+def selection_frequency(layer: LayerTrace, kept: Sequence[int] | None = None) -> torch.Tensor:
+    """How often each expert is among a token's k, as a share of tokens: float64 [n], summing to k."""
+    return co_selection(layer, kept).diagonal()
+
+
+def co_selection(layer: LayerTrace, kept: Sequence[int] | None = None) -> torch.Tensor:
+    """How often two experts are chosen together, as a share of tokens: float64 [n, n] (Fig. 5).
+
+    The diagonal holds the selection frequency.
+    """
+    chosen = layer.order.gather(1, layer.routing(kept)[0])  # [tokens, k]
+    hot = torch.zeros(len(chosen), layer.n, dtype=torch.float64, device=chosen.device).scatter_(1, chosen, 1.0)
+    return hot.T @ hot / len(hot)
+
+
+def routing_divergence(one: LayerTrace, other: LayerTrace) -> float:
+    """Total variation between the selection frequencies of two corpora, normalised to sum to 1: from 0 to 1."""
+    difference = selection_frequency(one) - selection_frequency(other).to(one.order.device)
+    return (difference.abs().sum() / (2 * one.k)).item()
+
+
+@dataclass
+class Trace:
+    """The traces of all MoE layers, the model's fingerprint, and what the calibration tokens were."""
+
+    layers: list[LayerTrace]
+    model: str
+    tokens: str
+
+    @property
+    def keep(self) -> int:
+        return max(layer.keep for layer in self.layers)
+
+    def save(self, folder: str | Path) -> None:
+        """Write one safetensors file a layer and `trace.json`; raises FileExistsError if `folder` exists."""
+        with new_folder(folder) as temporary:
+            for number, layer in enumerate(self.layers):
+                tensors = {name: value.cpu().contiguous() for name, value in vars(layer).items() if torch.is_tensor(value)}
+                tensors.pop("weights", None)  # derived, if it was asked for
+                tensors["order"] = tensors["order"].to(torch.int16)
+                save_file(tensors, temporary / f"layer_{number:02d}.safetensors")
+            layers = [{"name": layer.name, "k": layer.k, "router": asdict(layer.router)} for layer in self.layers]
+            versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+            write_json(
+                temporary / "trace.json",
+                {"model": self.model, "tokens": self.tokens, "layers": layers, "versions": versions},
+            )
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Trace":
+        """Read what `save` wrote. Raises FileNotFoundError, or ValueError naming a truncated or foreign file."""
+        folder = Path(folder)
+        about = read_json(folder / "trace.json", "trace")
+        layers = [_load_layer(folder / f"layer_{i:02d}.safetensors", entry) for i, entry in enumerate(about["layers"])]
+        return cls(layers, about["model"], about["tokens"])
+
+
+def _load_layer(path: Path, about: dict) -> LayerTrace:
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is missing or truncated ({error}): trace again.") from None
+    tensors["order"] = tensors["order"].long()
+    return LayerTrace(about["name"], about["k"], SoftmaxRouter(**about["router"]), **tensors)
+
+
+class Recorder:
+    """Takes the place of a layer's experts during tracing: runs those within reach, keeps their Gram, and returns the
+    layer's own result from the same outputs. `target` yields z [tokens, d] for each call, in a progressive trace.
+    """
+
+    def __init__(self, layer: MoELayer, keep: int | None, chunk: int, target: Iterator[torch.Tensor] | None = None):
+        self.layer, self.chunk, self.target = layer, chunk, target
+        self.m = reach(layer.n, layer.k, keep)
+        self.logits, self.order, self.gram, self.target_dot, self.target_norm = [], [], [], [], []
+
+    def route(self, _module, _inputs, output) -> None:
+        """Forward hook of the gate: the logits, and the experts within reach, the chosen ones first."""
+        logits, weights, chosen = unpack(output)
+        if not torch.isfinite(logits).all():
+            raise ValueError(f"{self.layer.name}: router logits are not finite; the model or its dtype overflows on this text.")
+        chosen = chosen.gather(1, weights.argsort(dim=1, descending=True, stable=True))
+        rest = self.layer.router.scores(logits).scatter(1, chosen, -1.0).topk(self.m - self.layer.k).indices
+        self.logits.append(logits)
+        self.order.append(torch.cat([chosen, rest], 1))
+
+    def __call__(self, hidden_states: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """[tokens, d] -> [tokens, d], a chunk of tokens at a time: contributions are never held for all tokens."""
+        result = torch.empty_like(hidden_states)
+        weights = weights.sort(dim=1, descending=True, stable=True).values  # as in `order`
+        target = next(self.target) if self.target else None
+        for start in range(0, len(hidden_states), self.chunk):
+            part = slice(start, start + self.chunk)
+            outputs = self._contributions(hidden_states[part], self.order[-1][part])  # [chunk, m, d]
+            result[part] = (outputs[:, : self.layer.k] * weights[part, :, None]).sum(1).to(result.dtype)
+            self._accumulate(outputs, None if target is None else target[part])
+        return result
+
+    def _contributions(self, hidden_states: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+        repeated = hidden_states.repeat_interleave(self.m, 0)  # [chunk * m, d]: each with one expert of weight one
+        ones = repeated.new_ones(len(repeated), 1)
+        return run_experts(self.layer.experts, repeated, order.reshape(-1, 1), ones).view(-1, self.m, repeated.shape[1])
+
+    def _accumulate(self, outputs: torch.Tensor, target: torch.Tensor | None) -> None:
+        wide = outputs if outputs.dtype == torch.float64 else outputs.float()
+        i, j = _triangle(self.m, outputs.device)
+        gram = (wide @ wide.mT)[:, i, j]
+        if not torch.isfinite(gram).all():
+            raise ValueError(f"{self.layer.name}: expert outputs are not finite; the model or its dtype overflows on this text.")
+        self.gram.append(gram)
+        if target is not None:
+            target = target.to(wide.dtype)
+            self.target_dot.append((wide @ target.unsqueeze(2)).squeeze(2))
+            self.target_norm.append(target.double().square().sum(1))
+
+    def finish(self) -> LayerTrace:
+        parts = {name: torch.cat(getattr(self, name)) for name in ("logits", "order", "gram")}
+        if self.target:
+            parts.update(target_dot=torch.cat(self.target_dot), target_norm=torch.cat(self.target_norm))
+        return LayerTrace(self.layer.name, self.layer.k, self.layer.router, **parts)
+
+
+def _tracing_forward(experts, hidden_states, top_k_index, top_k_weights):
+    recorder = getattr(experts, "esparse_recorder", None)
+    if recorder is None:  # a layer of the same model that is not being traced
+        return run_experts(experts, hidden_states, top_k_index, top_k_weights)
+    return recorder(hidden_states, top_k_weights)
+
+
+ALL_EXPERTS_FUNCTIONS.register("esparse_tracing", _tracing_forward)
+
+
+@contextmanager
+def recording(model, recorders: Sequence[Recorder]) -> Iterator[None]:
+    """The model with these recorders in the place of their layers' experts."""
+    with ExitStack() as stack:
+        stack.enter_context(experts_implementation(model, "esparse_tracing"))
+        for recorder in recorders:
+            stack.callback(recorder.layer.gate.register_forward_hook(recorder.route).remove)
+            stack.callback(delattr, recorder.layer.experts, "esparse_recorder")
+            recorder.layer.experts.esparse_recorder = recorder
+        yield
+
+
+def tokens_digest(tokens: torch.Tensor) -> str:
+    return hashlib.sha256(tokens.cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
+
+
+@torch.no_grad()
+def trace(
+    model, tokens: torch.Tensor, *, keep: int | None = None, batch_size: int = 8, chunk_tokens: int = CHUNK_TOKENS
+) -> Trace:
+    """Run the model over a calibration set once and keep what Eq. 3, betas and frequencies need.
+
+        tokens = esparse.calibration_tokens("web", tokenizer, sequences=64, length=256)
+        plan = esparse.search_experts(esparse.trace(model, tokens), 6)
+
+    tokens: [sequences, length] ids. keep: the smallest number of experts the trace must answer for (None: k); fewer
+    experts run the larger it is. batch_size: sequences a forward pass. chunk_tokens: tokens whose expert outputs are
+    in memory at a time, which bounds the extra memory. The result lies on the model's device.
+    Raises ValueError for models without MoE layers, token ids outside the vocabulary, keep outside k..n, and for
+    logits or outputs that are not finite.
+    """
+    check_tokens(model, tokens)
+    layers = moe_layers(model)
+    for layer in layers:
+        check_experts(layer.k if keep is None else keep, layer.n, layer.k)
+    recorders = [Recorder(layer, keep, chunk_tokens) for layer in layers]
+    with recording(model, recorders):
+        for batch in tqdm(tokens.split(batch_size), desc="trace", unit="batch"):
+            model.base_model(batch.to(model.device), use_cache=False)
+    return Trace([recorder.finish() for recorder in recorders], fingerprint(model), tokens_digest(tokens))

@@ -1,0 +1,136 @@
+"""The embedded default, made from nothing: a tokenizer, a tiny Mixtral trained on the two synthetic corpora.
+
+Presets are named configurations. "tiny" is the one that ships, trained; the others come with random weights,
+for tests and for looking at other shapes.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+
+import torch
+from tqdm.auto import tqdm
+
+from . import synthetic
+
+VOCABULARY = 1024
+SEQUENCE = 256  # tokens
+_SHAPE = dict(
+    vocab_size=VOCABULARY,
+    hidden_size=128,
+    num_hidden_layers=6,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=1024,
+    tie_word_embeddings=True,
+    rope_parameters={"rope_theta": 10_000.0, "rope_type": "default"},
+    bos_token_id=0,
+    eos_token_id=1,
+    pad_token_id=2,
+)
+PRESETS = {
+    "tiny": dict(_SHAPE, intermediate_size=256, num_local_experts=8, num_experts_per_tok=2),
+    "tiny-16": dict(_SHAPE, intermediate_size=128, num_local_experts=16, num_experts_per_tok=2),
+    "tiny-32": dict(_SHAPE, intermediate_size=64, num_local_experts=32, num_experts_per_tok=8),
+}
+
+
+def preset_model(name: str = "tiny", seed: int = 0, **changes):
+    """A float32 `MixtralForCausalLM` of a preset with random weights; `changes` override configuration entries."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(seed)
+    return MixtralForCausalLM(MixtralConfig(**{**PRESETS[name], **changes})).eval()
+
+
+def train_tokenizer(seed: int = 0, documents: int = 4000):
+    """A byte-level BPE of 1024 tokens in which every digit, with or without a space before it, is one token."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    digits = pre_tokenizers.Split(Regex(" ?[0-9]"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    texts = [d for c in ("web", "arithmetic") for d in itertools.islice(synthetic.documents(c, seed), documents)]
+    texts += [f" {digit} {digit}{digit}" for digit in "0123456789" for _ in range(10)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<s>", "</s>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side="left"
+    )
+
+
+def packed_sequences(corpus: str, tokenizer, seed: int) -> Iterator[torch.Tensor]:
+    """Endless [SEQUENCE] int64 rows of one corpus; documents end in </s> and run on across rows."""
+    buffer = [tokenizer.bos_token_id]
+    for text in synthetic.documents(corpus, seed):
+        buffer += tokenizer(text, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+        buffer += [tokenizer.bos_token_id]
+        while len(buffer) >= SEQUENCE:
+            yield torch.tensor(buffer[:SEQUENCE])
+            buffer = buffer[SEQUENCE:]
+
+
+def balance_loss(router_logits: tuple[torch.Tensor, ...], k: int) -> torch.Tensor:
+    """The switch-transformer balance loss of each layer by itself, averaged over layers (1 when balanced, k = 1).
+
+    A loss over all layers at once would be content with layers that each use a few experts only.
+    """
+    losses = []
+    for logits in router_logits:  # [tokens, experts]
+        probabilities = logits.float().softmax(-1)
+        chosen = torch.zeros_like(probabilities).scatter_(1, logits.topk(k).indices, 1.0)
+        losses.append(logits.shape[1] * (chosen.mean(0) * probabilities.mean(0)).sum() / k)
+    return torch.stack(losses).mean()
+
+
+def _schedule(step: int, steps: int, warmup: int = 100) -> float:
+    return min((step + 1) / warmup, max(0.0, (steps - step) / (steps - warmup)))
+
+
+def train_model(
+    tokenizer,
+    preset: str = "tiny",
+    *,
+    steps: int = 2400,
+    seed: int = 0,
+    learning_rate: float = 3e-3,
+    web: int = 3,
+    arithmetic: int = 5,
+    report: Callable[[int, float], None] | None = None,
+):
+    """A tiny Mixtral trained with AdamW on `web` + `arithmetic` sequences of 256 tokens a step.
+
+    The balance loss weighs 0.01 for the first third and 0.001 after, so that experts first all come alive and then
+    specialise. Training counts steps, never seconds: the same seed and thread count give the same weights.
+    `report(step, loss)` is called every 100 steps.
+    """
+    model = preset_model(preset, seed, output_router_logits=False).train()
+    model.set_experts_implementation("grouped_mm")
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95))
+    streams = [(packed_sequences("web", tokenizer, seed), web), (packed_sequences("arithmetic", tokenizer, seed), arithmetic)]
+    k = model.config.num_experts_per_tok
+    for step in tqdm(range(steps), desc="training", unit="step"):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * _schedule(step, steps)
+        batch = torch.stack([row for stream, n in streams for row in itertools.islice(stream, n)])  # [8, 256]
+        output = model(batch, labels=batch, output_router_logits=True)
+        language_loss = output.loss - model.router_aux_loss_coef * output.aux_loss
+        (language_loss + (0.01 if step < steps // 3 else 0.001) * balance_loss(output.router_logits, k)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if report and step % 100 == 99:
+            report(step + 1, language_loss.item())
+    return model.eval()
