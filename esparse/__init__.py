@@ -1,4 +1,62 @@
-"""esparse: expert-level sparsity in Mixture-of-Experts language models."""
+"""esparse: expert-level sparsity in Mixture-of-Experts language models.
 
+One calibration pass gives a trace; pruning, skipping and what they cost are arithmetic on it.
 
+    model, tokenizer = esparse.load_model()
+    trace = esparse.trace(model, esparse.calibration_tokens("web", tokenizer, sequences=64, length=256))
+    plan = esparse.search_experts(trace, 6)
+    esparse.prune(model, plan)
+"""
 
+from .benchmark import measure_generation, measure_memory
+from .checkpoints import load_model, save_model
+from .corpora import calibration_tokens
+from .evaluation import evaluate, perplexity
+from .files import paper, versions
+from .models import moe_layers
+from .pruning import PruningPlan, masked, prune, search_experts, subset_losses
+from .runs import Run
+from .skips import disable_skipping, enable_skipping, skipped_shares, skipping
+from .traces import (
+    LayerTrace,
+    Trace,
+    co_selection,
+    dropped_share,
+    median_betas,
+    reconstruction_loss,
+    selection_frequency,
+    trace,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LayerTrace",
+    "PruningPlan",
+    "Run",
+    "Trace",
+    "calibration_tokens",
+    "co_selection",
+    "disable_skipping",
+    "dropped_share",
+    "enable_skipping",
+    "evaluate",
+    "load_model",
+    "masked",
+    "measure_generation",
+    "measure_memory",
+    "median_betas",
+    "moe_layers",
+    "paper",
+    "perplexity",
+    "prune",
+    "reconstruction_loss",
+    "save_model",
+    "search_experts",
+    "selection_frequency",
+    "skipped_shares",
+    "skipping",
+    "subset_losses",
+    "trace",
+    "versions",
+]

@@ -11,11 +11,7 @@ import torch
 
 from .files import data_folder
 
-HUB = {
-    "c4": "allenai/c4",
-    "math": "EleutherAI/hendrycks_math",
-    "gsm8k": "openai/gsm8k",
-}
+HUB = {"c4": "allenai/c4", "math": "EleutherAI/hendrycks_math", "gsm8k": "openai/gsm8k"}
 SYNTHETIC = ("web", "arithmetic")
 _MATH_SUBJECTS = (
     "algebra",
@@ -85,7 +81,9 @@ def documents(corpus: str) -> Sequence[str]:
     if Path(corpus).suffix or Path(corpus).exists():
         return read_documents(Path(corpus))
     known = ", ".join([*HUB, *SYNTHETIC])
-    raise ValueError(f"Unknown corpus {corpus!r}: choose from {known}, or give a path to a .txt, .json(.gz) or .jsonl(.gz) file.")
+    raise ValueError(
+        f"Unknown corpus {corpus!r}: choose from {known}, or give a path to a .txt, .json(.gz) or .jsonl(.gz) file."
+    )
 
 
 def read_documents(path: Path) -> list[str]:
@@ -114,7 +112,7 @@ def _records(text: str, path: Path) -> Iterator[tuple[Mapping, str]]:
     if text.lstrip().startswith("["):
         yield from ((record, f"{path}, entry {i}") for i, record in enumerate(_parse(text, str(path)), 1))
         return
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             where = f"{path}, line {number}"
             yield _parse(line, where), where

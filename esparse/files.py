@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,17 @@ def read_json(path: str | Path, what: str) -> Any:
         raise FileNotFoundError(f"There is no {what} at {path}.") from None
     except ValueError as error:
         raise ValueError(f"{path} is not a readable {what} ({error}): it may be truncated; make it again.") from None
+
+
+def paper(table: str) -> list | dict:
+    """One of the paper's tables as numbers ("table2", "betas", ...), from `data/paper.json`."""
+    return read_json(data_folder() / "paper.json", "file of the paper's numbers")[table]
+
+
+def versions() -> dict[str, str]:
+    """The versions that results depend on."""
+    names = ("esparse", "torch", "transformers", "datasets", "lm_eval", "numpy")
+    return {name: metadata.version(name) for name in names if util.find_spec(name)}
 
 
 def digest(*parts: Any) -> str:

@@ -14,8 +14,17 @@ from tqdm.auto import tqdm
 from .files import read_json, refuse_existing, write_json
 from .models import COUNT_NAMES, MoELayer, check_fingerprint, check_tokens, decoder_layers, moe_layers
 from .routers import unpack
-from .trace import CHUNK_TOKENS, LayerTrace, Recorder, Trace, check_experts, reconstruction_loss, recording
-from .trace import selection_frequency, tokens_digest
+from .traces import (
+    CHUNK_TOKENS,
+    LayerTrace,
+    Recorder,
+    Trace,
+    check_experts,
+    reconstruction_loss,
+    recording,
+    selection_frequency,
+    tokens_digest,
+)
 
 MAX_SUBSETS = 200_000
 
@@ -175,7 +184,7 @@ class _Walk:
             with recording(self.model, [recorder]):
                 self._advance(decoder, self.pruned)
             found = [best_subset(recorder.finish(), r)]
-            with _masked_layer(layer, found[0][0]):
+            with masked_layer(layer, found[0][0]):
                 self.pruned = self._advance(decoder, self.pruned)
         self.original = original
         self.depth += 1
@@ -216,7 +225,7 @@ def _masking_hook(layer: MoELayer, kept: list[int]):
 
 
 @contextmanager
-def _masked_layer(layer: MoELayer, kept: Sequence[int]) -> Iterator[None]:
+def masked_layer(layer: MoELayer, kept: Sequence[int]) -> Iterator[None]:
     handle = layer.gate.register_forward_hook(_masking_hook(layer, list(kept)))
     try:
         yield
@@ -244,7 +253,7 @@ def masked(model, plan: PruningPlan) -> Iterator[None]:
     """
     with ExitStack() as stack:
         for layer, kept in zip(_check_plan(model, plan), plan.kept, strict=True):
-            stack.enter_context(_masked_layer(layer, kept))
+            stack.enter_context(masked_layer(layer, kept))
         yield
 
 

@@ -180,6 +180,25 @@ def routing_divergence(one: LayerTrace, other: LayerTrace) -> float:
     return (difference.abs().sum() / (2 * one.k)).item()
 
 
+def output_norm(layer: LayerTrace) -> float:
+    """The Frobenius norm of the layer's own output over all traced tokens, to set losses against."""
+    nothing = torch.zeros_like(layer.weights)
+    return layer.squared_losses(layer.routing()[0], nothing).sum().clamp(min=0).sqrt().item()
+
+
+def expert_distances(layer: LayerTrace) -> torch.Tensor:
+    """||f_1 - f_2|| of each token's two best experts, float64 [tokens], which A.2 takes to be nearly constant."""
+    i, j = _triangle(layer.order.shape[1], layer.gram.device)
+    entry = {(int(a), int(b)): layer.gram[:, at].double() for at, (a, b) in enumerate(zip(i, j, strict=True)) if b < 2}
+    return (entry[0, 0] + entry[1, 1] - 2 * entry[0, 1]).clamp(min=0).sqrt()
+
+
+def part(layer: LayerTrace, tokens: torch.Tensor) -> LayerTrace:
+    """The trace of some of the tokens, by their numbers: what tracing these alone would have given."""
+    cut = {name: value[tokens] for name, value in vars(layer).items() if torch.is_tensor(value) and name != "weights"}
+    return LayerTrace(layer.name, layer.k, layer.router, **cut)
+
+
 @dataclass
 class Trace:
     """The traces of all MoE layers, the model's fingerprint, and what the calibration tokens were."""
@@ -203,8 +222,7 @@ class Trace:
             layers = [{"name": layer.name, "k": layer.k, "router": asdict(layer.router)} for layer in self.layers]
             versions = {"torch": torch.__version__, "transformers": transformers.__version__}
             write_json(
-                temporary / "trace.json",
-                {"model": self.model, "tokens": self.tokens, "layers": layers, "versions": versions},
+                temporary / "trace.json", {"model": self.model, "tokens": self.tokens, "layers": layers, "versions": versions}
             )
 
     @classmethod
@@ -239,7 +257,8 @@ class Recorder:
     def route(self, _module, _inputs, output) -> None:
         """Forward hook of the gate: the logits, and the experts within reach, the chosen ones first."""
         logits, weights, chosen = unpack(output)
-        if not torch.isfinite(logits).all():
+        removed = (logits == float("-inf")).all(0)  # by `masked`
+        if not torch.isfinite(logits).logical_or(removed).all():
             raise ValueError(f"{self.layer.name}: router logits are not finite; the model or its dtype overflows on this text.")
         chosen = chosen.gather(1, weights.argsort(dim=1, descending=True, stable=True))
         rest = self.layer.router.scores(logits).scatter(1, chosen, -1.0).topk(self.m - self.layer.k).indices
@@ -268,7 +287,9 @@ class Recorder:
         i, j = _triangle(self.m, outputs.device)
         gram = (wide @ wide.mT)[:, i, j]
         if not torch.isfinite(gram).all():
-            raise ValueError(f"{self.layer.name}: expert outputs are not finite; the model or its dtype overflows on this text.")
+            raise ValueError(
+                f"{self.layer.name}: expert outputs are not finite; the model or its dtype overflows on this text."
+            )
         self.gram.append(gram)
         if target is not None:
             target = target.to(wide.dtype)

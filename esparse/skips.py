@@ -8,7 +8,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .models import MoELayer, check_tokens, moe_layers, run_experts
 from .routers import skip_pairs, unpack
-from .trace import check_beta
+from .traces import check_beta
 
 IMPLEMENTATION = "esparse_skipping"
 

@@ -1,0 +1,291 @@
+"""Time and memory, measured side by side on whatever machine this runs on."""
+
+import itertools
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from datetime import date
+from pathlib import Path
+
+import torch
+import transformers
+
+from .files import write_json
+from .models import moe_layers
+from .pruning import masked_layer, subset_losses
+from .skips import skipping
+from .traces import CHUNK_TOKENS, LayerTrace, Recorder, recording
+
+MIB = 2**20
+
+
+def machine() -> dict:
+    """The device, versions and date that a figure belongs to."""
+    gpu = torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if gpu else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    return {"device": device, **versions, "date": date.today().isoformat()}
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+@contextmanager
+def peak_memory() -> Iterator[dict]:
+    """Yields a dict that holds `mib` on leaving: the extra memory at its highest, on the GPU or resident (Linux), or None."""
+    found = {"mib": None}
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        yield found
+        found["mib"] = (torch.cuda.max_memory_allocated() - before) / MIB
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+        before = _status_mib("VmRSS")
+    except OSError:
+        before = None
+    yield found
+    if before is not None:
+        found["mib"] = max(0.0, _status_mib("VmHWM") - before)
+
+
+def _status_mib(key: str) -> float:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) / 1024
+
+
+def measure_memory(model) -> dict:
+    """Weights in MiB, the experts' share of them, and what the device holds at its peak (GPU only; None elsewhere)."""
+    size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors) / MIB  # noqa: E731
+    peak = torch.cuda.max_memory_allocated() / MIB if torch.cuda.is_available() else None
+    experts = size(p for layer in moe_layers(model) for p in layer.experts.parameters())
+    return {"weights_mib": size(model.parameters()), "experts_mib": experts, "peak_mib": peak}
+
+
+@torch.no_grad()
+def measure_generation(model, *, batch_size: int = 1, prompt: int = 32, new_tokens: int = 64, seed: int = 0) -> dict:
+    """One timed greedy generation of exactly `new_tokens` from random prompts, prefill apart from decoding.
+
+    Returns seconds and tokens per second, over all sequences of the batch. Warm up before, repeat and take medians.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, model.config.vocab_size, (batch_size, prompt), generator=generator).to(model.device)
+    options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "attention_mask": torch.ones_like(ids)}
+    prefill = _seconds(lambda: model.generate(ids, max_new_tokens=1, min_new_tokens=1, **options))
+    total = _seconds(lambda: model.generate(ids, max_new_tokens=new_tokens, min_new_tokens=new_tokens, **options))
+    decoding = batch_size * (new_tokens - 1) / max(total - prefill, 1e-9)
+    return {"prefill_seconds": prefill, "seconds": total, "tokens_per_second": decoding}
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    synchronize()
+    started = time.perf_counter()
+    call()
+    synchronize()
+    return time.perf_counter() - started
+
+
+def interleaved(variants: Mapping[str, Callable[[], float]], repeats: int = 5) -> dict[str, float]:
+    """The median of each variant over `repeats` rounds after one to warm up; taking turns spreads a machine's moods."""
+    rounds = [{name: variant() for name, variant in variants.items()} for _ in range(repeats + 1)]
+    return {name: statistics.median(r[name] for r in rounds[1:]) for name in variants}
+
+
+def generation_speed(model, betas: list[float], *, repeats: int = 5, **options) -> dict[str, float]:
+    """Decoded tokens per second: stock, ours with nothing skipped, and ours skipping with `betas`."""
+
+    def variant(chosen: list[float] | None) -> Callable[[], float]:
+        def measure() -> float:
+            with ExitStack() as stack:
+                if chosen is not None:
+                    stack.enter_context(skipping(model, chosen))
+                return measure_generation(model, **options)["tokens_per_second"]
+
+        return measure
+
+    kinds = {"stock": None, "nothing skipped": [0.0] * len(betas), "skipping": betas}
+    return interleaved({name: variant(chosen) for name, chosen in kinds.items()}, repeats)
+
+
+# --- the search against its limits ----------------------------------------------------------------------------------
+
+
+def benchmark_layer(hidden: int = 512, inner: int = 1792, n: int = 8, seed: int = 0):
+    """A one-layer Mixtral of random weights, routed unevenly enough for subsets to differ."""
+    from .training import preset_model
+
+    shape = {"hidden_size": hidden, "intermediate_size": inner, "num_local_experts": n, "num_hidden_layers": 1}
+    model = preset_model("tiny", seed, **shape)
+    torch.nn.init.normal_(moe_layers(model)[0].gate.weight, std=0.1)
+    return model
+
+
+@torch.no_grad()
+def search_times(model, r: int, tokens: int = 4096, repeats: int = 3) -> dict:
+    """Seconds for one layer at one r: trace and enumeration, the bare products, and re-running every subset.
+
+    The bare products are the experts' matrix products for the k + n - r best experts of each token, sorted already.
+    """
+    layer = moe_layers(model)[0]
+    hidden = torch.randn(tokens, model.config.hidden_size, generator=torch.Generator().manual_seed(1))
+    block = lambda: layer.block(hidden[None])  # noqa: E731
+
+    def ours() -> LayerTrace:
+        recorder = Recorder(layer, r, CHUNK_TOKENS)
+        with recording(model, [recorder]):
+            block()
+        traced = recorder.finish()
+        subset_losses(traced, r)
+        return traced
+
+    with peak_memory() as extra:
+        traced = ours()
+    counts = torch.bincount(traced.order.flatten(), minlength=layer.n).tolist()
+    found = interleaved({"ours": lambda: _seconds(ours), "products": lambda: _products(layer, hidden, counts)}, repeats)
+    rerun = _seconds(lambda: [_rerun(layer, block, subset) for subset in itertools.combinations(range(layer.n), r)])
+    contributions = traced.order.numel() * hidden.shape[1] * hidden.element_size() / MIB
+    return {"r": r, **found, "rerun": rerun, "extra_mib": extra["mib"], "all_outputs_mib": contributions}
+
+
+def _rerun(layer, block: Callable[[], torch.Tensor], subset: tuple[int, ...]) -> torch.Tensor:
+    with masked_layer(layer, subset):
+        return block()
+
+
+def _products(layer, hidden: torch.Tensor, counts: list[int]) -> float:
+    """Seconds for the products alone, each expert's rows in chunks like the trace's."""
+    inputs = hidden.repeat(-(-max(counts) // len(hidden)), 1)
+    rows = max(1, CHUNK_TOKENS * sum(counts) // len(hidden) // layer.n)
+
+    def run() -> None:
+        for expert, count in enumerate(counts):
+            up, down = layer.experts.gate_up_proj[expert], layer.experts.down_proj[expert]
+            for part in inputs[:count].split(rows):
+                (part @ up.T)[:, : down.shape[1]] @ down.T
+
+    return _seconds(run)
+
+
+def bench_search(out: Path | None = None) -> str:
+    """The search benchmark as a table: hidden 512, inner 1792, 8 experts, 4096 tokens, r = 6 and 4."""
+    model = benchmark_layer()
+    rows = [search_times(model, r) for r in (6, 4)]
+    if out:
+        write_json(out, {**machine(), "rows": rows})
+    lines = ["r  trace+search  bare products  ratio  every subset again  faster  extra MiB (all outputs would be)"]
+    for row in rows:
+        ratio, gain = row["ours"] / row["products"], row["rerun"] / row["ours"]
+        extra = "not measured" if row["extra_mib"] is None else f"{row['extra_mib']:.0f}"
+        lines.append(
+            f"{row['r']}  {row['ours']:11.2f}s {row['products']:13.2f}s {ratio:6.2f}  {row['rerun']:17.2f}s {gain:6.1f}x  "
+            f"{extra} ({row['all_outputs_mib']:.0f})"
+        )
+    return "\n".join(lines)
+
+
+# --- memory and speed of whole models -------------------------------------------------------------------------------
+
+# Mixtral 8x7B, and the same shape cut down to what two CPU cores decode in seconds.
+FULL = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "tie_word_embeddings": False,
+}
+SMALL = {"vocab_size": 1000, "hidden_size": 1024, "intermediate_size": 3584, "num_hidden_layers": 4}
+
+
+def random_mixtral(shape: Mapping[str, object], experts: int, dtype: torch.dtype, device: str, seed: int = 0):
+    """A Mixtral of random weights, made in place on the device: nothing passes through host memory."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(**shape, num_local_experts=experts, num_experts_per_tok=2)
+    with torch.device("meta"):
+        model = MixtralForCausalLM(config).to(dtype)
+    model = model.to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        scale = 1.0 if "norm" in name else 0.02
+        parameter.data.normal_(0.0, scale, generator=generator) if scale < 1 else parameter.data.fill_(scale)
+    rotary = model.model.rotary_emb
+    model.model.rotary_emb = type(rotary)(config=config, device=device)  # its frequencies are no parameter
+    return model.eval()
+
+
+@torch.no_grad()
+def probed_betas(model, prompt: int = 64, seed: int = 0) -> list[float]:
+    """Median betas of a model on random tokens, from the gates alone: enough where there is no text to calibrate on."""
+    from .routers import skip_ratios, unpack
+
+    layers, found = moe_layers(model), {}
+    note = lambda i: lambda gate, inputs, out: found.update({i: skip_ratios(unpack(out)[1]).median().item()})  # noqa: E731
+    hooks = [layer.gate.register_forward_hook(note(i)) for i, layer in enumerate(layers)]
+    ids = torch.randint(3, model.config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(seed))
+    model.base_model(ids.to(model.device), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return [found[i] for i in range(len(layers))]
+
+
+def size_and_speed(shape: Mapping[str, object], dtype: torch.dtype, device: str, sizes=(8, 6, 4), **options) -> dict:
+    """Memory and decoding speed at batch 1 for each number of experts, with and without skipping (Fig. 1, Table 9).
+
+    A pruned model of random weights is a random model with fewer experts: each size is made by itself.
+    """
+    rows = []
+    for experts in sizes:
+        if device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        model = random_mixtral(shape, experts, dtype, device)
+        speeds = generation_speed(model, probed_betas(model), **options)
+        rows.append({"r": experts, "tokens_per_second": speeds, **measure_memory(model)})
+        del model
+    return {**machine(), "dtype": str(dtype).removeprefix("torch."), "shape": dict(shape), "weights": "random", "rows": rows}
+
+
+def _table(result: dict) -> str:
+    lines = [
+        f"{result['device']}, {result['dtype']}, random weights",
+        "r  weights MiB  peak MiB  stock  nothing skipped  skipping",
+    ]
+    for row in result["rows"]:
+        peak = "-" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
+        speeds = "  ".join(f"{value:.1f}" for value in row["tokens_per_second"].values())
+        lines.append(f"{row['r']}  {row['weights_mib']:.0f}  {peak}  {speeds} tokens/s")
+    return "\n".join(lines)
+
+
+def bench_generation(out: Path | None = None) -> str:
+    """Memory and speed at a size that a laptop decodes in seconds, on this machine."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    result = size_and_speed(SMALL, torch.bfloat16 if device == "cuda" else torch.float32, device)
+    if out:
+        write_json(out, result)
+    return _table(result)
+
+
+def bench_full(out: Path | None = None) -> str:
+    """Memory and speed at Mixtral 8x7B's full size with random bf16 weights; needs about 100 GB on one GPU."""
+    if not fits_full():
+        raise RuntimeError("The full size needs one GPU with 100 GB of free memory: run `bench generation` here.")
+    result = size_and_speed(FULL, torch.bfloat16, "cuda", new_tokens=128, repeats=3)
+    if out:
+        write_json(out, result)
+    return _table(result)
+
+
+def fits_full() -> bool:
+    """Whether one GPU here has room for Mixtral 8x7B in bf16."""
+    return torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 100e9
+
+
+BENCHMARKS = {"search": bench_search, "generation": bench_generation, "full": bench_full}

@@ -1,0 +1,99 @@
+"""Loading models, and saving pruned ones so that stock transformers can load them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import transformers
+
+from .corpora import from_hub
+from .files import data_folder, new_folder, read_json, write_json, write_text
+from .models import moe_layers
+from .pruning import PruningPlan
+from .skips import disable_skipping, enable_skipping, skipping_betas
+from .training import PRESETS, preset_model
+
+SKIPPING_FILE = "esparse.json"
+
+
+def load_model(
+    name: str = "tiny",
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: str | torch.device | None = None,
+    device_map: str | Mapping | None = None,
+    max_memory: Mapping | None = None,
+    revision: str | None = None,
+):
+    """A causal language model in evaluation mode, and its tokenizer.
+
+        model, tokenizer = esparse.load_model()                                     # the embedded, trained tiny Mixtral
+        model, tokenizer = esparse.load_model("mistralai/Mixtral-8x7B-v0.1", device_map="auto")
+
+    name: "tiny", a preset with random weights ("tiny-16", "tiny-32"), a local folder, or a hub id.
+    dtype: None means float32 for the tiny models (the fastest on a CPU) and the checkpoint's own for others.
+    A folder saved with skipping comes back skipping. Only safetensors are read and no remote code runs.
+    Raises FileNotFoundError, PermissionError or ConnectionError where the model cannot be had.
+    """
+    source = str(data_folder() / "tiny") if name == "tiny" or name in PRESETS else name
+    if Path(source).is_absolute() and not Path(source).is_dir():
+        raise FileNotFoundError(f"There is no model folder at {source}.")
+    if name in PRESETS and name != "tiny":
+        model = preset_model(name).to(dtype or torch.float32)
+    else:
+        options = {"dtype": dtype or ("float32" if name == "tiny" else "auto"), "revision": revision}
+        options |= {"device_map": device_map, "max_memory": max_memory, "use_safetensors": True}
+        model = _fetch(transformers.AutoModelForCausalLM, source, **options)
+    tokenizer = _fetch(transformers.AutoTokenizer, source, revision=revision)
+    if device is not None:
+        model = model.to(device)
+    if (Path(source) / SKIPPING_FILE).exists():
+        enable_skipping(model, read_json(Path(source) / SKIPPING_FILE, "esparse settings file")["betas"])
+    return model.eval(), tokenizer
+
+
+def _fetch(kind, source: str, **options):
+    options = {key: value for key, value in options.items() if value is not None}
+    load = lambda: kind.from_pretrained(source, trust_remote_code=False, **options)  # noqa: E731
+    if Path(source).is_dir():
+        return load()
+    offline = "offline there are 'tiny' and local folders"
+    return from_hub(load, f"the model {source!r}", source, offline)
+
+
+_CARD = """\
+---
+library_name: transformers
+tags: [esparse, mixture-of-experts, pruned]
+---
+A {architecture} with {experts} experts per layer, of which {k} are used per token.{plan}{skipping}
+"""
+
+
+def save_model(model, tokenizer, folder: str | Path, plan: PruningPlan | None = None) -> None:
+    """Save a model, pruned or not, as an ordinary folder of safetensors that stock transformers loads.
+
+    A model card says what was done. Betas of a skipping model are kept beside it: `load_model` restores them, stock
+    transformers ignores them. Raises FileExistsError if `folder` exists; nothing is left behind on an error.
+    """
+    betas = skipping_betas(model)
+    layer = moe_layers(model)[0]
+    done = f" Pruned by esparse (method: {plan.method}, r = {plan.r}); the kept experts are in `plan.json`." if plan else ""
+    skips = (
+        " Made for dynamic skipping: `esparse.load_model` turns it on, stock transformers runs every expert." if betas else ""
+    )
+    card = _CARD.format(architecture=type(model).__name__, experts=layer.n, k=layer.k, plan=done, skipping=skips)
+    with new_folder(folder) as temporary:
+        if betas:
+            disable_skipping(model)
+        try:
+            model.save_pretrained(temporary)
+        finally:
+            if betas:
+                enable_skipping(model, betas)
+        tokenizer.save_pretrained(temporary)
+        write_text(temporary / "README.md", card)
+        if betas:
+            write_json(temporary / SKIPPING_FILE, {"betas": betas})
+        if plan:
+            plan.save(temporary / "plan.json")

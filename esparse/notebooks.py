@@ -1,0 +1,176 @@
+"""Running the numbered notebooks: copies with parameters, in a run folder, going on after the last finished one."""
+
+import ast
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pandas as pd
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+from tqdm.auto import tqdm
+
+from .files import PACKAGE, checkout, digest, write_json, write_text
+from .runs import default_folder
+
+NOISE = ("application/vnd.jupyter.widget-view+json",)  # outputs that mean nothing without a kernel
+# Peak resident memory of the kernel in MiB; ru_maxrss is in KiB on Linux, in bytes on macOS.
+_PEAK = "import resource, sys; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == 'darwin' else 2**10))"  # fmt: skip  # noqa: E501
+
+
+def find(selection: Sequence[str] = ()) -> list[Path]:
+    """The notebooks named by numbers ("03"), ranges ("01-06") or names; all without a selection.
+
+    Raises ValueError for a selection that matches none.
+    """
+    paths = sorted((checkout() / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+    if not selection:
+        return paths
+    found = [path for path in paths if any(_matches(path, word) for word in selection)]
+    for word in selection:
+        if not any(_matches(path, word) for path in paths):
+            raise ValueError(f"No notebook matches {word!r}: there are {', '.join(path.stem for path in paths)}.")
+    return found
+
+
+def _matches(path: Path, word: str) -> bool:
+    first, _, last = word.partition("-")
+    if first.isdigit() and (last or first).isdigit():
+        return int(first) <= int(path.stem[:2]) <= int(last or first)
+    return path.stem == Path(word).stem
+
+
+def parse_settings(words: Sequence[str]) -> dict[str, Any]:
+    """`NAME=VALUE` words as parameters; values are Python literals where they read as such, else strings."""
+    settings = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or not name.isidentifier():
+            raise ValueError(f"A setting is written NAME=VALUE, got {word!r}.")
+        try:
+            settings[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            settings[name] = value
+    return settings
+
+
+def parameters(notebook) -> dict[str, Any]:
+    """The names and defaults in the cell tagged `parameters`."""
+    cell = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
+    return {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(cell.source).body}
+
+
+def _with_settings(notebook, settings: Mapping[str, Any]):
+    unknown = set(settings) - set(parameters(notebook))
+    if unknown:
+        raise ValueError(
+            f"The notebooks have no parameter {sorted(unknown)[0]!r}: there are {', '.join(parameters(notebook))}."
+        )
+    cell = nbformat.v4.new_code_cell("\n".join(f"{name} = {value!r}" for name, value in settings.items()))
+    cell.metadata["tags"] = ["injected-parameters"]
+    at = next(i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", []))
+    notebook.cells.insert(at + 1, cell)
+    return notebook
+
+
+def strip(notebook):
+    """Remove what does not belong in git: widget views and state, progress bars, counts and timings."""
+    notebook.metadata.pop("widgets", None)
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)
+        if cell.cell_type != "code":
+            continue
+        cell.execution_count = None
+        kept = [o for o in cell.outputs if o.get("name") != "stderr" and not any(n in o.get("data", {}) for n in NOISE)]
+        for output in kept:
+            output.pop("execution_count", None) if output.output_type != "execute_result" else output.update(
+                execution_count=None
+            )
+        cell.outputs = kept
+    return notebook
+
+
+@dataclass
+class Result:
+    """One row of the summary."""
+
+    notebook: str
+    seconds: float
+    peak_mib: float
+    figures: int
+    reused: bool = False
+
+
+def run_notebooks(
+    selection: Sequence[str] = (),
+    *,
+    settings: Mapping[str, Any] | None = None,
+    folder: str | Path | None = None,
+    update: bool = False,
+) -> pd.DataFrame:
+    """Execute copies of the notebooks and return a table: notebook, seconds, peak memory in MiB, figures.
+
+    settings: parameters to change, such as {"MODEL": "mistralai/Mixtral-8x7B-v0.1"}. folder: where copies, traces,
+    results and figures go (None: `.runs/MODEL`); a notebook that is unchanged and finished there with the same
+    settings is not run again. update: write the outputs back into `notebooks/`.
+    Raises ValueError for bad settings before anything runs, RuntimeError naming the notebook and cell that failed.
+    """
+    settings = dict(settings or {})
+    paths = find(selection)
+    for path in paths:
+        _with_settings(nbformat.read(path, as_version=4), settings)
+    target = Path(folder).resolve() if folder else default_folder(settings.get("MODEL", "tiny"))
+    if folder:
+        settings["RUN_DIR"] = str(target)
+    bar = tqdm(paths, desc="notebooks", unit="notebook")
+    results = []
+    for path in bar:
+        bar.set_postfix_str(path.stem)
+        results.append(_run_one(path, settings, target, update))
+    return pd.DataFrame(results)
+
+
+def _state(path: Path, settings: Mapping[str, Any]) -> str:
+    """What a finished run depends on: the notebook's cells, the settings, the package."""
+    cells = [cell.source for cell in nbformat.read(path, as_version=4).cells]
+    package = [source.read_text(encoding="utf-8") for source in sorted(PACKAGE.glob("*.py"))]
+    return digest(cells, dict(settings), package)
+
+
+def _run_one(path: Path, settings: Mapping[str, Any], target: Path, update: bool) -> Result:
+    record = target / "notebooks" / f"{path.stem}.json"
+    state = _state(path, settings)
+    finished = pd.read_json(record, typ="series") if record.exists() else {}
+    if finished.get("state") == state and not update:
+        return Result(path.stem, finished["seconds"], finished["peak_mib"], int(finished["figures"]), reused=True)
+    started = time.perf_counter()
+    notebook = _with_settings(nbformat.read(path, as_version=4), settings)
+    peak = _execute(notebook, path)
+    write_text(target / "notebooks" / path.name, nbformat.writes(strip(notebook)) + "\n")
+    figures = len(list((target / "figures").glob(f"{path.stem[:2]}_*.png")))
+    result = Result(path.stem, round(time.perf_counter() - started, 1), round(peak), figures)
+    write_json(record, {"state": state, **vars(result)})
+    if update:
+        notebook.cells = [cell for cell in notebook.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
+        write_text(path, nbformat.writes(notebook) + "\n")
+    return result
+
+
+def _execute(notebook, path: Path) -> float:
+    """Run every cell in the folder of the notebook; returns the kernel's peak memory in MiB."""
+    client = NotebookClient(notebook, timeout=None, kernel_name="python3", store_widget_state=False)
+    client.resources = {"metadata": {"path": str(path.parent)}}
+    cells = [(i, cell) for i, cell in enumerate(notebook.cells) if cell.cell_type == "code"]
+    with client.setup_kernel():
+        try:
+            for index, cell in tqdm(cells, desc=path.stem, unit="cell", leave=False):
+                client.execute_cell(cell, index)
+        except CellExecutionError as error:
+            last = (error.evalue or error.ename).splitlines()[0]
+            raise RuntimeError(f"{path.name} failed in cell {index + 1}: {error.ename}: {last}") from error
+        probe = nbformat.v4.new_code_cell(_PEAK)
+        client.execute_cell(probe, len(notebook.cells))
+    return float(probe.outputs[0]["text"])

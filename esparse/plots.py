@@ -1,0 +1,437 @@
+"""Figures: each function of `FIGURES` draws one from its numbers alone, and computes nothing.
+
+One style, colours that colour-blind readers tell apart, and markers beside them. The paper's numbers stand in panels of
+their own on a grey ground, so that nobody takes one for the other.
+"""
+
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import matplotlib
+import seaborn as sns
+from matplotlib.figure import Figure
+
+from .files import checkout, read_json, write_json
+
+STYLE = {
+    **sns.axes_style("ticks"),
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "lines.markersize": 5,
+    "pdf.fonttype": 42,
+}
+COLOURS = sns.color_palette("colorblind")
+MARKERS = "osD^vPX*"
+PAPER_GROUND = "0.93"
+SKIPPING = {"none": "no skipping", "median": "median beta", "top-1": "top-1 (control)"}
+
+
+class NotebookFigure(Figure):
+    """A figure that Jupyter shows once, without pyplot's global state."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png", dpi=80)
+        return buffer.getvalue()
+
+
+def _canvas(width: float, height: float, rows: int = 1, columns: int = 1, **options):
+    figure = NotebookFigure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def _paper(axes, title: str) -> None:
+    axes.set_facecolor(PAPER_GROUND)
+    axes.set_title(f"the paper: {title}")
+
+
+def draw(name: str, data: dict) -> Figure:
+    """Draw a figure of `FIGURES` from its numbers. Raises ValueError for an unknown name."""
+    if name not in FIGURES:
+        raise ValueError(f"There is no figure {name!r}: choose from {', '.join(FIGURES)}.")
+    with matplotlib.rc_context(STYLE):
+        return FIGURES[name](data)
+
+
+def save_figure(name: str, data: dict, folder: str | Path) -> Figure:
+    """Draw a figure and save NAME.png, NAME.pdf and the numbers behind it as NAME.json; the same bytes every time."""
+    folder = Path(folder)
+    figure = draw(name, data)
+    folder.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context(STYLE):
+        for kind, metadata in {"png": {"Software": None}, "pdf": {"CreationDate": None}}.items():
+            temporary = folder / f".{name}.{kind}"
+            figure.savefig(temporary, format=kind, dpi=150, metadata=metadata)
+            temporary.replace(folder / f"{name}.{kind}")
+    write_json(folder / f"{name}.json", data)
+    return figure
+
+
+def redraw(names: Sequence[str] = (), folder: Path | None = None) -> list[Path]:
+    """Draw figures again from their saved numbers; returns the PNGs. Raises FileNotFoundError where there are none."""
+    folder = Path(folder) if folder else checkout() / "figures"
+    names = names or sorted(path.stem for path in folder.glob("[0-9][0-9]_*.json"))
+    if not names:
+        raise FileNotFoundError(f"There are no figures in {folder}: run the notebooks first.")
+    for name in names:
+        save_figure(name, read_json(folder / f"{name}.json", "figure's numbers"), folder)
+    return [folder / f"{name}.png" for name in names]
+
+
+# --- 00 to 02 -------------------------------------------------------------------------------------------------------
+
+
+def _quickstart(data: dict) -> Figure:
+    figure, [[axes]] = _canvas(5, 2.6)
+    models, corpora = list(data["perplexity"]), data["corpora"]
+    for i, corpus in enumerate(corpora):
+        at = [m + (i - 0.5) * 0.35 for m in range(len(models))]
+        bars = axes.bar(at, [data["perplexity"][m][i] for m in models], 0.33, color=COLOURS[i], label=corpus)
+        axes.bar_label(bars, fmt="%.2f", padding=1, fontsize=8)
+    axes.set(xticks=range(len(models)), xticklabels=models, ylabel="perplexity, held-out (lower is better)", ylim=(1, None))
+    axes.legend()
+    return figure
+
+
+def _frequency(data: dict) -> Figure:
+    corpora = data["corpora"]
+    figure, [row] = _canvas(8, 3, 1, 3, sharey=True)
+    tables = [c["frequency"] for c in corpora.values()]
+    top = max(max(map(max, table)) for table in tables)
+    for axes, name, table in zip(row, corpora, tables, strict=False):
+        sns.heatmap(table, ax=axes, vmin=0, vmax=top, cmap="viridis", cbar_kws={"label": "share of tokens"})
+        axes.set(title=name, xlabel="expert")
+    change = [[b - a for a, b in zip(*rows, strict=True)] for rows in zip(*tables, strict=True)]
+    sns.heatmap(change, ax=row[2], center=0, cmap="vlag", cbar_kws={"label": "difference"})
+    row[2].set(title="second minus first", xlabel="expert")
+    row[0].set_ylabel("layer")
+    return figure
+
+
+def _co_selection(data: dict) -> Figure:
+    corpora = data["corpora"]
+    layers = list(next(iter(corpora.values()))["co_selection"])
+    figure, grid = _canvas(2.6 * len(layers) + 0.8, 5, len(corpora), len(layers), sharex=True, sharey=True)
+    pairs = {c: {k: _off_diagonal(t) for k, t in v["co_selection"].items()} for c, v in corpora.items()}
+    top = max(max(map(max, table)) for c in pairs.values() for table in c.values())
+    for row, (name, tables) in zip(grid, pairs.items(), strict=True):
+        for axes, layer in zip(row, layers, strict=True):
+            sns.heatmap(tables[layer], ax=axes, vmin=0, vmax=top, cmap="viridis", square=True, cbar=axes is row[-1])
+            axes.set_title(f"{name}\nlayer {layer}" if axes is row[0] else f"layer {layer}")
+    figure.supxlabel("expert")
+    figure.supylabel("expert; colour: share of tokens that choose both")
+    return figure
+
+
+def _off_diagonal(table: list[list[float]]) -> list[list[float]]:
+    return [[0.0 if i == j else value for j, value in enumerate(row)] for i, row in enumerate(table)]
+
+
+def _kept(data: dict) -> Figure:
+    (first, second), n = data["kept"].items(), data["n"]
+    layers = len(first[1])
+    figure, [[axes]] = _canvas(7, 0.34 * n + 1.2)
+    kinds = {
+        "kept for both": ([], "s", "0.45"),
+        f"only for {first[0]}": ([], "o", COLOURS[0]),
+        f"only for {second[0]}": ([], "D", COLOURS[1]),
+    }
+    for layer in range(layers):
+        one, two = set(first[1][layer]), set(second[1][layer])
+        for chosen, (points, _, _) in zip((one & two, one - two, two - one), kinds.values(), strict=True):
+            points += [(layer, expert) for expert in sorted(chosen)]
+    for name, (points, marker, colour) in kinds.items():
+        axes.scatter(*zip(*points, strict=True) if points else ([], []), marker=marker, color=colour, s=70, label=name)
+    for layer in data["identical"]:
+        axes.axvspan(layer - 0.45, layer + 0.45, color="0.9", zorder=0)
+    axes.set(
+        xlabel="layer (grey: the same subset)", ylabel="expert", xticks=range(layers), yticks=range(n), ylim=(-0.6, n - 0.4)
+    )
+    axes.set_title(
+        f"r = {data['r']}: same subset in {len(data['identical'])} of {layers} layers, {data['chance']:.2f} by chance"
+    )
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def _divergence(data: dict) -> Figure:
+    figure, [[axes]] = _canvas(5, 2.6)
+    layers = range(len(data["between"]))
+    axes.plot(layers, data["between"], marker="o", color=COLOURS[0], label=" against ".join(data["labels"]))
+    axes.plot(layers, data["within"], marker="s", ls="--", color="0.5", label=f"two draws of {data['labels'][0]}")
+    axes.set(xlabel="layer", ylabel="total variation of the routing", xticks=layers, ylim=(0, None))
+    axes.legend()
+    return figure
+
+
+# --- 03 -------------------------------------------------------------------------------------------------------------
+
+
+def _landscape(data: dict) -> Figure:
+    layers = data["layers"]
+    figure, [row] = _canvas(1.5 * len(layers) + 1, 2.8, 1, len(layers), sharey=True)
+    for number, (axes, layer) in enumerate(zip(row, layers, strict=True)):
+        order = sorted(range(len(layer["losses"])), key=layer["losses"].__getitem__)
+        axes.plot([layer["losses"][i] for i in order], color="0.6", lw=1.5)
+        for i, (method, at) in enumerate(layer["chosen"].items()):
+            axes.plot(order.index(at), layer["losses"][at], MARKERS[i], color=COLOURS[i], ms=9 - 2 * i, label=method)
+        axes.set_title(f"layer {number}")
+    row[0].set_ylabel("loss / norm of the output")
+    row[-1].legend(loc="upper left", bbox_to_anchor=(1, 1))
+    figure.supxlabel(f"all subsets of {data['r']} experts, best first; calibrated on {data['corpus']}", fontsize=9)
+    return figure
+
+
+def _held_out(data: dict) -> Figure:
+    figure, [[axes]] = _canvas(4, 3.2)
+    for number, layer in enumerate(data["layers"]):
+        colour = COLOURS[number % len(COLOURS)]
+        axes.plot(layer["losses"], layer["held_out"], MARKERS[number % 8], color=colour, ms=3, label=f"layer {number}")
+    top = max(max(layer["losses"] + layer["held_out"]) for layer in data["layers"])
+    axes.plot([0, top], [0, top], color="0.6", lw=0.8)
+    axes.set(
+        xlabel="relative loss, calibration tokens",
+        ylabel="relative loss, held-out tokens",
+        title=f"every subset, r = {data['r']}",
+    )
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def _methods(data: dict) -> Figure:
+    figure, [row] = _canvas(9, 2.9, 1, 3)
+    rows = data["rows"]
+    full = next(r for r in rows if r["method"] == "none")
+    for i, method in enumerate(("enumerate", "progressive", "frequency")):
+        points = [full] + [r for r in rows if r["method"] == method]
+        style = {"marker": MARKERS[i], "color": COLOURS[i], "label": method}
+        row[0].plot([p["r"] for p in points], [p["perplexity"][0] for p in points], **style)
+        row[1].errorbar(
+            [p["r"] for p in points], [p["average"] for p in points], [p["stderr"] for p in points], capsize=2, **style
+        )
+    draws = [r for r in rows if r["method"] == "random"]
+    for axes, value in ((row[0], lambda p: p["perplexity"][0]), (row[1], lambda p: p["average"])):
+        axes.plot(
+            [p["r"] + 0.12 for p in draws], [value(p) for p in draws], "x", color="0.4", label=f"random ({len(draws)} draws)"
+        )
+        axes.invert_xaxis()
+        axes.set_xlabel("experts kept, r")
+    row[0].set(ylabel=f"perplexity, {data['corpora'][0]}", yscale="log", title="held-out perplexity")
+    row[1].set(ylabel="average of the tasks, %", title="tasks (bars: standard error)")
+    row[0].legend()
+    _paper_methods(row[2], data["paper"])
+    return figure
+
+
+def _paper_methods(axes, rows: list[dict]) -> None:
+    rows = [r for r in rows if r["model"] == "Mixtral 8x7B"]
+    names = {"enumerate": 0, "progressive": 1, "frequency": 2, "random": 7}
+    full = next(r for r in rows if r["method"] == "none")
+    for method, i in names.items():
+        points = sorted([full] + [r for r in rows if r["method"] == method], key=lambda r: -r["r"])
+        axes.plot(
+            [p["r"] for p in points], [p["average"] for p in points], marker=MARKERS[i % 8], color=COLOURS[i], label=method
+        )
+    axes.invert_xaxis()
+    axes.set(xlabel="experts kept, r", ylabel="average of 8 zero-shot tasks, %")
+    axes.legend()
+    _paper(axes, "Mixtral 8x7B (Tables 2, 6)")
+
+
+def _calibration_size(data: dict) -> Figure:
+    figure, [row] = _canvas(7, 2.7, 1, 2)
+    row[0].plot([r["sequences"] for r in data["rows"]], [100 * (r["excess"] - 1) for r in data["rows"]], "o", color=COLOURS[0])
+    row[0].set(
+        xscale="log", xlabel=f"calibration sequences of {data['length']} tokens", ylabel="loss above the held-out best, %"
+    )
+    row[0].set_title(f"r = {data['r']}, {data['corpus']}")
+    row[1].plot([r["sequences"] for r in data["paper"]], [r["average"] for r in data["paper"]], "s-", color=COLOURS[7])
+    row[1].set(xscale="log", xlabel="calibration sequences of 2048 tokens", ylabel="average of 8 tasks, %")
+    _paper(row[1], "r = 6 (Table 7)")
+    return figure
+
+
+# --- 04 and 05 ------------------------------------------------------------------------------------------------------
+
+
+def _ratios(data: dict) -> Figure:
+    corpora = data["corpora"]
+    layers = len(next(iter(corpora.values()))["betas"])
+    figure, [row] = _canvas(1.45 * layers + 0.8, 2.3, 1, layers, sharey=True, sharex=True)
+    for number, axes in enumerate(row):
+        for i, (name, corpus) in enumerate(corpora.items()):
+            axes.stairs(corpus["density"][number], data["edges"], color=COLOURS[i], label=name)
+            axes.axvline(corpus["betas"][number], color=COLOURS[i], ls="--", lw=1)
+        axes.set_title(f"layer {number}")
+    row[0].set_ylabel("density")
+    row[-1].legend(loc="upper left", bbox_to_anchor=(1, 1))
+    figure.supxlabel("rho (k = 2: second routing weight over the first); dashed: the median, beta", fontsize=9)
+    return figure
+
+
+def _betas(data: dict) -> Figure:
+    figure, [row] = _canvas(8, 2.7, 1, 2, sharey=True)
+    for i, (name, corpus) in enumerate(data["corpora"].items()):
+        row[0].plot(corpus["betas"], marker=MARKERS[i], color=COLOURS[i], label=name)
+        row[0].plot(corpus["again"], marker=MARKERS[i], color=COLOURS[i], ls=":", alpha=0.5, label="the same, another draw")
+    for i, (name, values) in enumerate(data["paper"].items()):
+        row[1].plot(values, marker=MARKERS[i], color=COLOURS[i], ms=3, label=name)
+    for axes in row:
+        axes.set_xlabel("layer")
+        axes.legend()
+    row[0].set(ylabel="median beta", title="this model")
+    _paper(row[1], "Mixtral 8x7B (A.7)")
+    return figure
+
+
+def _trade_off(data: dict) -> Figure:
+    figure, [row] = _canvas(9, 2.9, 1, 3)
+    for i, r in enumerate(sorted({p["r"] for p in data["rows"]}, reverse=True)):
+        points = [p for p in data["rows"] if p["r"] == r]
+        seen = [100 * p["seen"] for p in points]
+        style = {"marker": MARKERS[i], "color": COLOURS[i], "label": f"r = {r}"}
+        row[0].plot(seen, [p["loss"] for p in points], **style)
+        for corpus in (0, 1):
+            row[1 + corpus].plot(seen, [p["perplexity"][corpus] for p in points], **style)
+    row[0].set(ylabel="relative reconstruction loss", title=f"calibrated on {data['corpora'][0]}")
+    for axes, name in zip(row[1:], data["corpora"], strict=True):
+        axes.set(ylabel="perplexity, held-out", yscale="log", title=name)
+    for axes in row:
+        axes.set_xlabel("second experts dropped, % (100: top-1)")
+    row[2].legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def _skipping_layers(data: dict) -> Figure:
+    figure, [row] = _canvas(7, 2.5, 1, 2)
+    row[0].bar(range(len(data["layers"])), [100 * layer["dropped"] for layer in data["layers"]], color=COLOURS[0])
+    row[1].bar(range(len(data["layers"])), [layer["loss"] for layer in data["layers"]], color=COLOURS[1])
+    row[0].set(
+        xlabel="layer", ylabel="second experts dropped, %", ylim=(0, 100), title=f"beta = {data['beta']:.2f}, r = {data['r']}"
+    )
+    row[1].set(xlabel="layer", ylabel="loss / norm of the output", ylim=(0, 1))
+    return figure
+
+
+def _skipping_scores(data: dict) -> Figure:
+    figure, [row] = _canvas(8, 2.8, 1, 2)
+    sizes = sorted({p["r"] for p in data["rows"]}, reverse=True)
+    for i, (kind, label) in enumerate(SKIPPING.items()):
+        points = [next(p for p in data["rows"] if p["r"] == r and p["skipping"] == kind) for r in sizes]
+        at = [x + 0.25 * (i - 1) for x in range(len(sizes))]
+        values, errors = [p["average"] for p in points], [p["stderr"] for p in points]
+        row[0].bar(at, values, 0.23, yerr=errors, capsize=2, color=COLOURS[i], label=label)
+    row[0].set(ylabel="average of the tasks, %", title="this model (bars: standard error)")
+    paper = [p for p in data["paper"] if p["model"] == "Mixtral 8x7B"]
+    for i, kind in enumerate((False, True)):
+        points = [next(p["average"] for p in paper if p["r"] == r and p["skipping"] is kind) for r in (8, 6, 4)]
+        row[1].bar([x + 0.25 * (i - 1) for x in range(3)], points, 0.23, color=COLOURS[i])
+    row[1].set(ylabel="average of 8 tasks, %", ylim=(50, 70))
+    _paper(row[1], "Mixtral 8x7B (Table 5)")
+    for axes, names in zip(row, (sizes, (8, 6, 4)), strict=True):
+        axes.set(xticks=range(len(names)), xticklabels=[f"r = {r}" for r in names])
+    figure.legend(*row[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
+
+
+def _betas_of_pruned(data: dict) -> Figure:
+    figure, [row] = _canvas(8, 2.7, 1, 2)
+    for i, (name, found) in enumerate(data["rows"].items()):
+        row[0].plot(found["betas"], marker=MARKERS[i], color=COLOURS[i], label=f"{name}: perplexity {found['perplexity']:.3f}")
+        row[1].plot([100 * s for s in found["shares"]], marker=MARKERS[i], color=COLOURS[i])
+    row[1].axhline(50, color="0.6", lw=0.8)
+    row[0].set(xlabel="layer", ylabel="median beta", title=f"r = {data['r']}, {data['corpus']}")
+    row[1].set(xlabel="layer", ylabel="second experts dropped, %", title="seen on held-out text")
+    figure.legend(*row[0].get_legend_handles_labels(), loc="outside lower center", ncols=1)
+    return figure
+
+
+def _distances(data: dict) -> Figure:
+    figure, [[axes]] = _canvas(5, 2.8)
+    for i, layer in enumerate(data["layers"]):
+        label = f"layer {i}: mean {layer['mean']:.2f}, deviation {100 * layer['variation']:.0f}%"
+        axes.stairs(layer["density"], data["edges"], color=COLOURS[i % len(COLOURS)], label=label)
+    axes.set(xlabel="||f_1 - f_2|| over its mean in the layer", ylabel="density", title=data["corpus"])
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def _tail_rule(data: dict) -> Figure:
+    figure, [[axes]] = _canvas(4.5, 2.6)
+    axes.plot(data["beta"], data["left"], marker="o", ms=3, color=COLOURS[0])
+    axes.axvline(data["median"], color="0.5", ls="--", label=f"median rho, {data['median']:.2f}")
+    axes.set(xlabel="beta", ylabel="experts a token runs, mean", ylim=(0, data["k"] + 0.5))
+    axes.set_title(f"tail rule, {data['k']} of {data['n']} experts, random weights")
+    axes.legend()
+    return figure
+
+
+# --- 06 -------------------------------------------------------------------------------------------------------------
+
+
+def _memory_and_speed(data: dict) -> Figure:
+    figure, grid = _canvas(8, 5, 2, 2)
+    (memory, speed), (paper_memory, paper_speed) = grid
+    sizes = [row["r"] for row in data["rows"]]
+    bars = memory.bar(
+        [f"r = {r}" for r in sizes], [row["peak_mib"] or row["weights_mib"] for row in data["rows"]], color=COLOURS[0]
+    )
+    memory.bar_label(bars, fmt="%.0f", fontsize=8)
+    memory.set(
+        ylabel="MiB",
+        title=("peak on the GPU" if data["rows"][0]["peak_mib"] else "weights") + f", {data['dtype']}, random weights",
+    )
+    for i, kind in enumerate(("stock", "nothing skipped", "skipping")):
+        at = [x + 0.27 * (i - 1) for x in range(len(sizes))]
+        values = [row["tokens_per_second"][kind] for row in data["rows"]]
+        speed.bar_label(speed.bar(at, values, 0.25, color=COLOURS[i], label=kind), fmt="%.1f", fontsize=7)
+    speed.set(ylabel="tokens per second, batch 1", xticks=range(len(sizes)), xticklabels=[f"r = {r}" for r in sizes])
+    speed.set_title(data["device"])
+    speed.legend(loc="lower right", framealpha=0.9, frameon=True, fontsize=7)
+    rows = [row for row in data["paper_memory"] if row["method"] != "wanda 2:4"]
+    bars = paper_memory.bar([f"r = {row['r']}" for row in rows], [row["memory_mib"] for row in rows], color=COLOURS[7])
+    paper_memory.bar_label(bars, fmt="%.0f", fontsize=8)
+    paper_memory.set_ylabel("MiB, summed over GPUs")
+    _paper(paper_memory, "memory (Table 9)")
+    for i, skips in enumerate((False, True)):
+        values = [r["speedup"] for r in data["paper_speed"] if r["model"] == "Mixtral 8x7B" and r["skipping"] is skips]
+        bars = paper_speed.bar(
+            [x + 0.3 * (i - 0.5) for x in range(3)],
+            values,
+            0.28,
+            color=COLOURS[1 + i],
+            label=("skipping" if skips else "no skipping"),
+        )
+        paper_speed.bar_label(bars, fmt="%.2fx", fontsize=7)
+    paper_speed.set(
+        ylabel="speed-up", xticks=range(3), xticklabels=["r = 8\n(2 GPUs)", "r = 6\n(1 GPU)", "r = 4\n(1 GPU)"], ylim=(0, 1.6)
+    )
+    paper_speed.legend(loc="upper left", ncols=2, fontsize=7)
+    _paper(paper_speed, "speed (Table 5)")
+    return figure
+
+
+FIGURES: dict[str, Callable[[dict], Figure]] = {
+    "00_quickstart": _quickstart,
+    "01_frequency": _frequency,
+    "01_co_selection": _co_selection,
+    "02_kept_experts": _kept,
+    "02_divergence": _divergence,
+    "03_loss_landscape": _landscape,
+    "03_held_out": _held_out,
+    "03_methods": _methods,
+    "03_calibration_size": _calibration_size,
+    "04_ratios": _ratios,
+    "04_betas": _betas,
+    "05_trade_off": _trade_off,
+    "05_layers": _skipping_layers,
+    "05_scores": _skipping_scores,
+    "05_betas_of_pruned": _betas_of_pruned,
+    "05_expert_distances": _distances,
+    "05_tail_rule": _tail_rule,
+    "06_memory_and_speed": _memory_and_speed,
+}

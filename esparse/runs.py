@@ -1,0 +1,173 @@
+"""A run: one model, two corpora, one folder in which traces, scores and figures are made once and shared by notebooks."""
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from . import plots
+from .checkpoints import load_model
+from .corpora import calibration_tokens
+from .evaluation import TINY_TASKS, evaluate, perplexity
+from .files import checkout, digest, read_json, write_json
+from .models import fingerprint, moe_layers
+from .pruning import PruningPlan, masked, search_experts
+from .skips import skipping
+from .traces import Trace, tokens_digest, trace
+from .training import PRESETS
+
+# The paper's eight tasks (Table 2), for models other than the tiny ones.
+PAPER_TASKS = ("arc_challenge", "arc_easy", "boolq", "hellaswag", "mmlu", "openbookqa", "rte", "winogrande")
+LABELS = {"web": "web (synthetic)", "arithmetic": "arithmetic (synthetic)", "c4": "C4", "math": "MATH", "gsm8k": "GSM8K"}
+# The split a corpus is held out by, where it has one.
+HELD_OUT = {"web": "heldout", "arithmetic": "heldout", "c4": "validation", "math": "test", "gsm8k": "test"}
+
+
+@dataclass
+class Run:
+    """The notebooks' parameters, by the same names in lower case, and what is computed from them.
+
+    None takes the default that fits the model: for the tiny ones the synthetic corpora, 64 sequences of 256 tokens
+    and the embedded tasks, 150 items each; for others C4, MATH, 128 sequences of 2048 and the paper's eight tasks.
+    """
+
+    model_name: str = "tiny"
+    revision: str | None = None
+    dtype: str | None = None
+    device_map: str | None = None
+    general: str | None = None
+    domain: str | None = None
+    sequences: int | None = None
+    length: int | None = None
+    seed: int = 42
+    keep: Sequence[int] | None = None
+    method: str = "enumerate"
+    tasks: Sequence[str] | None = None
+    limit: int | None = None
+    folder: str | Path | None = None
+
+    def __post_init__(self):
+        tiny = self.model_name in PRESETS
+        self.general = self.general or ("web" if tiny else "c4")
+        self.domain = self.domain or ("arithmetic" if tiny else "math")
+        self.sequences = self.sequences or (64 if tiny else 128)
+        self.length = self.length or (256 if tiny else 2048)
+        self.tasks = tuple(self.tasks or (TINY_TASKS if tiny else PAPER_TASKS))
+        self.limit = self.limit or (150 if tiny else None)
+        self.default_folder = self.folder is None
+        self.folder = Path(self.folder) if self.folder else default_folder(self.model_name)
+
+    @cached_property
+    def _loaded(self):
+        return load_model(self.model_name, dtype=self.dtype, device_map=self.device_map, revision=self.revision)
+
+    @property
+    def model(self):
+        return self._loaded[0]
+
+    @property
+    def tokenizer(self):
+        return self._loaded[1]
+
+    @cached_property
+    def model_key(self) -> str:
+        return digest(self.model_name, self.revision, self.dtype, fingerprint(self.model))
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """The numbers of experts to keep, falling: KEEP, or 7, 6, 5 and 4 eighths of them."""
+        layer = moe_layers(self.model)[0]
+        return sorted({max(layer.k, r) for r in self.keep or [layer.n * part // 8 for part in (7, 6, 5, 4)]}, reverse=True)
+
+    def tokens(self, corpus: str, *, sequences: int | None = None, seed: int | None = None) -> torch.Tensor:
+        """The calibration set of a corpus, [sequences, length]."""
+        options = {"sequences": sequences or self.sequences, "length": self.length}
+        return calibration_tokens(corpus, self.tokenizer, seed=self.seed if seed is None else seed, **options)
+
+    def held_out(self, corpus: str) -> torch.Tensor:
+        """As many sequences again that the calibration set does not hold: the other split, or the same with another seed."""
+        split = HELD_OUT.get(corpus)
+        return self.tokens(f"{corpus}/{split}" if split else corpus, seed=self.seed + 1)
+
+    def trace(self, corpus: str, *, tokens: torch.Tensor | None = None) -> Trace:
+        """The trace of the full model on a corpus, down to the smallest size asked for; made once, then read."""
+        tokens = self.tokens(corpus) if tokens is None else tokens
+        keep = min(self.sizes)
+        folder = self.folder / "traces" / digest(self.model_key, tokens_digest(tokens), list(tokens.shape), self.seed, keep)
+        if not folder.exists():
+            trace(self.model, tokens, keep=keep).save(folder)
+        return Trace.load(folder)
+
+    def plan(self, corpus: str, r: int, method: str | None = None, *, seed: int | None = None) -> PruningPlan:
+        """The experts to keep, by METHOD unless another is named, calibrated on a corpus; made once, then read."""
+        method, seed = method or self.method, self.seed if seed is None else seed
+        tokens = self.tokens(corpus)
+        key = digest(self.model_key, tokens_digest(tokens), r, method, seed, min(self.sizes))
+        path = self.folder / "plans" / f"{key}.json"
+        if not path.exists():
+            search_experts(self.trace(corpus), r, method=method, model=self.model, tokens=tokens, seed=seed).save(path)
+        return PruningPlan.load(path)
+
+    def scores(self, plan: PruningPlan | None = None, betas: Sequence[float] | None = None) -> pd.DataFrame:
+        """TASKS on the model, masked to a plan and skipping with betas where given; see `evaluation.evaluate`."""
+
+        def compute():
+            table = evaluate(self.model, self.tokenizer, self.tasks, limit=self.limit)
+            return json.loads(table.reset_index().to_json(orient="records", double_precision=15))
+
+        return pd.DataFrame(self._as(plan, betas, ["scores", self.tasks, self.limit], compute)).set_index("task")
+
+    def perplexity(self, corpus: str, plan: PruningPlan | None = None, betas: Sequence[float] | None = None) -> float:
+        """Perplexity on the held-out tokens of a corpus."""
+        tokens = self.held_out(corpus)
+        return self._as(plan, betas, ["perplexity", tokens_digest(tokens)], lambda: perplexity(self.model, tokens))
+
+    def _as(self, plan: PruningPlan | None, betas: Sequence[float] | None, what: list, compute: Callable[[], Any]) -> Any:
+        """What `compute` finds on the model as if pruned and skipping, made once, then read."""
+
+        def inside():
+            with ExitStack() as stack:
+                if plan:
+                    stack.enter_context(masked(self.model, plan))
+                if betas:
+                    stack.enter_context(skipping(self.model, betas))
+                return compute()
+
+        return self.once(inside, self.model_key, plan and plan.kept, betas, what)
+
+    def once(self, compute: Callable[[], Any], *key: Any) -> Any:
+        """A value that JSON can hold, computed the first time and read from the run folder ever after."""
+        path = self.folder / "results" / f"{digest(*key)}.json"
+        if not path.exists():
+            write_json(path, compute())
+        return read_json(path, "result")
+
+    def label(self, corpus: str) -> str:
+        """How figures name a corpus: synthetic ones are never called C4 or MATH."""
+        return LABELS.get(corpus, corpus)
+
+    def figure(self, name: str, data: dict):
+        """Draw a figure of `plots.FIGURES`, save it as PNG, PDF and JSON, and return it.
+
+        With the tiny model and the default folder it also lands in the checkout's `figures/`.
+        """
+        figure = plots.save_figure(name, data, self.folder / "figures")
+        if self.default_folder and self.model_name == "tiny":
+            plots.save_figure(name, data, checkout() / "figures")
+        return figure
+
+    def describe(self) -> pd.Series:
+        """The parameters as resolved."""
+        values = {key: value for key, value in asdict(self).items() if key != "folder"}
+        return pd.Series(values, name="value")
+
+
+def default_folder(model_name: str) -> Path:
+    """`.runs/MODEL` of the checkout."""
+    return checkout() / ".runs" / model_name.strip("/").replace("/", "--")

@@ -1,0 +1,272 @@
+"""What the notebooks compute: each function takes a run and returns numbers that JSON can hold, one per figure.
+
+Introduced notebook by notebook; nothing here draws.
+"""
+
+import math
+from collections.abc import Sequence
+
+import pandas as pd
+import torch
+
+from .pruning import masked, subset_losses
+from .routers import skip_ratios
+from .runs import Run
+from .skips import skipped_shares
+from .traces import (
+    LayerTrace,
+    co_selection,
+    dropped_share,
+    expert_distances,
+    median_betas,
+    output_norm,
+    part,
+    reconstruction_loss,
+    routing_divergence,
+    selection_frequency,
+    trace,
+)
+from .training import preset_model
+
+# --- 01 and 02: which experts are chosen, and kept -----------------------------------------------------------------
+
+
+def selection(run: Run) -> dict:
+    """Fig. 5: selection frequency of every layer, and co-selection of the first, middle and last."""
+    data = {"corpora": {}}
+    for corpus in (run.general, run.domain):
+        layers = run.trace(corpus).layers
+        shown = sorted({0, (len(layers) - 1) // 2, len(layers) - 1})
+        data["corpora"][run.label(corpus)] = {
+            "frequency": [selection_frequency(layer).tolist() for layer in layers],
+            "co_selection": {str(i): co_selection(layers[i]).tolist() for i in shown},
+        }
+    return data
+
+
+def _again(run: Run, corpus: str):
+    """The trace of another draw of sequences from the same corpus: what differs between the two is noise."""
+    return run.trace(corpus, tokens=run.tokens(corpus, seed=run.seed + 1000))
+
+
+def divergence(run: Run) -> dict:
+    """Total variation of the routing between the corpora, per layer, and between two draws of the general one."""
+    general, domain, again = run.trace(run.general), run.trace(run.domain), _again(run, run.general)
+    return {
+        "labels": [run.label(run.general), run.label(run.domain)],
+        "between": [routing_divergence(a, b) for a, b in zip(general.layers, domain.layers, strict=True)],
+        "within": [routing_divergence(a, b) for a, b in zip(general.layers, again.layers, strict=True)],
+    }
+
+
+def kept_experts(run: Run, r: int) -> dict:
+    """Fig. 4: the subsets both corpora keep in each layer, the layers where they agree, and what chance would give.
+
+    `again` counts the layers that keep the same subset for two draws of the general corpus.
+    """
+    general, domain = run.plan(run.general, r), run.plan(run.domain, r)
+    n = run.trace(run.general).layers[0].n
+    redrawn = [_lowest(layer, r) for layer in _again(run, run.general).layers]
+    return {
+        "r": r,
+        "n": n,
+        "kept": {run.label(run.general): general.kept, run.label(run.domain): domain.kept},
+        "identical": [i for i, (a, b) in enumerate(zip(general.kept, domain.kept, strict=True)) if a == b],
+        "chance": len(general.kept) / math.comb(n, r),
+        "again": sum(a == b for a, b in zip(general.kept, redrawn, strict=True)),
+    }
+
+
+def _lowest(layer: LayerTrace, r: int) -> list[int]:
+    subsets, losses = subset_losses(layer, r)
+    return list(subsets[int(losses.argmin())])
+
+
+# --- 03: pruning ----------------------------------------------------------------------------------------------------
+
+
+def landscape(run: Run, r: int) -> dict:
+    """Every subset's loss in every layer, over the norm of the layer's output, on calibration and held-out tokens.
+
+    `chosen` holds the position of each method's subset in the list of subsets.
+    """
+    calibration, held_out = run.trace(run.general), run.trace(run.general, tokens=run.held_out(run.general))
+    plans = {method: run.plan(run.general, r, method).kept for method in ("enumerate", "greedy", "frequency")}
+    layers = []
+    for i, (layer, other) in enumerate(zip(calibration.layers, held_out.layers, strict=True)):
+        subsets, losses = subset_losses(layer, r)
+        layers.append({
+            "losses": (losses / output_norm(layer)).tolist(),
+            "held_out": (subset_losses(other, r)[1] / output_norm(other)).tolist(),
+            "chosen": {method: subsets.index(tuple(kept[i])) for method, kept in plans.items()},
+        })  # fmt: skip
+    return {"r": r, "corpus": run.label(run.general), "layers": layers}
+
+
+def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
+    """Spearman's correlation of two lists."""
+    return float(pd.Series(one).corr(pd.Series(other), method="spearman"))
+
+
+def _quality(run: Run, plan=None, betas=None) -> dict:
+    """Held-out perplexity on both corpora, the mean over tasks and its standard error, each task by itself."""
+    scores = run.scores(plan, betas)
+    stderr = math.sqrt((scores.stderr.fillna(0) ** 2).sum()) / len(scores)
+    return {
+        "perplexity": [run.perplexity(corpus, plan, betas) for corpus in (run.general, run.domain)],
+        "average": 100 * scores.value.mean(),
+        "stderr": 100 * stderr,
+        "tasks": (100 * scores.value).round(2).to_dict(),
+    }
+
+
+def methods(run: Run, r_random: int, draws: int = 10) -> dict:
+    """Tables 2 and 6: every method at every r, and `draws` random plans at one r, calibrated on the general corpus."""
+    rows = [{"method": "none", "r": moe_experts(run), **_quality(run)}]
+    for r in run.sizes:
+        for method in ("enumerate", "progressive", "frequency"):
+            rows.append({"method": method, "r": r, **_quality(run, run.plan(run.general, r, method))})
+    for draw in range(draws):
+        plan = run.plan(run.general, r_random, "random", seed=run.seed + draw)
+        rows.append({"method": "random", "r": r_random, **_quality(run, plan)})
+    return {"corpora": [run.label(run.general), run.label(run.domain)], "rows": rows}
+
+
+def moe_experts(run: Run) -> int:
+    """n of the run's model."""
+    return run.trace(run.general).layers[0].n
+
+
+def calibration_size(run: Run, r: int, draws: int = 5) -> dict:
+    """Table 7: the held-out loss of the subsets that fewer sequences choose, over that of the held-out optimum.
+
+    The sequences of a smaller set are drawn from the trace: nothing runs again.
+    """
+    calibration, held_out = run.trace(run.general), run.trace(run.general, tokens=run.held_out(run.general))
+    best = [subset_losses(layer, r)[1].min().item() for layer in held_out.layers]
+    sizes = [s for s in (1, 2, 4, 8, 16, 32, 64, 128, 256) if s <= run.sequences]
+    generator, rows = torch.Generator().manual_seed(run.seed), []
+    for size in sizes:
+        for _ in range(draws if size < run.sequences else 1):
+            sequences = torch.randperm(run.sequences, generator=generator)[:size]
+            tokens = (sequences[:, None] * run.length + torch.arange(run.length)).flatten()
+            kept = [_lowest(part(layer, tokens), r) for layer in calibration.layers]
+            losses = [reconstruction_loss(layer, subset) for layer, subset in zip(held_out.layers, kept, strict=True)]
+            excess = sum(loss / least for loss, least in zip(losses, best, strict=True)) / len(best)
+            rows.append({"sequences": size, "excess": excess})
+    return {"r": r, "corpus": run.label(run.general), "length": run.length, "rows": rows}
+
+
+# --- 04 and 05: skipping --------------------------------------------------------------------------------------------
+
+
+def betas(run: Run, bins: int = 40) -> dict:
+    """A.7: the distribution of rho in each layer and its median, for both corpora, and the median of another draw."""
+    data = {"edges": torch.linspace(0, 1, bins + 1).tolist(), "corpora": {}}
+    for corpus in (run.general, run.domain):
+        traced = run.trace(corpus)
+        ratios = [skip_ratios(layer.weights).flatten().float().cpu() for layer in traced.layers]
+        data["corpora"][run.label(corpus)] = {
+            "betas": median_betas(traced),
+            "again": median_betas(_again(run, corpus)),
+            "density": [torch.histogram(r, bins, range=(0.0, 1.0), density=True).hist.tolist() for r in ratios],
+        }
+    return data
+
+
+def quantile_betas(layers: Sequence[LayerTrace], share: float, kept: Sequence[Sequence[int]] | None = None) -> list[float]:
+    """Betas that drop a share of the droppable pairs on the trace: 0.5 gives the medians, 1 drops all of them."""
+    found = []
+    for i, layer in enumerate(layers):
+        ratios = skip_ratios(layer.routing(kept and kept[i])[1]).flatten().double().sort().values
+        at = min(int(share * len(ratios)), len(ratios) - 1)
+        found.append(math.nextafter(ratios[-1].item(), math.inf) if share == 1 else ratios[at].item() if share else 0.0)
+    return found
+
+
+def trade_off(run: Run, shares: Sequence[float] = (0, 0.25, 0.5, 0.75, 1)) -> dict:
+    """Table 5 as curves: what skipping more pairs costs, for the full model and on top of pruning.
+
+    Each point: the share dropped as planned on the trace and as seen on held-out text, the relative reconstruction
+    loss from the trace, perplexity on both corpora. A share of 1 is top-1 routing, the control.
+    """
+    layers, rows = run.trace(run.general).layers, []
+    held_out = run.held_out(run.general)
+    for r in sorted({moe_experts(run), *run.sizes}, reverse=True):
+        plan = run.plan(run.general, r) if r < moe_experts(run) else None
+        for share in shares:
+            chosen = quantile_betas(layers, share, plan and plan.kept)
+            rows.append({
+                "r": r,
+                "share": share,
+                "seen": run._as(plan, chosen, ["share"], lambda: _mean(skipped_shares(run.model, held_out))),
+                "loss": _mean(relative_loss(layer, plan and plan.kept[i], chosen[i]) for i, layer in enumerate(layers)),
+                "perplexity": [run.perplexity(corpus, plan, chosen) for corpus in (run.general, run.domain)],
+            })  # fmt: skip
+    return {"corpora": [run.label(run.general), run.label(run.domain)], "rows": rows}
+
+
+def relative_loss(layer: LayerTrace, kept: Sequence[int] | None, beta: float | None) -> float:
+    """The reconstruction loss over the norm of the layer's output."""
+    return reconstruction_loss(layer, kept, beta) / output_norm(layer)
+
+
+def _mean(values) -> float:
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def skipping_scores(run: Run, sizes: Sequence[int]) -> dict:
+    """Table 5 in tasks: r with and without skipping at the medians, and top-1 routing."""
+    traced, rows = run.trace(run.general), []
+    for r in sizes:
+        plan = run.plan(run.general, r) if r < moe_experts(run) else None
+        kept = plan and plan.kept
+        variants = {"none": None, "median": median_betas(traced, kept), "top-1": quantile_betas(traced.layers, 1, kept)}
+        rows += [{"r": r, "skipping": name, **_quality(run, plan, chosen)} for name, chosen in variants.items()]
+    return {"corpora": [run.label(run.general), run.label(run.domain)], "rows": rows}
+
+
+def betas_of_pruned(run: Run, r: int) -> dict:
+    """Three betas for a pruned model: of the full model, of the subset from its trace, of the pruned model itself.
+
+    With each: the share dropped on held-out text and the perplexity there.
+    """
+    plan, traced, tokens = run.plan(run.general, r), run.trace(run.general), run.held_out(run.general)
+
+    def retrace():
+        with masked(run.model, plan):
+            return median_betas(trace(run.model, run.tokens(run.general), keep=moe_experts(run)))
+
+    found = {
+        "full model": median_betas(traced),
+        "subset, from the trace": median_betas(traced, plan.kept),
+        "pruned model, traced again": run.once(retrace, run.model_key, plan.kept, "retrace", plan.tokens),
+    }
+    rows = {}
+    for name, chosen in found.items():
+        shares = run._as(plan, chosen, ["shares"], lambda: skipped_shares(run.model, tokens))
+        rows[name] = {"betas": chosen, "shares": shares, "perplexity": run.perplexity(run.general, plan, chosen)}
+    return {"r": r, "corpus": run.label(run.general), "rows": rows}
+
+
+def distances(run: Run, bins: int = 40) -> dict:
+    """A.2's assumption: how narrow ||f_1 - f_2|| is in each layer, in units of its mean."""
+    rows = []
+    for layer in run.trace(run.general).layers:
+        values = expert_distances(layer).cpu()
+        scaled = (values / values.mean()).float()
+        density = torch.histogram(scaled, bins, range=(0.0, 3.0), density=True).hist.tolist()
+        rows.append({"mean": values.mean().item(), "variation": scaled.std().item(), "density": density})
+    return {"corpus": run.label(run.general), "edges": torch.linspace(0, 3, bins + 1).tolist(), "layers": rows}
+
+
+def tail_rule(n: int = 32, k: int = 8, points: int = 21) -> dict:
+    """Skipping for k > 2 (A.2) on a model of random weights: pairs left per token, over beta, and at the median."""
+    model = preset_model("tiny-32", seed=0, num_local_experts=n, num_experts_per_tok=k, num_hidden_layers=2)
+    tokens = torch.randint(3, model.config.vocab_size, (8, 128), generator=torch.Generator().manual_seed(0))
+    layer = trace(model, tokens, keep=n).layers[-1]
+    grid = torch.linspace(0, 2, points).tolist()
+    left = [k - (k - 1) * dropped_share(layer, beta) for beta in grid]
+    ratios = skip_ratios(layer.weights)
+    return {"n": n, "k": k, "beta": grid, "left": left, "median": ratios.double().median().item()}
