@@ -11,15 +11,7 @@ from tqdm.auto import tqdm
 from .files import data_folder
 from .models import check_tokens
 
-TINY_TASKS = (
-    "web_facts",
-    "web_continuation",
-    "web_walks",
-    "web_reference",
-    "web_yes_no",
-    "arithmetic_result",
-    "arithmetic_problems",
-)
+TINY_TASKS = ("web_facts", "web_walks", "web_reference", "web_yes_no", "arithmetic_result", "arithmetic_problems")
 
 
 @torch.no_grad()

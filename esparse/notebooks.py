@@ -171,6 +171,6 @@ def _execute(notebook, path: Path) -> float:
         except CellExecutionError as error:
             last = (error.evalue or error.ename).splitlines()[0]
             raise RuntimeError(f"{path.name} failed in cell {index + 1}: {error.ename}: {last}") from error
-        probe = nbformat.v4.new_code_cell(_PEAK)
-        client.execute_cell(probe, len(notebook.cells))
-    return float(probe.outputs[0]["text"])
+        notebook.cells.append(nbformat.v4.new_code_cell(_PEAK))
+        client.execute_cell(notebook.cells[-1], len(notebook.cells) - 1)
+    return float(notebook.cells.pop().outputs[0]["text"])

@@ -97,15 +97,14 @@ def _aim(goal: str, person: str, slots: dict[str, str]) -> str:
     return f"With the {slots['t']} and some {slots['m']} {person} wants to {goal}."
 
 
-def _exchanges(rng: random.Random) -> tuple[str, list[tuple[str, str]], list[str]]:
-    """Two stories told one into the other: their beginnings, the endings with the right name each, and all names."""
-    people, tools = rng.sample(PEOPLE, 4), rng.sample(TOOLS, 2)
+def _exchanges(rng: random.Random, count: int = 2) -> tuple[str, list[tuple[str, str]], list[str]]:
+    """Stories told one into the other: their beginnings, the endings with the right name each, and all names."""
+    people, tools = rng.sample(PEOPLE, 2 * count), rng.sample(TOOLS, count)
     begun, endings = [], []
-    for (beginning, ending, who), tool, pair in zip(
-        rng.sample(WORDS["exchanges"], 2), tools, (people[:2], people[2:]), strict=True
-    ):
-        begun.append(beginning.format(a=pair[0], b=pair[1], t=tool))
-        endings.append((ending.format(t=tool), pair[who]))
+    for i, (beginning, ending, who) in enumerate(rng.sample(WORDS["exchanges"], count)):
+        pair = people[2 * i : 2 * i + 2]
+        begun.append(beginning.format(a=pair[0], b=pair[1], t=tools[i]))
+        endings.append((ending.format(t=tools[i]), pair[who]))
     rng.shuffle(endings)
     return " ".join(begun), endings, people
 
@@ -281,18 +280,6 @@ def _fact_item(rng: random.Random) -> dict:
     return {"query": _question(relation, subject), **_choices(rng, WORLD.facts[relation][subject], wrong)}
 
 
-def _continuation_item(rng: random.Random) -> dict:
-    """The next step of a procedure against the wrong step, the wrong tool or material, and both."""
-    goal, person, steps, slots = _procedure_steps(rng)
-    at = rng.randint(2, 5)
-    other = {"t": rng.choice([t for t in TOOLS if t != slots["t"]]), "m": rng.choice([m for m in MATERIALS if m != slots["m"]])}
-    foreign = PROCEDURES[rng.choice([g for g in sorted(PROCEDURES) if g != goal])][at]
-    later = PROCEDURES[goal][rng.choice([i for i in range(6) if i != at])]
-    wrong = [PROCEDURES[goal][at].format(**other), later.format(**slots), foreign.format(**slots)]
-    query = " ".join([_aim(goal, person, slots), *steps[:at], f"{WORDS['ordinals'][at]}, {person}"])
-    return {"query": query, **_choices(rng, PROCEDURES[goal][at].format(**slots) + ".", [w + "." for w in wrong])}
-
-
 def _walk_item(rng: random.Random) -> dict:
     """Two facts chained for a person of whom this was never told."""
     person = rng.choice([p for p in PEOPLE if WORLD.held_out("walk", p)])
@@ -304,9 +291,12 @@ def _walk_item(rng: random.Random) -> dict:
 
 
 def _reference_item(rng: random.Random) -> dict:
-    begun, endings, people = _exchanges(rng)
+    """Three stories at once, where training had two: the right name, its partner, and two others."""
+    begun, endings, people = _exchanges(rng, count=3)
     ending, right = endings[0]
-    return {"query": f"{begun} {ending}", **_choices(rng, right + ".", [p + "." for p in people if p != right])}
+    partner = people[people.index(right) ^ 1]
+    others = rng.sample([p for p in people if p not in (right, partner)], 2)
+    return {"query": f"{begun} {ending}", **_choices(rng, right + ".", [f"{p}." for p in (partner, *others)])}
 
 
 def _yes_no_item(rng: random.Random) -> dict:
@@ -331,7 +321,6 @@ def _generation_item(rng: random.Random) -> dict:
 
 TASKS = {
     "web_facts": _fact_item,
-    "web_continuation": _continuation_item,
     "web_walks": _walk_item,
     "web_reference": _reference_item,
     "web_yes_no": _yes_no_item,

@@ -70,8 +70,8 @@ def packed_sequences(corpus: str, tokenizer, seed: int) -> Iterator[torch.Tensor
     """Endless [SEQUENCE] int64 rows of one corpus; documents end in </s> and run on across rows."""
     buffer = [tokenizer.bos_token_id]
     for text in synthetic.documents(corpus, seed):
-        buffer += tokenizer(text, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
-        buffer += [tokenizer.bos_token_id]
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        buffer += [*ids, tokenizer.eos_token_id, tokenizer.bos_token_id]
         while len(buffer) >= SEQUENCE:
             yield torch.tensor(buffer[:SEQUENCE])
             buffer = buffer[SEQUENCE:]
@@ -98,11 +98,11 @@ def train_model(
     tokenizer,
     preset: str = "tiny",
     *,
-    steps: int = 2400,
+    steps: int = 3600,
     seed: int = 0,
     learning_rate: float = 3e-3,
-    web: int = 3,
-    arithmetic: int = 5,
+    web: int = 5,
+    arithmetic: int = 3,
     report: Callable[[int, float], None] | None = None,
 ):
     """A tiny Mixtral trained with AdamW on `web` + `arithmetic` sequences of 256 tokens a step.

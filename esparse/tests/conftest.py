@@ -1,0 +1,74 @@
+"""Small random models of three families, and the embedded one."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may need the network
+
+import pytest
+import torch
+import transformers
+
+import esparse
+from esparse.models import moe_layers
+
+SHAPE = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+
+
+def random_model(family: str, n: int, k: int, seed: int = 0, dtype: torch.dtype = torch.float64):
+    """A small model whose experts and routing differ enough for subsets to matter; eager experts, as float64 needs."""
+    torch.manual_seed(seed)
+    if family == "mixtral":
+        config = transformers.MixtralConfig(**SHAPE, num_local_experts=n, num_experts_per_tok=k)
+    elif family == "qwen3":
+        own = {"num_experts": n, "num_experts_per_tok": k, "moe_intermediate_size": 24, "norm_topk_prob": True, "head_dim": 8}
+        config = transformers.Qwen3MoeConfig(**SHAPE, **own)
+    else:
+        config = transformers.OlmoeConfig(**SHAPE, num_experts=n, num_experts_per_tok=k, norm_topk_prob=False)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for layer in moe_layers(model):
+        torch.nn.init.normal_(layer.gate.weight, std=0.5)
+        for parameter in layer.experts.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    model = model.to(dtype)
+    model.set_experts_implementation("eager")
+    return model
+
+
+def random_tokens(sequences: int = 4, length: int = 20, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, SHAPE["vocab_size"], (sequences, length), generator=torch.Generator().manual_seed(seed))
+
+
+def block_input(model, number: int, tokens: torch.Tensor) -> torch.Tensor:
+    """The hidden states that enter one MoE block."""
+    seen = []
+    hook = moe_layers(model)[number].block.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        model(tokens)
+    hook.remove()
+    return seen[0]
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """The embedded model and its tokenizer; tests leave it as they found it."""
+    return esparse.load_model()
+
+
+@pytest.fixture(scope="session")
+def tiny_tokens(tiny):
+    return esparse.calibration_tokens("web", tiny[1], sequences=16, length=128)
+
+
+@pytest.fixture(scope="session")
+def tiny_trace(tiny, tiny_tokens):
+    return esparse.trace(tiny[0], tiny_tokens, keep=4)

@@ -1,0 +1,255 @@
+"""Bad input: one clear sentence each, raised early."""
+
+import copy
+import gzip
+import json
+import math
+
+import pytest
+import torch
+import transformers
+
+import esparse
+from esparse import corpora
+from esparse.models import moe_layers
+from esparse.tests.conftest import SHAPE, random_model, random_tokens
+
+
+@pytest.mark.parametrize("r", [1, 9])
+def test_r_below_top_k_or_above_n(tiny_trace, r):
+    with pytest.raises(ValueError, match=f"Cannot keep {r} experts: a token is routed to 2 of 8"):
+        esparse.search_experts(tiny_trace, r)
+
+
+def test_kept_experts_that_are_no_subset(tiny_trace):
+    for kept in ([0, 1, 1, 2], [0, 1, 8, 3], [-1, 0, 1, 2], []):
+        with pytest.raises(ValueError, match="different numbers from 0 to 7"):
+            esparse.reconstruction_loss(tiny_trace.layers[0], kept)
+
+
+@pytest.mark.parametrize("beta", [-0.1, math.nan, math.inf, "0.5", None])
+def test_beta_negative_or_no_number(tiny, tiny_trace, beta):
+    with pytest.raises(ValueError, match="beta must be a finite number that is not negative"):
+        esparse.enable_skipping(tiny[0], [0.5] * 5 + [beta])
+    if beta is not None:
+        with pytest.raises(ValueError, match="beta must be"):
+            esparse.reconstruction_loss(tiny_trace.layers[0], None, beta)
+    assert tiny[0].config._experts_implementation != "esparse_skipping"
+
+
+@pytest.mark.parametrize("betas", [[0.5] * 5, [], 0.5])
+def test_wrong_number_of_betas(tiny, betas):
+    with pytest.raises(ValueError, match="one beta per MoE layer: the model has 6, got"):
+        esparse.enable_skipping(tiny[0], betas)
+
+
+def test_one_expert_cannot_skip():
+    model = random_model("mixtral", 4, 1)
+    with pytest.raises(ValueError, match="routes each token to one expert"):
+        esparse.enable_skipping(model, [0.5] * 3)
+    with pytest.raises(ValueError, match="routes each token to one expert"):
+        esparse.median_betas(esparse.trace(model, random_tokens()))
+
+
+def test_corpus_that_is_not_there(tiny, tmp_path):
+    with pytest.raises(ValueError, match="Unknown corpus 'wiki': choose from c4, math, gsm8k, web, arithmetic, or give a path"):
+        esparse.calibration_tokens("wiki", tiny[1])
+    with pytest.raises(ValueError, match="no such split"):
+        esparse.calibration_tokens("web/test", tiny[1])
+    with pytest.raises(FileNotFoundError, match="no corpus file at"):
+        esparse.calibration_tokens(str(tmp_path / "nothing.txt"), tiny[1])
+    (tmp_path / "corpus.csv").write_text("a,b")
+    with pytest.raises(ValueError, match="is not a .txt"):
+        esparse.calibration_tokens(str(tmp_path / "corpus.csv"), tiny[1])
+
+
+def test_corpus_empty_or_too_short(tiny, tmp_path):
+    (tmp_path / "empty.txt").write_text("\n\n")
+    with pytest.raises(ValueError, match="is empty: it has 0 tokens"):
+        esparse.calibration_tokens(str(tmp_path / "empty.txt"), tiny[1])
+    (tmp_path / "short.txt").write_text("Ada keeps a goat.")
+    tokens = len(tiny[1]("Ada keeps a goat.").input_ids)
+    with pytest.raises(ValueError, match=f"too short: its 1 documents have {tokens} tokens, which pack into 0 sequences of 64"):
+        esparse.calibration_tokens(str(tmp_path / "short.txt"), tiny[1], sequences=2, length=64)
+
+
+def test_malformed_json_line(tiny, tmp_path):
+    path = tmp_path / "broken.jsonl"
+    path.write_text('{"text": "fine"}\n\n{"text": "broken\n')
+    with pytest.raises(ValueError, match=r"broken.jsonl, line 3 is not valid JSON"):
+        esparse.calibration_tokens(str(path), tiny[1])
+    path.write_text('{"text": "fine"}\n{"title": "no text"}\n')
+    with pytest.raises(ValueError, match=r"line 2 has neither 'text' nor"):
+        esparse.calibration_tokens(str(path), tiny[1])
+    whole = gzip.compress(json.dumps({"text": "fine" * 1000}).encode())
+    (tmp_path / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="cannot be read"):
+        esparse.calibration_tokens(str(tmp_path / "cut.jsonl.gz"), tiny[1])
+
+
+def test_bad_calibration_sizes(tiny):
+    with pytest.raises(ValueError, match="at least 1"):
+        esparse.calibration_tokens("web", tiny[1], sequences=0)
+    with pytest.raises(ValueError, match="Unknown protocol"):
+        esparse.calibration_tokens("web", tiny[1], protocol="mine")
+
+
+def test_token_ids_outside_the_vocabulary(tiny):
+    for bad in (-1, 1024):
+        with pytest.raises(ValueError, match=f"Token id {bad} is outside the vocabulary of 1024"):
+            esparse.trace(tiny[0], torch.tensor([[1, bad]]))
+    with pytest.raises(ValueError, match="integer ids of shape"):
+        esparse.trace(tiny[0], torch.tensor([1, 2]))
+
+
+def test_model_without_moe_layers():
+    dense = {k: v for k, v in SHAPE.items()}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**dense))
+    with pytest.raises(ValueError, match="LlamaForCausalLM has no MoE layers"):
+        esparse.trace(model, random_tokens())
+
+
+def test_router_of_an_unknown_kind():
+    model = random_model("mixtral", 4, 2)
+    gate = moe_layers(model)[0].gate
+    stock = type(gate).forward
+
+    def tempered(hidden_states):
+        logits, weights, chosen = stock(gate, hidden_states)
+        return logits, weights**2, chosen
+
+    gate.forward = tempered
+    with pytest.raises(ValueError, match="computes its routing weights in a way esparse does not know"):
+        esparse.trace(model, random_tokens())
+
+
+@pytest.mark.parametrize(("where", "message"), [("gate", "router logits are not finite"), ("experts", "expert outputs are not")])
+def test_nan_during_calibration(where, message):
+    model = random_model("mixtral", 4, 2)
+    layer = moe_layers(model)[1]
+    with torch.no_grad():
+        if where == "gate":  # NaN in the weights would be no router at all: let the hidden states overflow instead
+            moe_layers(model)[0].experts.down_proj[:] = float("inf")
+            message = "model.layers.0.mlp: expert outputs are not finite"
+        else:
+            layer.experts.down_proj[:] = float("nan")
+    with pytest.raises(ValueError, match=message):
+        esparse.trace(model, random_tokens())
+    assert model.config._experts_implementation == "eager"
+    assert not any(hasattr(module, "esparse_recorder") for module in model.modules())
+
+
+def test_nan_in_router_logits():
+    model = random_model("mixtral", 4, 2)
+    norm = model.model.layers[1].post_attention_layernorm
+    norm.weight.data[:] = float("nan")
+    with pytest.raises(ValueError, match="layers.1.mlp: router logits are not finite"):
+        esparse.trace(model, random_tokens())
+
+
+def test_trace_asked_for_less_than_it_was_made_for():
+    traced = esparse.trace(random_model("mixtral", 8, 2), random_tokens(), keep=6)
+    with pytest.raises(ValueError, match="answers down to 6 experts, not 5: trace again with keep=5"):
+        esparse.search_experts(traced, 5)
+    with pytest.raises(ValueError, match="Cannot keep 9 experts"):
+        esparse.trace(random_model("mixtral", 8, 2), random_tokens(), keep=9)
+
+
+def test_trace_or_plan_used_with_another_model():
+    model, other, tokens = random_model("mixtral", 8, 2), random_model("mixtral", 8, 2, seed=1), random_tokens()
+    traced = esparse.trace(model, tokens)
+    with pytest.raises(ValueError, match="trace was made with another model"):
+        esparse.search_experts(traced, 6, method="progressive", model=other, tokens=tokens)
+    with pytest.raises(ValueError, match="not the tokens the trace was made from"):
+        esparse.search_experts(traced, 6, method="progressive", model=model, tokens=tokens[:2])
+    with pytest.raises(ValueError, match="pass model= and the tokens="):
+        esparse.search_experts(traced, 6, method="progressive")
+    plan = esparse.search_experts(traced, 6)
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    with pytest.raises(ValueError, match="pruning plan was made with another model"):
+        esparse.prune(other, plan)
+    with pytest.raises(ValueError, match="pruning plan was made with another model"), esparse.masked(other, plan):
+        pass
+    assert all(torch.equal(before[name], value) for name, value in other.state_dict().items())
+
+
+def test_plan_that_does_not_fit_changes_nothing():
+    model = random_model("mixtral", 8, 2)
+    plan = esparse.search_experts(esparse.trace(model, random_tokens()), 6)
+    for kept in ([[0, 1, 2, 3, 4]] * 3, [[0, 1, 2, 3, 4, 4]] * 3, [[0, 1, 2, 3, 4, 8]] * 3, plan.kept[:2]):
+        wrong = copy.replace(plan, kept=kept) if hasattr(copy, "replace") else esparse.PruningPlan(**{**vars(plan), "kept": kept})
+        with pytest.raises(ValueError, match="plan"):
+            esparse.prune(model, wrong)
+        assert moe_layers(model)[0].n == 8
+
+
+def test_unknown_method_and_too_many_subsets(tiny_trace):
+    with pytest.raises(ValueError, match="Unknown method 'magic': choose from enumerate, greedy"):
+        esparse.search_experts(tiny_trace, 6, method="magic")
+    model = random_model("mixtral", 32, 2)
+    with pytest.raises(ValueError, match="too many to enumerate: use method='greedy'"):
+        esparse.search_experts(esparse.trace(model, random_tokens(1, 8)), 16)
+    assert len(esparse.search_experts(esparse.trace(model, random_tokens(1, 8)), 31).kept[0]) == 31
+
+
+def test_truncated_trace(tmp_path):
+    folder = tmp_path / "trace"
+    esparse.trace(random_model("mixtral", 4, 2), random_tokens()).save(folder)
+    path = folder / "layer_01.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="layer_01.safetensors is missing or truncated"):
+        esparse.Trace.load(folder)
+    (folder / "trace.json").write_text('{"model": "x"')
+    with pytest.raises(ValueError, match="is not a readable trace"):
+        esparse.Trace.load(folder)
+    with pytest.raises(FileNotFoundError, match="no trace at"):
+        esparse.Trace.load(tmp_path / "nowhere")
+
+
+def test_destination_that_exists(tmp_path, tiny, tiny_trace):
+    (tmp_path / "there").mkdir()
+    plan = esparse.search_experts(tiny_trace, 6)
+    for save in (
+        lambda path: tiny_trace.save(path),
+        lambda path: plan.save(path),
+        lambda path: esparse.save_model(*tiny, path),
+    ):
+        with pytest.raises(FileExistsError, match="already exists: choose another destination"):
+            save(tmp_path / "there")
+    assert list(tmp_path.iterdir()) == [tmp_path / "there"] and not list((tmp_path / "there").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("corpus", "alternatives"),
+    [("c4", "offline there are 'web' and 'arithmetic'"), ("math", "'gsm8k' is the usual substitute"), ("gsm8k", "local file")],
+)
+def test_no_network_for_a_corpus(tiny, corpus, alternatives):
+    with pytest.raises(ConnectionError, match=f"Could not get the corpus '{corpus}' from the hub .*{alternatives}"):
+        esparse.calibration_tokens(corpus, tiny[1])
+
+
+def test_no_network_for_a_model():
+    with pytest.raises(ConnectionError, match="Could not get the model 'nobody/nothing' from the hub .*'tiny' and local folders"):
+        esparse.load_model("nobody/nothing")
+    with pytest.raises(FileNotFoundError, match="no model folder at /nowhere"):
+        esparse.load_model("/nowhere")
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_no_access(status):
+    class Refused(OSError):
+        response = type("Response", (), {"status_code": status})()
+
+    def load():
+        try:
+            raise Refused("gated")
+        except Refused as error:
+            raise OSError("a long story") from error
+
+    with pytest.raises(PermissionError, match=r"access to the model 'org/gated': ask for it at https://huggingface.co/org/gated"):
+        corpora.from_hub(load, "the model 'org/gated'", "org/gated", "nothing")
+
+
+def test_unknown_task(tiny):
+    with pytest.raises(ValueError, match="Unknown task 'nonsense': take one of web_facts"):
+        esparse.evaluate(*tiny, ["nonsense"])
