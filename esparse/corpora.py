@@ -4,6 +4,7 @@ import gzip
 import json
 import random
 import re
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -95,8 +96,9 @@ def read_documents(path: Path) -> list[str]:
     if suffix not in (".txt", ".json", ".json.gz", ".jsonl", ".jsonl.gz"):
         raise ValueError(f"{path} is not a .txt, .json(.gz) or .jsonl(.gz) file.")
     try:
-        text = (gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")).read()
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+        content = path.read_bytes()
+        text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read ({error}): it may be truncated or in another encoding than UTF-8.") from None
     if suffix == ".txt":
         found = [part.strip() for part in re.split(r"\n\s*\n", text) if part.strip()]

@@ -19,6 +19,8 @@ if Version(transformers.__version__) < Version(FLOOR):
 
 COUNT_NAMES = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
+BLOCK = 768  # rows of a product on a CPU: larger results are mapped afresh each time, which costs a third more
+
 
 @dataclass
 class MoELayer:
@@ -94,13 +96,40 @@ def check_tokens(model: nn.Module, tokens: torch.Tensor) -> None:
 def run_experts(
     experts: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """The experts' own forward, [tokens, d] -> [tokens, d]: the family's loop on a CPU, grouped products on a GPU.
-
-    The loop reads an expert's weights in place and takes float64, which grouped products refuse on a CPU.
-    """
-    if hidden_states.device.type == "cpu":
+    """The experts as stock transformers runs them, [tokens, d] -> [tokens, d], in any dtype a CPU or GPU computes in."""
+    if hidden_states.device.type == "cpu":  # grouped products refuse float64 there
         return type(experts).forward.__wrapped__(experts, hidden_states, top_k_index, top_k_weights)
     return ALL_EXPERTS_FUNCTIONS["grouped_mm"](experts, hidden_states, top_k_index, top_k_weights)
+
+
+def pair_outputs(experts: nn.Module, hidden_states: torch.Tensor, token: torch.Tensor, expert: torch.Tensor) -> torch.Tensor:
+    """The outputs [pairs, d] at weight one of (token, expert) pairs, both int64 [pairs], of hidden_states [tokens, d].
+
+    Only these pairs are computed. On a GPU each is a token of its own in a grouped product; on a CPU one product per
+    expert reads its weights in place.
+    """
+    if hidden_states.device.type != "cpu":
+        ones = hidden_states.new_ones(len(token), 1)
+        return run_experts(experts, hidden_states[token], expert[:, None], ones)
+    outputs = hidden_states.new_empty(len(token), hidden_states.shape[1])
+    counts = torch.bincount(expert, minlength=experts.num_experts).tolist()
+    for number, pairs in enumerate(expert.argsort().split(counts)):
+        for rows in pairs.split(BLOCK) if len(pairs) else ():
+            outputs[rows] = _one_expert(experts, number, hidden_states[token[rows]])
+    return outputs
+
+
+def _one_expert(experts: nn.Module, number: int, x: torch.Tensor) -> torch.Tensor:
+    """[rows, d] -> [rows, d], by the attributes with which every family describes its experts to the interface."""
+
+    def linear(name: str, x: torch.Tensor) -> torch.Tensor:
+        weight = getattr(experts, name)[number]
+        bias = getattr(experts, f"{name}_bias")[number] if experts.has_bias else None
+        return nn.functional.linear(x, weight.T if experts.is_transposed else weight, bias)
+
+    if experts.has_gate:
+        return linear("down_proj", experts._apply_gate(linear("gate_up_proj", x)))
+    return linear("down_proj", experts.act_fn(linear("up_proj", x)))
 
 
 @contextmanager

@@ -64,7 +64,7 @@ def subset_losses(layer: LayerTrace, r: int) -> tuple[list[tuple[int, ...]], tor
     if count > MAX_SUBSETS:
         raise ValueError(f"{count:.2g} subsets of {r} out of {layer.n} experts are too many to enumerate: use method='greedy'.")
     subsets = list(itertools.combinations(range(layer.n), r))
-    return subsets, torch.tensor([reconstruction_loss(layer, subset) for subset in subsets], dtype=torch.float64)
+    return subsets, layer.losses(subsets)
 
 
 def _enumerate(layer: LayerTrace, r: int, _generator) -> list[int]:
@@ -77,7 +77,8 @@ def _greedy(layer: LayerTrace, r: int, _generator) -> list[int]:
     check_experts(r, layer.n, layer.k, layer.keep)
     kept = list(range(layer.n))
     while len(kept) > r:
-        kept = min(([e for e in kept if e != out] for out in kept), key=lambda rest: reconstruction_loss(layer, rest))
+        candidates = [[e for e in kept if e != out] for out in kept]
+        kept = candidates[int(layer.losses(candidates).argmin())]
     return kept
 
 

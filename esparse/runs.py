@@ -34,7 +34,7 @@ class Run:
     """The notebooks' parameters, by the same names in lower case, and what is computed from them.
 
     None takes the default that fits the model: for the tiny ones the synthetic corpora, 64 sequences of 256 tokens
-    and the embedded tasks, 150 items each; for others C4, MATH, 128 sequences of 2048 and the paper's eight tasks.
+    and the embedded tasks, 100 items each; for others C4, MATH, 128 sequences of 2048 and the paper's eight tasks.
     """
 
     model_name: str = "tiny"
@@ -59,7 +59,7 @@ class Run:
         self.sequences = self.sequences or (64 if tiny else 128)
         self.length = self.length or (256 if tiny else 2048)
         self.tasks = tuple(self.tasks or (TINY_TASKS if tiny else PAPER_TASKS))
-        self.limit = self.limit or (150 if tiny else None)
+        self.limit = self.limit or (100 if tiny else None)
         self.default_folder = self.folder is None
         self.folder = Path(self.folder) if self.folder else default_folder(self.model_name)
 

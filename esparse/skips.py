@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from .models import MoELayer, check_tokens, moe_layers, run_experts
+from .models import MoELayer, check_tokens, moe_layers, pair_outputs
 from .routers import skip_pairs, unpack
 from .traces import check_beta
 
@@ -16,20 +16,19 @@ IMPLEMENTATION = "esparse_skipping"
 def skipping_forward(
     experts: torch.nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """[tokens, d] -> [tokens, d]: each kept (token, expert) pair goes through the experts as a token of its own.
+    """[tokens, d] -> [tokens, d]: only the kept (token, expert) pairs go through the experts.
 
     Dropped pairs are in no product. A token's pairs are then added in float32 (float64 for float64 models).
     """
     weights, order = top_k_weights.sort(dim=1, descending=True, stable=True)  # [tokens, k]
     keep, weights = skip_pairs(weights, experts.esparse_beta, experts.esparse_renormalise)
     pairs = keep.flatten().nonzero()[:, 0]  # [pairs], into tokens * k
-    k = keep.shape[1]
-    index = top_k_index.gather(1, order).flatten()[pairs, None]
-    outputs = run_experts(experts, hidden_states[pairs // k], index, weights.flatten()[pairs, None])  # [pairs, d]
+    expert = top_k_index.gather(1, order).flatten()[pairs]
+    outputs = pair_outputs(experts, hidden_states, pairs // keep.shape[1], expert)  # [pairs, d]
     wide = torch.promote_types(outputs.dtype, torch.float32)
     total = torch.zeros(keep.numel(), outputs.shape[1], dtype=wide, device=outputs.device)
-    total[pairs] = outputs.to(wide)
-    return total.view(-1, k, outputs.shape[1]).sum(1).to(hidden_states.dtype)
+    total[pairs] = outputs.to(wide) * weights.flatten()[pairs, None]
+    return total.view(*keep.shape, -1).sum(1).to(hidden_states.dtype)
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, skipping_forward)

@@ -20,10 +20,11 @@ from tqdm.auto import tqdm
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .files import new_folder, read_json, write_json
-from .models import MoELayer, check_tokens, experts_implementation, fingerprint, moe_layers, run_experts
+from .models import MoELayer, check_tokens, experts_implementation, fingerprint, moe_layers, pair_outputs, run_experts
 from .routers import SoftmaxRouter, skip_pairs, skip_ratios, unpack
 
-CHUNK_TOKENS = 1024
+CHUNK_TOKENS = 2048
+ROWS = 65536  # tokens times subsets that are searched at once
 
 
 def reach(n: int, k: int, keep: int | None) -> int:
@@ -76,35 +77,55 @@ class LayerTrace:
         """Where in `order` each token's k experts stand and their weights, both [tokens, k], when only `kept` exist."""
         if kept is None:
             return torch.arange(self.k, device=self.order.device).expand(len(self.order), -1), self.weights
-        return self._routing(self.check(kept))
+        positions, weights = self._routing(torch.tensor([self.check(kept)], device=self.order.device))
+        return positions[:, 0], weights[:, 0]
 
-    def _routing(self, kept: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        column = torch.full((self.n,), -1, device=self.order.device)
-        column[kept] = torch.arange(len(kept), device=self.order.device)
-        local = column[self.order]  # [tokens, m]: the column of a kept expert, or -1
+    def _routing(self, subsets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`routing` for subsets [s, r] at once: both [tokens, s, k]. Nothing depends on the data but the values."""
+        (s, r), (tokens, m), device = subsets.shape, self.order.shape, self.order.device
+        columns = torch.arange(r, device=device).expand(s, -1)
+        column = torch.full((s, self.n), -1, device=device).scatter_(1, subsets, columns).T.contiguous()  # [n, s]
+        local = column.index_select(0, self.order.flatten()).view(tokens, m, s)  # a kept expert's column, or -1
         alive = local >= 0
-        selected = alive & (alive.cumsum(1) <= self.k)  # k to a row, by the bound on reach
-        positions = selected.nonzero()[:, 1].view(-1, self.k)
-        return positions, self.router.weights(self.logits[:, kept], local.gather(1, positions))
+        place = (alive.cumsum(1) * alive).clamp_(max=self.k + 1)  # 1..k for the chosen, 0 or k + 1 for the rest
+        ranks = torch.arange(m, device=device)[:, None].expand_as(place)
+        positions = ranks.new_zeros(tokens, self.k + 2, s).scatter_(1, place, ranks)[:, 1:-1]  # k each: bound on reach
+        chosen = local.gather(1, positions).mT.reshape(-1, self.k)
+        logits = self.logits.index_select(1, subsets.flatten()).view(-1, r)  # [tokens * s, r]
+        return positions.mT, self.router.weights(logits, chosen).view(tokens, s, self.k)
 
     def squared_losses(self, positions: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """||sum_i w'_i f_i - z||^2 of every token, float64 [tokens], for weights [tokens, k] at `positions`."""
-        m = self.order.shape[1]
-        change = torch.zeros(len(self.order), m, dtype=torch.float64, device=weights.device)
-        change.scatter_(1, positions, weights.double())
+        """Sum over tokens of ||sum_i w'_i f_i - z||^2, float64 [s], for weights [tokens, s, k] at `positions`."""
+        m, dtype = self.order.shape[1], self.gram.dtype
+        change = torch.zeros(*weights.shape[:2], m, dtype=dtype, device=weights.device)
+        change.scatter_(2, positions, weights.to(dtype))
         if self.target_dot is None:
-            change[:, : self.k] -= self.weights.double()
-        i, j = _triangle(m, change.device)
-        products = change[:, i] * change[:, j] * torch.where(i == j, 1.0, 2.0)  # [tokens, m (m + 1) / 2]
-        squares = (products * self.gram).sum(1)
+            change[:, :, : self.k] -= self.weights[:, None].to(dtype)
+        left, right = _pairing(m, dtype, change.device)
+        squares = (change @ left).mul_(change @ right).mul_(self.gram[:, None]).sum((0, 2), dtype=torch.float64)
         if self.target_dot is not None:
-            squares = squares - 2 * (change * self.target_dot).sum(1) + self.target_norm
-        return squares
+            cross = (change * self.target_dot[:, None]).sum((0, 2), dtype=torch.float64)
+            squares = squares - 2 * cross + self.target_norm.sum()
+        return squares.clamp(min=0)
+
+    def losses(self, subsets: Sequence[Sequence[int]]) -> torch.Tensor:
+        """`reconstruction_loss` of subsets of one size, float64 [subsets], some at a time."""
+        every = torch.tensor(subsets, device=self.order.device)
+        parts = every.split(max(1, ROWS // len(self.order)))
+        return torch.cat([self.squared_losses(*self._routing(part)) for part in parts]).sqrt()
 
 
 def _triangle(m: int, device) -> tuple[torch.Tensor, torch.Tensor]:
     i, j = torch.triu_indices(m, m, device=device)
     return i, j
+
+
+def _pairing(m: int, dtype: torch.dtype, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Matrices [m, m (m + 1) / 2] that copy columns i, and columns j twice over where i != j: a product with 0 and 1
+    is exact, and faster than indexing."""
+    i, j = _triangle(m, device)
+    eye = torch.eye(m, dtype=dtype, device=device)
+    return eye[:, i].contiguous(), (eye[:, j] * torch.where(i == j, 1, 2)).contiguous()
 
 
 def check_experts(r: int, n: int, k: int, keep: int | None = None) -> None:
@@ -133,7 +154,7 @@ def reconstruction_loss(layer: LayerTrace, kept: Sequence[int] | None = None, be
     if beta is not None:
         check_beta(beta, layer.k)
         weights = skip_pairs(weights, beta, layer.router.renormalise)[1]
-    return layer.squared_losses(positions, weights).sum().clamp(min=0).sqrt().item()
+    return layer.squared_losses(positions[:, None], weights[:, None]).sqrt().item()
 
 
 def median_betas(trace: "Trace", kept: Sequence[Sequence[int]] | None = None) -> list[float]:
@@ -183,7 +204,7 @@ def routing_divergence(one: LayerTrace, other: LayerTrace) -> float:
 def output_norm(layer: LayerTrace) -> float:
     """The Frobenius norm of the layer's own output over all traced tokens, to set losses against."""
     nothing = torch.zeros_like(layer.weights)
-    return layer.squared_losses(layer.routing()[0], nothing).sum().clamp(min=0).sqrt().item()
+    return layer.squared_losses(layer.routing()[0][:, None], nothing[:, None]).sqrt().item()
 
 
 def expert_distances(layer: LayerTrace) -> torch.Tensor:
@@ -278,9 +299,8 @@ class Recorder:
         return result
 
     def _contributions(self, hidden_states: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-        repeated = hidden_states.repeat_interleave(self.m, 0)  # [chunk * m, d]: each with one expert of weight one
-        ones = repeated.new_ones(len(repeated), 1)
-        return run_experts(self.layer.experts, repeated, order.reshape(-1, 1), ones).view(-1, self.m, repeated.shape[1])
+        token = torch.arange(len(order), device=order.device).repeat_interleave(self.m)
+        return pair_outputs(self.layer.experts, hidden_states, token, order.flatten()).view(len(order), self.m, -1)
 
     def _accumulate(self, outputs: torch.Tensor, target: torch.Tensor | None) -> None:
         wide = outputs if outputs.dtype == torch.float64 else outputs.float()

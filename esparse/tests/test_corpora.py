@@ -17,10 +17,9 @@ def paper_protocol(texts, encode, sequences, length, seed):
     """A.7 written down again: shuffle, 16 documents a sequence, batches of 1,000, remainders dropped."""
     order = list(range(len(texts)))
     random.Random(seed).shuffle(order)
-    packed, stream, count = [], [], 0
-    for number in order[: 16 * sequences]:
+    packed, stream = [], []
+    for count, number in enumerate(order[: 16 * sequences], 1):
         stream += encode(texts[number])
-        count += 1
         if count % 1000 == 0:
             packed += [stream[i : i + length] for i in range(0, len(stream) // length * length, length)]
             stream = []
@@ -99,7 +98,11 @@ def test_every_worked_step_is_right_and_ends_in_the_answer():
 
 def test_facts_of_the_tasks_are_told_but_never_asked_openly():
     items = synthetic.task_items("web_facts", 300, seed=1)
-    asked = {match for d in itertools.islice(synthetic.documents("web", 0), 5000) for match in re.findall(r"Question: .*\?\nAnswer: \w+", d)}
+    asked = {
+        match
+        for d in itertools.islice(synthetic.documents("web", 0), 5000)
+        for match in re.findall(r"Question: .*\?\nAnswer: \w+", d)
+    }
     assert len(asked) > 100
     for item in items:
         assert f"{item['query']} {item['choices'][item['label']]}" not in asked

@@ -123,7 +123,9 @@ def test_router_of_an_unknown_kind():
         esparse.trace(model, random_tokens())
 
 
-@pytest.mark.parametrize(("where", "message"), [("gate", "router logits are not finite"), ("experts", "expert outputs are not")])
+@pytest.mark.parametrize(
+    ("where", "message"), [("gate", "router logits are not finite"), ("experts", "expert outputs are not")]
+)
 def test_nan_during_calibration(where, message):
     model = random_model("mixtral", 4, 2)
     layer = moe_layers(model)[1]
@@ -177,7 +179,9 @@ def test_plan_that_does_not_fit_changes_nothing():
     model = random_model("mixtral", 8, 2)
     plan = esparse.search_experts(esparse.trace(model, random_tokens()), 6)
     for kept in ([[0, 1, 2, 3, 4]] * 3, [[0, 1, 2, 3, 4, 4]] * 3, [[0, 1, 2, 3, 4, 8]] * 3, plan.kept[:2]):
-        wrong = copy.replace(plan, kept=kept) if hasattr(copy, "replace") else esparse.PruningPlan(**{**vars(plan), "kept": kept})
+        wrong = (
+            copy.replace(plan, kept=kept) if hasattr(copy, "replace") else esparse.PruningPlan(**{**vars(plan), "kept": kept})
+        )
         with pytest.raises(ValueError, match="plan"):
             esparse.prune(model, wrong)
         assert moe_layers(model)[0].n == 8
@@ -229,7 +233,9 @@ def test_no_network_for_a_corpus(tiny, corpus, alternatives):
 
 
 def test_no_network_for_a_model():
-    with pytest.raises(ConnectionError, match="Could not get the model 'nobody/nothing' from the hub .*'tiny' and local folders"):
+    with pytest.raises(
+        ConnectionError, match="Could not get the model 'nobody/nothing' from the hub .*'tiny' and local folders"
+    ):
         esparse.load_model("nobody/nothing")
     with pytest.raises(FileNotFoundError, match="no model folder at /nowhere"):
         esparse.load_model("/nowhere")
@@ -246,7 +252,9 @@ def test_no_access(status):
         except Refused as error:
             raise OSError("a long story") from error
 
-    with pytest.raises(PermissionError, match=r"access to the model 'org/gated': ask for it at https://huggingface.co/org/gated"):
+    with pytest.raises(
+        PermissionError, match=r"access to the model 'org/gated': ask for it at https://huggingface.co/org/gated"
+    ):
         corpora.from_hub(load, "the model 'org/gated'", "org/gated", "nothing")
 
 

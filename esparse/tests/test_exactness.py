@@ -252,7 +252,8 @@ def test_distances_and_norms_come_from_the_outputs():
     layer, x = moe_layers(model)[1], block_input(model, 1, tokens).flatten(0, 1)
     traced = esparse.trace(model, tokens).layers[1]
     chosen = layer.gate(x)[2]
-    expected = [(_expert(layer.experts, a, t) - _expert(layer.experts, b, t)).norm().item() for (a, b), t in zip(chosen, x)]
+    distance = lambda a, b, t: (_expert(layer.experts, a, t) - _expert(layer.experts, b, t)).norm().item()  # noqa: E731
+    expected = [distance(a, b, t) for (a, b), t in zip(chosen, x, strict=True)]
     assert traces.expert_distances(traced).tolist() == pytest.approx(expected, rel=1e-9)
     assert traces.output_norm(traced) == pytest.approx(layer.block(x[None]).norm().item(), rel=1e-9)
 

@@ -29,7 +29,9 @@ def test_redrawing_from_the_numbers_gives_the_same_figure(name, tmp_path):
     first = drawn.read_bytes()
     plots.redraw([name], tmp_path)
     assert drawn.read_bytes() == first
-    axes = [a for a in plots.draw(name, json.loads((FIGURES / f"{name}.json").read_text())).axes if a.get_label() != "<colorbar>"]
+    axes = [
+        a for a in plots.draw(name, json.loads((FIGURES / f"{name}.json").read_text())).axes if a.get_label() != "<colorbar>"
+    ]
     assert any(a.get_xlabel() or a.get_ylabel() for a in axes)
 
 
@@ -89,7 +91,10 @@ def test_skipping_widget_answers_every_value(tiny_trace):
     for r in sizes.options:
         for beta in betas.options[:: 1 if r == 8 else 10]:
             sizes.value, betas.value = r, beta
-            share = sum(esparse.dropped_share(layer, beta, kept) for layer, kept in zip(tiny_trace.layers, kept_of(r), strict=True)) / 6
+            share = (
+                sum(esparse.dropped_share(layer, beta, kept) for layer, kept in zip(tiny_trace.layers, kept_of(r), strict=True))
+                / 6
+            )
             assert f"beta {beta:.2f}, r = {r}: {100 * share:.0f}%" in readout.value
             assert picture.value.startswith("<img alt=")
 

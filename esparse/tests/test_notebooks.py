@@ -13,7 +13,22 @@ from esparse import notebooks
 from esparse.files import checkout
 
 PATHS = notebooks.find()
-NAMES = "MODEL REVISION DTYPE DEVICE_MAP GENERAL DOMAIN SEQUENCES LENGTH SEED KEEP METHOD TASKS LIMIT RUN_DIR".split()
+NAMES = [
+    "MODEL",
+    "REVISION",
+    "DTYPE",
+    "DEVICE_MAP",
+    "GENERAL",
+    "DOMAIN",
+    "SEQUENCES",
+    "LENGTH",
+    "SEED",
+    "KEEP",
+    "METHOD",
+    "TASKS",
+    "LIMIT",
+    "RUN_DIR",
+]
 
 
 def command(*words, **options):
@@ -105,7 +120,14 @@ def test_another_model_runs_by_changing_model_alone(tmp_path, tiny):
     import esparse
 
     esparse.save_model(esparse.load_model("tiny-16")[0], tiny[1], tmp_path / "model")
-    words = [f"MODEL={str(tmp_path / 'model')!r}", "GENERAL='web'", "DOMAIN='arithmetic'", "SEQUENCES=4", "LENGTH=64", "KEEP=[14, 15]"]
+    words = [
+        f"MODEL={str(tmp_path / 'model')!r}",
+        "GENERAL='web'",
+        "DOMAIN='arithmetic'",
+        "SEQUENCES=4",
+        "LENGTH=64",
+        "KEEP=[14, 15]",
+    ]
     options = [part for word in words for part in ("--set", word)]
     result = command("notebooks", "01", "02", "04", *options, "--run-dir", str(tmp_path / "run"))
     assert result.returncode == 0, result.stderr

@@ -111,7 +111,8 @@ def test_the_tiny_model_loads_from_an_installed_wheel(tmp_path):
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); import esparse; "
         "assert esparse.__file__.startswith(sys.path[0]), esparse.__file__; "
-        "model, tokenizer = esparse.load_model(); tokens = esparse.calibration_tokens('web', tokenizer, sequences=2, length=32); "
+        "model, tokenizer = esparse.load_model(); "
+        "tokens = esparse.calibration_tokens('web', tokenizer, sequences=2, length=32); "
         "print(esparse.perplexity(model, tokens)); print(esparse.evaluate(model, tokenizer, ['web_facts'], limit=2)); "
         "from esparse.notebooks import find\n"
         "try: find()\nexcept FileNotFoundError as error: print(error)"
