@@ -29,34 +29,3 @@ from .traces import (
 )
 
 __version__ = "0.1.0"
-
-__all__ = [
-    "LayerTrace",
-    "PruningPlan",
-    "Run",
-    "Trace",
-    "calibration_tokens",
-    "co_selection",
-    "disable_skipping",
-    "dropped_share",
-    "enable_skipping",
-    "evaluate",
-    "load_model",
-    "masked",
-    "measure_generation",
-    "measure_memory",
-    "median_betas",
-    "moe_layers",
-    "paper",
-    "perplexity",
-    "prune",
-    "reconstruction_loss",
-    "save_model",
-    "search_experts",
-    "selection_frequency",
-    "skipped_shares",
-    "skipping",
-    "subset_losses",
-    "trace",
-    "versions",
-]

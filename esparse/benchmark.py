@@ -215,8 +215,8 @@ def random_mixtral(shape: Mapping[str, object], experts: int, dtype: torch.dtype
     for name, parameter in model.named_parameters():
         scale = 1.0 if "norm" in name else 0.02
         parameter.data.normal_(0.0, scale, generator=generator) if scale < 1 else parameter.data.fill_(scale)
-    rotary = model.model.rotary_emb
-    model.model.rotary_emb = type(rotary)(config=config, device=device)  # its frequencies are no parameter
+    with torch.device(device):
+        model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its frequencies are no parameter
     return model.eval()
 
 

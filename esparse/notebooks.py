@@ -161,7 +161,9 @@ def _run_one(path: Path, settings: Mapping[str, Any], target: Path, update: bool
 
 def _execute(notebook, path: Path) -> float:
     """Run every cell in the folder of the notebook; returns the kernel's peak memory in MiB."""
-    client = NotebookClient(notebook, timeout=None, kernel_name="python3", store_widget_state=False)
+    client = NotebookClient(
+        notebook, timeout=None, kernel_name="python3", store_widget_state=False, extra_arguments=["--log-level=40"]
+    )
     client.resources = {"metadata": {"path": str(path.parent)}}
     cells = [(i, cell) for i, cell in enumerate(notebook.cells) if cell.cell_type == "code"]
     with client.setup_kernel():

@@ -11,6 +11,7 @@ from pathlib import Path
 import matplotlib
 import seaborn as sns
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from .files import checkout, read_json, write_json
 
@@ -42,6 +43,14 @@ class NotebookFigure(Figure):
 def _canvas(width: float, height: float, rows: int = 1, columns: int = 1, **options):
     figure = NotebookFigure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def _log(axes) -> None:
+    """A logarithmic vertical axis with plain numbers, and no two of them in the same place."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
 
 
 def _paper(axes, title: str) -> None:
@@ -220,9 +229,10 @@ def _methods(data: dict) -> Figure:
         )
         axes.invert_xaxis()
         axes.set_xlabel("experts kept, r")
-    row[0].set(ylabel=f"perplexity, {data['corpora'][0]}", yscale="log", title="held-out perplexity")
+    row[0].set(ylabel=f"perplexity, {data['corpora'][0]}", title="held-out perplexity")
+    _log(row[0])
     row[1].set(ylabel="average of the tasks, %", title="tasks (bars: standard error)")
-    row[0].legend()
+    figure.legend(*row[1].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     _paper_methods(row[2], data["paper"])
     return figure
 
@@ -299,7 +309,8 @@ def _trade_off(data: dict) -> Figure:
             row[1 + corpus].plot(seen, [p["perplexity"][corpus] for p in points], **style)
     row[0].set(ylabel="relative reconstruction loss", title=f"calibrated on {data['corpora'][0]}")
     for axes, name in zip(row[1:], data["corpora"], strict=True):
-        axes.set(ylabel="perplexity, held-out", yscale="log", title=name)
+        axes.set(ylabel="perplexity, held-out", title=name)
+        _log(axes)
     for axes in row:
         axes.set_xlabel("second experts dropped, % (100: top-1)")
     row[2].legend(loc="upper left", bbox_to_anchor=(1, 1))

@@ -20,6 +20,7 @@ from .traces import (
     expert_distances,
     median_betas,
     output_norm,
+    output_norms,
     part,
     reconstruction_loss,
     routing_divergence,
@@ -101,6 +102,12 @@ def landscape(run: Run, r: int) -> dict:
             "chosen": {method: subsets.index(tuple(kept[i])) for method, kept in plans.items()},
         })  # fmt: skip
     return {"r": r, "corpus": run.label(run.general), "layers": layers}
+
+
+def heaviest(run: Run, share: float = 0.01) -> list[float]:
+    """How much of a layer's squared output norm, which Eq. 3 adds up, its heaviest tokens hold: a share per layer."""
+    squares = [output_norms(layer).square() for layer in run.trace(run.general).layers]
+    return [(s.topk(max(1, int(share * len(s)))).values.sum() / s.sum()).item() for s in squares]
 
 
 def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:

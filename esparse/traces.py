@@ -201,10 +201,17 @@ def routing_divergence(one: LayerTrace, other: LayerTrace) -> float:
     return (difference.abs().sum() / (2 * one.k)).item()
 
 
+def output_norms(layer: LayerTrace) -> torch.Tensor:
+    """The norm of the layer's own output for every token, float64 [tokens]."""
+    left, right = _pairing(layer.order.shape[1], layer.gram.dtype, layer.gram.device)
+    weights = layer.weights.to(layer.gram.dtype)
+    squares = (weights @ left[: layer.k]) * (weights @ right[: layer.k]) * layer.gram
+    return squares.sum(1, dtype=torch.float64).clamp(min=0).sqrt()
+
+
 def output_norm(layer: LayerTrace) -> float:
     """The Frobenius norm of the layer's own output over all traced tokens, to set losses against."""
-    nothing = torch.zeros_like(layer.weights)
-    return layer.squared_losses(layer.routing()[0][:, None], nothing[:, None]).sqrt().item()
+    return output_norms(layer).norm().item()
 
 
 def expert_distances(layer: LayerTrace) -> torch.Tensor:
