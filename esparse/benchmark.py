@@ -126,7 +126,7 @@ def benchmark_layer(hidden: int = 512, inner: int = 1792, n: int = 8, seed: int 
 
 
 @torch.no_grad()
-def search_times(model, r: int, tokens: int = 4096, repeats: int = 3) -> dict:
+def search_times(model, r: int, tokens: int = 4096, repeats: int = 9) -> dict:
     """Seconds for one layer at one r: trace and enumeration, the bare products, and re-running every subset.
 
     The bare products are the experts' matrix products for the k + n - r best experts of each token, sorted already.

@@ -91,7 +91,7 @@ def balance_loss(router_logits: tuple[torch.Tensor, ...], k: int) -> torch.Tenso
 
 
 def _schedule(step: int, steps: int, warmup: int = 100) -> float:
-    return min((step + 1) / warmup, max(0.0, (steps - step) / (steps - warmup)))
+    return min((step + 1) / warmup, max(0.0, (steps - step) / max(1, steps - warmup)))
 
 
 def train_model(

@@ -29,10 +29,9 @@ def test_redrawing_from_the_numbers_gives_the_same_figure(name, tmp_path):
     first = drawn.read_bytes()
     plots.redraw([name], tmp_path)
     assert drawn.read_bytes() == first
-    axes = [
-        a for a in plots.draw(name, json.loads((FIGURES / f"{name}.json").read_text())).axes if a.get_label() != "<colorbar>"
-    ]
-    assert any(a.get_xlabel() or a.get_ylabel() for a in axes)
+    figure = plots.draw(name, json.loads((FIGURES / f"{name}.json").read_text()))
+    axes = [a for a in figure.axes if a.get_label() != "<colorbar>"]
+    assert figure.get_supxlabel() or any(a.get_xlabel() or a.get_ylabel() for a in axes)
 
 
 def test_synthetic_axes_are_never_called_c4_or_math():
