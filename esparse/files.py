@@ -84,7 +84,7 @@ def paper(table: str) -> list | dict:
 
 def versions() -> dict[str, str]:
     """The versions that results depend on."""
-    names = ("esparse", "torch", "transformers", "datasets", "lm_eval", "numpy")
+    names = ("torch", "transformers", "datasets", "lm_eval", "numpy")
     return {name: metadata.version(name) for name in names if util.find_spec(name)}
 
 

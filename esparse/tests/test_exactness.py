@@ -189,15 +189,20 @@ def test_skipping_equals_plain_python(family, k, beta):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @torch.no_grad()
 def test_beta_zero_changes_nothing(family, dtype):
+    """Identical to our path by another route through the rule; stock to rounding, block by block on the same input,
+    since a rounding in bf16 may send a token of a later layer to other experts."""
     model, tokens = random_model(family, 8, 2, dtype=dtype), random_tokens()
-    stock = model(tokens).logits
+    inputs = [block_input(model, number, tokens) for number in range(3)]
+    stock = [layer.block(x) for layer, x in zip(moe_layers(model), inputs, strict=True)]
     with esparse.skipping(model, [0.0] * 3):
-        ours = model(tokens).logits
+        ours = [layer.block(x) for layer, x in zip(moe_layers(model), inputs, strict=True)]
+        whole = model(tokens).logits
         assert esparse.skipped_shares(model, tokens) == [0.0] * 3
-    with esparse.skipping(model, [1e-30] * 3):  # drops nothing either, by another route through the rule
-        assert torch.equal(model(tokens).logits, ours)
-    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.05}[dtype]
-    assert (ours - stock).abs().max() <= tolerance * stock.abs().max()
+    with esparse.skipping(model, [1e-30] * 3):  # drops nothing either
+        assert torch.equal(model(tokens).logits, whole)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2**-7}[dtype]
+    for mine, theirs in zip(ours, stock, strict=True):
+        assert (mine - theirs).abs().max() <= tolerance * theirs.abs().max()
 
 
 @torch.no_grad()

@@ -72,11 +72,15 @@ def test_finished_notebooks_are_not_run_again_and_changed_settings_are(finished)
 
 
 def test_running_twice_gives_the_same_numbers(finished, tmp_path):
-    """02 again in a fresh folder: the saved numbers of its figures are equal to the last digit."""
+    """02 again in a fresh folder: the same experts. Threaded products may round their last bit otherwise under load and
+    send one token of 16,384 to another expert, so shares of tokens are held to a few tokens."""
     result = command("notebooks", "02", "--set", "LIMIT=30", "--run-dir", str(tmp_path))
     assert result.returncode == 0, result.stderr
-    for name in ("02_kept_experts.json", "02_divergence.json"):
-        assert (tmp_path / "figures" / name).read_text() == (finished[0] / "figures" / name).read_text()
+    one, two = (json.loads((folder / "figures" / "02_divergence.json").read_text()) for folder in (tmp_path, finished[0]))
+    for key in ("between", "within"):
+        assert one[key] == pytest.approx(two[key], abs=5 / 16384)
+    kept = [(folder / "figures" / "02_kept_experts.json").read_text() for folder in (tmp_path, finished[0])]
+    assert kept[0] == kept[1]
 
 
 def test_an_interrupted_run_goes_on(finished, tmp_path):
