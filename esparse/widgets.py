@@ -39,7 +39,7 @@ def _image(figure: NotebookFigure, alt: str) -> str:
 
 
 def _explorer(figure_name: str, view: Callable[..., tuple[dict, str]], **sliders: tuple[str, Sequence[float]]):
-    """Sliders, each with a labelled number, over an image and a text readout."""
+    """Sliders with their values over an image and a text readout."""
     controls = {
         name: ipywidgets.SelectionSlider(options=list(values), description=label, continuous_update=False)
         for name, (label, values) in sliders.items()
