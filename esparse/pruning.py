@@ -67,11 +67,6 @@ def subset_losses(layer: LayerTrace, r: int) -> tuple[list[tuple[int, ...]], tor
     return subsets, layer.losses(subsets)
 
 
-def _enumerate(layer: LayerTrace, r: int, _generator) -> list[int]:
-    subsets, losses = subset_losses(layer, r)
-    return list(subsets[int(losses.argmin())])
-
-
 def _greedy(layer: LayerTrace, r: int, _generator) -> list[int]:
     """Remove the expert whose removal costs least, again and again."""
     check_experts(r, layer.n, layer.k, layer.keep)
@@ -92,7 +87,6 @@ def _random(layer: LayerTrace, r: int, generator: torch.Generator) -> list[int]:
 
 
 METHODS: dict[str, Callable[[LayerTrace, int, torch.Generator], list[int]]] = {
-    "enumerate": _enumerate,
     "greedy": _greedy,
     "frequency": _frequency,
     "random": _random,
@@ -112,12 +106,12 @@ def search_experts(
         check_experts(r, layer.n, layer.k, layer.keep)
     if method == "progressive":
         return _progressive_plan(trace, r, model, tokens)
-    if method not in METHODS:
-        raise ValueError(f"Unknown method {method!r}: choose from {', '.join([*METHODS, 'progressive'])}.")
-    generator = torch.Generator().manual_seed(seed)
+    if method not in ("enumerate", *METHODS):
+        raise ValueError(f"Unknown method {method!r}: choose from {', '.join(['enumerate', *METHODS, 'progressive'])}.")
     layers = tqdm(trace.layers, desc=method, unit="layer", leave=False)
     if method == "enumerate":
         return _plan(method, r, [best_subset(layer, r) for layer in layers], trace)
+    generator = torch.Generator().manual_seed(seed)
     kept = [sorted(METHODS[method](layer, r, generator)) for layer in layers]
     losses = [reconstruction_loss(layer, subset) for layer, subset in zip(trace.layers, kept, strict=True)]
     return PruningPlan(method, r, kept, losses, trace.model, trace.tokens)

@@ -121,14 +121,14 @@ class Run:
             table = evaluate(self.model, self.tokenizer, self.tasks, limit=self.limit)
             return json.loads(table.reset_index().to_json(orient="records", double_precision=15))
 
-        return pd.DataFrame(self._as(plan, betas, ["scores", self.tasks, self.limit], compute)).set_index("task")
+        return pd.DataFrame(self.as_if(plan, betas, ["scores", self.tasks, self.limit], compute)).set_index("task")
 
     def perplexity(self, corpus: str, plan: PruningPlan | None = None, betas: Sequence[float] | None = None) -> float:
         """Perplexity on the held-out tokens of a corpus."""
         tokens = self.held_out(corpus)
-        return self._as(plan, betas, ["perplexity", tokens_digest(tokens)], lambda: perplexity(self.model, tokens))
+        return self.as_if(plan, betas, ["perplexity", tokens_digest(tokens)], lambda: perplexity(self.model, tokens))
 
-    def _as(self, plan: PruningPlan | None, betas: Sequence[float] | None, what: list, compute: Callable[[], Any]) -> Any:
+    def as_if(self, plan: PruningPlan | None, betas: Sequence[float] | None, what: list, compute: Callable[[], Any]) -> Any:
         """What `compute` finds on the model as if pruned and skipping, made once, then read."""
 
         def inside():

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import pandas as pd
 import torch
 
-from .pruning import masked, subset_losses
+from .pruning import best_subset, masked, subset_losses
 from .routers import skip_ratios
 from .runs import Run
 from .skips import skipped_shares
@@ -67,7 +67,7 @@ def kept_experts(run: Run, r: int) -> dict:
     """
     general, domain = run.plan(run.general, r), run.plan(run.domain, r)
     n = run.trace(run.general).layers[0].n
-    redrawn = [_lowest(layer, r) for layer in _again(run, run.general).layers]
+    redrawn = [best_subset(layer, r)[0] for layer in _again(run, run.general).layers]
     return {
         "r": r,
         "n": n,
@@ -76,11 +76,6 @@ def kept_experts(run: Run, r: int) -> dict:
         "chance": len(general.kept) / math.comb(n, r),
         "again": sum(a == b for a, b in zip(general.kept, redrawn, strict=True)),
     }
-
-
-def _lowest(layer: LayerTrace, r: int) -> list[int]:
-    subsets, losses = subset_losses(layer, r)
-    return list(subsets[int(losses.argmin())])
 
 
 # --- 03: pruning ----------------------------------------------------------------------------------------------------
@@ -157,7 +152,7 @@ def calibration_size(run: Run, r: int, draws: int = 5) -> dict:
         for _ in range(draws if size < run.sequences else 1):
             sequences = torch.randperm(run.sequences, generator=generator)[:size]
             tokens = (sequences[:, None] * run.length + torch.arange(run.length)).flatten()
-            kept = [_lowest(part(layer, tokens), r) for layer in calibration.layers]
+            kept = [best_subset(part(layer, tokens), r)[0] for layer in calibration.layers]
             losses = [reconstruction_loss(layer, subset) for layer, subset in zip(held_out.layers, kept, strict=True)]
             excess = sum(loss / least for loss, least in zip(losses, best, strict=True)) / len(best)
             rows.append({"sequences": size, "excess": excess})
@@ -206,7 +201,7 @@ def trade_off(run: Run, shares: Sequence[float] = (0, 0.25, 0.5, 0.75, 1)) -> di
             rows.append({
                 "r": r,
                 "share": share,
-                "seen": run._as(plan, chosen, ["share"], lambda: _mean(skipped_shares(run.model, held_out))),
+                "seen": run.as_if(plan, chosen, ["share"], lambda: _mean(skipped_shares(run.model, held_out))),
                 "loss": _mean(relative_loss(layer, plan and plan.kept[i], chosen[i]) for i, layer in enumerate(layers)),
                 "perplexity": [run.perplexity(corpus, plan, chosen) for corpus in (run.general, run.domain)],
             })  # fmt: skip
@@ -252,7 +247,7 @@ def betas_of_pruned(run: Run, r: int) -> dict:
     }
     rows = {}
     for name, chosen in found.items():
-        shares = run._as(plan, chosen, ["shares"], lambda: skipped_shares(run.model, tokens))
+        shares = run.as_if(plan, chosen, ["shares"], lambda: skipped_shares(run.model, tokens))
         rows[name] = {"betas": chosen, "shares": shares, "perplexity": run.perplexity(run.general, plan, chosen)}
     return {"r": r, "corpus": run.label(run.general), "rows": rows}
 
