@@ -12,7 +12,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .files import read_json, refuse_existing, write_json
-from .models import COUNT_NAMES, MoELayer, check_fingerprint, check_tokens, decoder_layers, moe_layers
+from .models import COUNT_NAMES, MoELayer, Scratch, check_fingerprint, check_tokens, decoder_layers, moe_layers
 from .routers import unpack
 from .traces import (
     CHUNK_TOKENS,
@@ -161,6 +161,7 @@ class _Walk:
             self.arguments.append(arguments)
         self.pruned = list(self.original)
         self.depth = 0
+        self.scratch = Scratch()
 
     def _advance(self, decoder: nn.Module, stream: list[torch.Tensor]) -> list[torch.Tensor]:
         outputs = [decoder(h, **a[self.depth]) for h, a in zip(stream, self.arguments, strict=True)]
@@ -175,7 +176,7 @@ class _Walk:
             self.pruned = self._advance(decoder, self.pruned)
         else:
             hook.remove()
-            recorder = Recorder(layer, r, CHUNK_TOKENS, iter(targets))
+            recorder = Recorder(layer, r, CHUNK_TOKENS, self.scratch, iter(targets))
             with recording(self.model, [recorder]):
                 self._advance(decoder, self.pruned)
             found = [best_subset(recorder.finish(), r)]

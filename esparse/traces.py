@@ -6,7 +6,7 @@ sum_i (w' - w)_i f_i, whose squared norm is (w' - w)^T G (w' - w): Eq. 3 for eve
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -20,11 +20,12 @@ from tqdm.auto import tqdm
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .files import new_folder, read_json, write_json
-from .models import MoELayer, check_tokens, experts_implementation, fingerprint, moe_layers, pair_outputs, run_experts
+from .models import MoELayer, Scratch, check_tokens, experts_implementation, fingerprint, moe_layers, pair_outputs, run_experts
 from .routers import SoftmaxRouter, skip_pairs, skip_ratios, unpack
 
 CHUNK_TOKENS = 2048
 ROWS = 65536  # tokens times subsets that are searched at once
+SUBSETS = 256
 
 
 def reach(n: int, k: int, keep: int | None) -> int:
@@ -87,45 +88,53 @@ class LayerTrace:
         column = torch.full((s, self.n), -1, device=device).scatter_(1, subsets, columns).T.contiguous()  # [n, s]
         local = column.index_select(0, self.order.flatten()).view(tokens, m, s)  # a kept expert's column, or -1
         alive = local >= 0
-        place = (alive.cumsum(1) * alive).clamp_(max=self.k + 1)  # 1..k for the chosen, 0 or k + 1 for the rest
+        counted = alive.to(torch.int16)  # narrow integers: less to move
+        place = counted.cumsum(1, dtype=torch.int16).mul_(counted).clamp_(max=self.k + 1).long()  # 1..k, else 0 or k + 1
         ranks = torch.arange(m, device=device)[:, None].expand_as(place)
         positions = ranks.new_zeros(tokens, self.k + 2, s).scatter_(1, place, ranks)[:, 1:-1]  # k each: bound on reach
         chosen = local.gather(1, positions).mT.reshape(-1, self.k)
         logits = self.logits.index_select(1, subsets.flatten()).view(-1, r)  # [tokens * s, r]
         return positions.mT, self.router.weights(logits, chosen).view(tokens, s, self.k)
 
-    def squared_losses(self, positions: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Sum over tokens of ||sum_i w'_i f_i - z||^2, float64 [s], for weights [tokens, s, k] at `positions`."""
-        m, dtype = self.order.shape[1], self.gram.dtype
-        change = torch.zeros(*weights.shape[:2], m, dtype=dtype, device=weights.device)
-        change.scatter_(2, positions, weights.to(dtype))
+    def squared_losses(self, route: Callable[["LayerTrace"], tuple[torch.Tensor, torch.Tensor]], count: int) -> torch.Tensor:
+        """Sum over tokens of ||sum_i w'_i f_i - z||^2, float64 [count], for `count` ways of routing at once.
+
+        route: from a part of this trace to places in `order` and weights, both [its tokens, count, k].
+        """
+        total = torch.zeros(count, dtype=torch.float64, device=self.order.device)
+        rows = max(1, ROWS // count)
+        for start in range(0, len(self.order), rows):
+            some = part(self, slice(start, start + rows))
+            total += some._squared_losses(*route(some))
+        return total.clamp(min=0)
+
+    def _squared_losses(self, positions: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        change = self.gram.new_zeros(*weights.shape[:2], self.order.shape[1])
+        change.scatter_(2, positions, weights.to(change.dtype))
         if self.target_dot is None:
-            change[:, :, : self.k] -= self.weights[:, None].to(dtype)
-        left, right = _pairing(m, dtype, change.device)
-        squares = (change @ left).mul_(change @ right).mul_(self.gram[:, None]).sum((0, 2), dtype=torch.float64)
-        if self.target_dot is not None:
-            cross = (change * self.target_dot[:, None]).sum((0, 2), dtype=torch.float64)
-            squares = squares - 2 * cross + self.target_norm.sum()
-        return squares.clamp(min=0)
+            change[:, :, : self.k] -= self.weights[:, None].to(change.dtype)
+        squares = (change @ full_gram(self)).mul_(change).sum(2).sum(0, dtype=torch.float64)
+        if self.target_dot is None:
+            return squares
+        cross = (change @ self.target_dot[:, :, None]).sum((0, 2), dtype=torch.float64)
+        return squares - 2 * cross + self.target_norm.sum()
 
     def losses(self, subsets: Sequence[Sequence[int]]) -> torch.Tensor:
-        """`reconstruction_loss` of subsets of one size, float64 [subsets], some at a time."""
-        every = torch.tensor(subsets, device=self.order.device)
-        parts = every.split(max(1, ROWS // len(self.order)))
-        return torch.cat([self.squared_losses(*self._routing(part)) for part in parts]).sqrt()
+        """`reconstruction_loss` of subsets of one size, float64 [subsets]."""
+        some = torch.tensor(subsets, device=self.order.device).split(SUBSETS)
+        return torch.cat([self.squared_losses(lambda part, s=s: part._routing(s), len(s)) for s in some]).sqrt()
 
 
-def _triangle(m: int, device) -> tuple[torch.Tensor, torch.Tensor]:
-    i, j = torch.triu_indices(m, m, device=device)
-    return i, j
-
-
-def _pairing(m: int, dtype: torch.dtype, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Matrices [m, m (m + 1) / 2] that copy columns i, and columns j twice over where i != j: a product with 0 and 1
-    is exact, and faster than indexing."""
-    i, j = _triangle(m, device)
-    eye = torch.eye(m, dtype=dtype, device=device)
-    return eye[:, i].contiguous(), (eye[:, j] * torch.where(i == j, 1, 2)).contiguous()
+def full_gram(layer: LayerTrace, size: int | None = None) -> torch.Tensor:
+    """The symmetric matrices [tokens, size, size] of each token's first `size` experts (all, if None), from the triangles."""
+    m = layer.order.shape[1]
+    i, j = torch.triu_indices(m, m, device=layer.gram.device)
+    entries = (j < (size or m)).nonzero()[:, 0]
+    i, j, triangle = i[entries], j[entries], layer.gram[:, entries]
+    full = triangle.new_empty(len(triangle), size or m, size or m)
+    full[:, i, j] = triangle
+    full[:, j, i] = triangle
+    return full
 
 
 def check_experts(r: int, n: int, k: int, keep: int | None = None) -> None:
@@ -150,11 +159,16 @@ def reconstruction_loss(layer: LayerTrace, kept: Sequence[int] | None = None, be
     kept: the experts that stay (all, if None); beta: skipping on top of it, with the rule of `routers.skip_pairs`.
     Exact up to the rounding of the Gram. Raises ValueError for subsets outside the trace and bad betas.
     """
-    positions, weights = layer.routing(kept)
     if beta is not None:
         check_beta(beta, layer.k)
-        weights = skip_pairs(weights, beta, layer.router.renormalise)[1]
-    return layer.squared_losses(positions[:, None], weights[:, None]).sqrt().item()
+
+    def route(part: LayerTrace) -> tuple[torch.Tensor, torch.Tensor]:
+        positions, weights = part.routing(kept)
+        if beta is not None:
+            weights = skip_pairs(weights, beta, layer.router.renormalise)[1]
+        return positions[:, None], weights[:, None]
+
+    return layer.squared_losses(route, 1).sqrt().item()
 
 
 def median_betas(trace: "Trace", kept: Sequence[Sequence[int]] | None = None) -> list[float]:
@@ -203,10 +217,9 @@ def routing_divergence(one: LayerTrace, other: LayerTrace) -> float:
 
 def output_norms(layer: LayerTrace) -> torch.Tensor:
     """The norm of the layer's own output for every token, float64 [tokens]."""
-    left, right = _pairing(layer.order.shape[1], layer.gram.dtype, layer.gram.device)
-    weights = layer.weights.to(layer.gram.dtype)
-    squares = (weights @ left[: layer.k]) * (weights @ right[: layer.k]) * layer.gram
-    return squares.sum(1, dtype=torch.float64).clamp(min=0).sqrt()
+    weights = layer.weights[:, None].to(layer.gram.dtype)  # [tokens, 1, k]
+    squares = weights @ full_gram(layer, layer.k) @ weights.mT
+    return squares.flatten().double().clamp(min=0).sqrt()
 
 
 def output_norm(layer: LayerTrace) -> float:
@@ -216,12 +229,11 @@ def output_norm(layer: LayerTrace) -> float:
 
 def expert_distances(layer: LayerTrace) -> torch.Tensor:
     """||f_1 - f_2|| of each token's two best experts, float64 [tokens], which A.2 takes to be nearly constant."""
-    i, j = _triangle(layer.order.shape[1], layer.gram.device)
-    entry = {(int(a), int(b)): layer.gram[:, at].double() for at, (a, b) in enumerate(zip(i, j, strict=True)) if b < 2}
-    return (entry[0, 0] + entry[1, 1] - 2 * entry[0, 1]).clamp(min=0).sqrt()
+    best = full_gram(layer, 2).double()
+    return (best[:, 0, 0] + best[:, 1, 1] - 2 * best[:, 0, 1]).clamp(min=0).sqrt()
 
 
-def part(layer: LayerTrace, tokens: torch.Tensor) -> LayerTrace:
+def part(layer: LayerTrace, tokens: torch.Tensor | slice) -> LayerTrace:
     """The trace of some of the tokens, by their numbers: what tracing these alone would have given."""
     cut = {name: value[tokens] for name, value in vars(layer).items() if torch.is_tensor(value) and name != "weights"}
     return LayerTrace(layer.name, layer.k, layer.router, **cut)
@@ -274,11 +286,14 @@ def _load_layer(path: Path, about: dict) -> LayerTrace:
 
 class Recorder:
     """Takes the place of a layer's experts during tracing: runs those within reach, keeps their Gram, and returns the
-    layer's own result from the same outputs. `target` yields z [tokens, d] for each call, in a progressive trace.
+    layer's own result from the same outputs. Recorders that run one after the other share `scratch`. `target` yields
+    z [tokens, d] for each call, in a progressive trace.
     """
 
-    def __init__(self, layer: MoELayer, keep: int | None, chunk: int, target: Iterator[torch.Tensor] | None = None):
-        self.layer, self.chunk, self.target = layer, chunk, target
+    def __init__(
+        self, layer: MoELayer, keep: int | None, chunk: int, scratch: Scratch, target: Iterator[torch.Tensor] | None = None
+    ):
+        self.layer, self.chunk, self.scratch, self.target = layer, chunk, scratch, target
         self.m = reach(layer.n, layer.k, keep)
         self.logits, self.order, self.gram, self.target_dot, self.target_norm = [], [], [], [], []
 
@@ -301,26 +316,28 @@ class Recorder:
         for start in range(0, len(hidden_states), self.chunk):
             part = slice(start, start + self.chunk)
             outputs = self._contributions(hidden_states[part], self.order[-1][part])  # [chunk, m, d]
-            result[part] = (outputs[:, : self.layer.k] * weights[part, :, None]).sum(1).to(result.dtype)
+            outputs = outputs if outputs.dtype == torch.float64 else outputs.float()
+            mixed = weights[part, None].to(outputs.dtype) @ outputs[:, : self.layer.k]  # [chunk, 1, d]
+            result[part] = mixed[:, 0].to(result.dtype)
             self._accumulate(outputs, None if target is None else target[part])
         return result
 
     def _contributions(self, hidden_states: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
         token = torch.arange(len(order), device=order.device).repeat_interleave(self.m)
-        return pair_outputs(self.layer.experts, hidden_states, token, order.flatten()).view(len(order), self.m, -1)
+        outputs = pair_outputs(self.layer.experts, hidden_states, token, order.flatten(), self.scratch)
+        return outputs.view(len(order), self.m, -1)
 
     def _accumulate(self, outputs: torch.Tensor, target: torch.Tensor | None) -> None:
-        wide = outputs if outputs.dtype == torch.float64 else outputs.float()
-        i, j = _triangle(self.m, outputs.device)
-        gram = (wide @ wide.mT)[:, i, j]
+        i, j = torch.triu_indices(self.m, self.m, device=outputs.device)
+        gram = (outputs @ outputs.mT)[:, i, j]
         if not torch.isfinite(gram).all():
             raise ValueError(
                 f"{self.layer.name}: expert outputs are not finite; the model or its dtype overflows on this text."
             )
         self.gram.append(gram)
         if target is not None:
-            target = target.to(wide.dtype)
-            self.target_dot.append((wide @ target.unsqueeze(2)).squeeze(2))
+            target = target.to(outputs.dtype)
+            self.target_dot.append((outputs @ target.unsqueeze(2)).squeeze(2))
             self.target_norm.append(target.double().square().sum(1))
 
     def finish(self) -> LayerTrace:
@@ -375,7 +392,8 @@ def trace(
     layers = moe_layers(model)
     for layer in layers:
         check_experts(layer.k if keep is None else keep, layer.n, layer.k)
-    recorders = [Recorder(layer, keep, chunk_tokens) for layer in layers]
+    scratch = Scratch()
+    recorders = [Recorder(layer, keep, chunk_tokens, scratch) for layer in layers]
     with recording(model, recorders):
         for batch in tqdm(tokens.split(batch_size), desc="trace", unit="batch"):
             model.base_model(batch.to(model.device), use_cache=False)

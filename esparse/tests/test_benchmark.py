@@ -1,5 +1,6 @@
 """The benchmarks measure what they say; ratios are theirs to print, never asserted as times here."""
 
+import pytest
 import torch
 
 import esparse
@@ -54,7 +55,8 @@ def test_search_times_compare_like_with_like():
     model = benchmark.benchmark_layer(hidden=64, inner=96)
     row = benchmark.search_times(model, 6, tokens=64, repeats=1)
     assert min(row["ours"], row["products"], row["rerun"]) > 0
-    assert row["all_outputs_mib"] == 64 * 4 * 64 * 4 / 2**20  # tokens x m x hidden x float32
+    assert row["all_outputs_mib"] == 4 * 64 * 4 * 64 * 4 / 2**20  # 4 x tokens x m x hidden x float32
+    assert row["over_products"] == pytest.approx(row["ours"] / row["products"])  # one round
 
 
 def test_expert_outputs_are_never_held_for_all_tokens():
