@@ -168,12 +168,12 @@ def _kept(data: dict) -> Figure:
 
 
 def _divergence(data: dict) -> Figure:
-    figure, [[axes]] = _canvas(5, 2.6)
+    figure, [[axes]] = _canvas(5, 3)
     layers = range(len(data["between"]))
     axes.plot(layers, data["between"], marker="o", color=COLOURS[0], label=" against ".join(data["labels"]))
     axes.plot(layers, data["within"], marker="s", ls="--", color="0.5", label=f"two draws of {data['labels'][0]}")
     axes.set(xlabel="layer", ylabel="total variation of the routing", xticks=layers, ylim=(0, None))
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=1)
     return figure
 
 
@@ -402,7 +402,8 @@ def _memory_and_speed(data: dict) -> Figure:
         speed.bar_label(speed.bar(at, values, 0.25, color=COLOURS[i], label=kind), fmt="%.1f", fontsize=7)
     speed.set(ylabel="tokens per second, batch 1", xticks=range(len(sizes)), xticklabels=[f"r = {r}" for r in sizes])
     speed.set_title(data["device"])
-    speed.legend(loc="lower right", framealpha=0.9, frameon=True, fontsize=7)
+    speed.legend(loc="upper left", ncols=3, fontsize=7)
+    speed.set_ylim(0, 1.2 * speed.dataLim.y1)  # room for the legend
     rows = [row for row in data["paper_memory"] if row["method"] != "wanda 2:4"]
     bars = paper_memory.bar([f"r = {row['r']}" for row in rows], [row["memory_mib"] for row in rows], color=COLOURS[7])
     paper_memory.bar_label(bars, fmt="%.0f", fontsize=8)

@@ -150,15 +150,20 @@ class Run:
 
     def label(self, corpus: str) -> str:
         """How figures name a corpus: synthetic ones are never called C4 or MATH."""
-        return LABELS.get(corpus, corpus)
+        return LABELS.get(corpus, Path(corpus).name)
+
+    @property
+    def embedded(self) -> bool:
+        """Whether this is the tiny model on its own two corpora, whose numbers the notebooks vouch for."""
+        return (self.model_name, self.general, self.domain) == ("tiny", "web", "arithmetic")
 
     def figure(self, name: str, data: dict):
         """Draw a figure of `plots.FIGURES`, save it as PNG, PDF and JSON, and return it.
 
-        With the tiny model and the default folder it also lands in the checkout's `figures/`.
+        With the embedded model and corpora and the default folder it also lands in the checkout's `figures/`.
         """
         figure = plots.save_figure(name, data, self.folder / "figures")
-        if self.default_folder and self.model_name == "tiny":
+        if self.default_folder and self.embedded:
             plots.save_figure(name, data, checkout() / "figures")
         return figure
 
