@@ -138,6 +138,19 @@ def test_another_model_runs_by_changing_model_alone(tmp_path, tiny):
     assert "04_beta_calibration" in result.stdout
 
 
+def test_the_tiny_model_takes_other_corpora_whose_numbers_nobody_vouches_for(tmp_path):
+    """Two halves of one text route alike, which the notebook's numbers for the embedded corpora rule out."""
+    for name, part in (("one", range(0, 1500, 2)), ("other", range(1, 1500, 2))):
+        text = [f"Item {i} of the list is number {i * 7 % 100} and costs {i % 30} coins. " * 3 for i in part]
+        (tmp_path / f"{name}.txt").write_text("\n\n".join(text))
+    options = [f"--set=GENERAL={str(tmp_path / 'one.txt')!r}", f"--set=DOMAIN={str(tmp_path / 'other.txt')!r}"]
+    small = ["--set=SEQUENCES=8", "--set=LENGTH=64", "--run-dir", str(tmp_path / "run")]
+    result = command("notebooks", "01", *options, *small)
+    assert result.returncode == 0, result.stderr
+    labels = json.loads((tmp_path / "run" / "figures" / "01_frequency.json").read_text())["corpora"]
+    assert list(labels) == ["one.txt", "other.txt"]
+
+
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 def test_what_is_committed_is_fit_to_be_read(path):
     raw = path.read_text()

@@ -1,9 +1,11 @@
 """Properties of the skipping rule and of losses, on whatever hypothesis thinks of."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from esparse.models import Scratch, pair_outputs
 from esparse.routers import SoftmaxRouter, skip_pairs, skip_ratios
 from esparse.traces import LayerTrace, reconstruction_loss
 
@@ -64,3 +66,49 @@ def test_loss_from_the_gram_is_the_norm_of_the_change(seed, n, k, renormalise):
         if len(kept) >= k:
             expected = (output(kept) - output(list(range(n)))).norm().item()
             assert abs(reconstruction_loss(layer, kept) - expected) <= 1e-7 + 1e-9 * expected
+
+
+class Experts(torch.nn.Module):
+    """What the interface tells of a family's experts: 3 of them, hidden size 4, inner size 5."""
+
+    num_experts = 3
+
+    def __init__(self, gate: bool, bias: bool, transposed: bool):
+        super().__init__()
+        self.has_gate, self.has_bias, self.is_transposed = gate, bias, transposed
+        self.act_fn = torch.nn.Tanh()
+        name, width = ("gate_up_proj", 10) if gate else ("up_proj", 5)
+        for key, inputs, outputs in ((name, 4, width), ("down_proj", 5, 4)):
+            shape = (3, inputs, outputs) if transposed else (3, outputs, inputs)
+            setattr(self, key, torch.nn.Parameter(torch.randn(shape, dtype=torch.float64)))
+            setattr(self, f"{key}_bias", torch.nn.Parameter(torch.randn(3, outputs, dtype=torch.float64)))
+
+    def _apply_gate(self, hidden):
+        return self.act_fn(hidden[..., ::2]) * hidden[..., 1::2]  # interleaved, as in GPT-OSS
+
+    def one(self, number: int, x: torch.Tensor) -> torch.Tensor:
+        for key in ("gate_up_proj" if self.has_gate else "up_proj", "down_proj"):
+            weight = getattr(self, key)[number]
+            x = torch.einsum("i,io->o", x, weight if self.is_transposed else weight.T)
+            x = x + getattr(self, f"{key}_bias")[number] if self.has_bias else x
+            if key != "down_proj":
+                x = self._apply_gate(x) if self.has_gate else self.act_fn(x)
+        return x
+
+
+@pytest.mark.parametrize("gate", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("transposed", [True, False])
+def test_pair_outputs_are_each_pairs_own_with_scratch_and_without(gate, bias, transposed):
+    torch.manual_seed(0)
+    experts, hidden = Experts(gate, bias, transposed), torch.randn(6, 4, dtype=torch.float64)
+    token, expert = torch.randint(0, 6, (700,)), torch.randint(0, 2, (700,))  # the third is never asked
+    expected = torch.stack([experts.one(e, hidden[t]) for t, e in zip(token.tolist(), expert.tolist(), strict=True)])
+    scratch = Scratch()
+    with torch.no_grad():
+        for _ in range(2):  # the second time in memory that holds the first result
+            assert torch.allclose(pair_outputs(experts, hidden, token, expert, scratch), expected, rtol=1e-12)
+    outputs = pair_outputs(experts, hidden, token, expert)
+    assert torch.allclose(outputs, expected, rtol=1e-12)
+    outputs.sum().backward()  # without scratch the experts can be trained
+    assert experts.down_proj.grad[:2].abs().min() > 0 and experts.down_proj.grad[2].abs().max() == 0
