@@ -14,8 +14,9 @@ from .corpora import calibration_tokens
 from .evaluation import evaluate, perplexity
 from .files import paper, versions
 from .models import moe_layers
-from .pruning import PruningPlan, masked, prune, search_experts, subset_losses
+from .pruning import PruningPlan, masked, prune
 from .runs import Run
+from .search import expert_scores, search_experts, subset_losses
 from .skips import disable_skipping, enable_skipping, skipped_shares, skipping
 from .traces import (
     LayerTrace,

@@ -14,7 +14,8 @@ import transformers
 
 from .files import write_json
 from .models import Scratch, moe_layers
-from .pruning import masked_layer, subset_losses
+from .pruning import masked_layer
+from .search import subset_losses
 from .skips import skipping
 from .traces import CHUNK_TOKENS, LayerTrace, Recorder, recording
 

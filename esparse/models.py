@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import transformers
@@ -12,7 +13,8 @@ from packaging.version import Version
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from .routers import SoftmaxRouter, identify
+from .files import digest
+from .routers import Router, identify
 
 FLOOR = "5.17"
 if Version(transformers.__version__) < Version(FLOOR):
@@ -26,15 +28,55 @@ ACTIVATED = 256  # rows activated at a time, while they are in a core's cache
 
 @dataclass
 class MoELayer:
-    """One MoE layer in place: its block, gate and experts modules, and what its router does."""
+    """One MoE layer in place: its block, its gate and its experts module."""
 
     name: str
     block: nn.Module
     gate: nn.Module
     experts: nn.Module
-    router: SoftmaxRouter
-    n: int  # experts
-    k: int  # experts a token is routed to
+
+    @property
+    def n(self) -> int:
+        """The number of experts."""
+        return self.experts.num_experts
+
+    @cached_property
+    def _identified(self) -> tuple[Router, int]:
+        try:
+            return identify(self.block, self.gate, self.n)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: esparse cannot use the router {type(self.gate).__name__}, since {error}.") from None
+
+    @property
+    def router(self) -> Router:
+        """What the router does. Raises ValueError where it is of no known kind."""
+        return self._identified[0]
+
+    @property
+    def k(self) -> int:
+        """The experts a token is routed to."""
+        return self._identified[1]
+
+    @cached_property
+    def _leaving(self) -> tuple[bool, torch.Tensor | None]:
+        return _after(self)
+
+    @property
+    def linear(self) -> bool:
+        """Whether the experts' sum reaches the block's output by a linear map. Where a norm follows it, or a decoder
+        layer holds its experts itself, the sum is what losses compare, not the block's output."""
+        return self._leaving[0]
+
+    @property
+    def after(self) -> torch.Tensor | None:
+        """That map: a factor [], a matrix [inner, d], or nothing (None)."""
+        return self._leaving[1]
+
+    @property
+    def shared(self) -> bool:
+        """Whether the block adds something that does not come from its experts."""
+        own = {id(p) for module in (self.gate, self.experts) for p in module.parameters()}
+        return any(id(p) not in own for p in self.block.parameters())
 
 
 def _is_experts(module: nn.Module) -> bool:
@@ -44,22 +86,62 @@ def _is_experts(module: nn.Module) -> bool:
 def moe_layers(model: nn.Module) -> list[MoELayer]:
     """The MoE layers of a model, in order: every module behind the experts interface that has a gate beside it.
 
-    Raises ValueError for a model without any, or with a router of an unknown kind.
+    Raises ValueError for a model without any.
     """
     layers = []
     for name, block in model.named_modules():
         experts = getattr(block, "experts", None)
         gate = getattr(block, "gate", None) or getattr(block, "router", None)
         if isinstance(experts, nn.Module) and _is_experts(experts) and isinstance(gate, nn.Module):
-            hidden_size = experts.down_proj.shape[2 if experts.is_transposed else 1]
-            router, k = identify(gate, hidden_size)
-            layers.append(MoELayer(name, block, gate, experts, router, experts.num_experts, k))
+            layers.append(MoELayer(name, block, gate, experts))
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has no MoE layers behind transformers' experts interface: "
             "load a Mixture-of-Experts model, such as Mixtral, Qwen3-MoE or OLMoE."
         )
     return layers
+
+
+@torch.no_grad()
+def _after(layer: MoELayer) -> tuple[bool, torch.Tensor | None]:
+    """Whether a block's output is linear in its experts' sum, and the map, found by handing it sums of our own."""
+    width = layer.experts.down_proj.shape[2 if layer.experts.is_transposed else 1]
+    like = next(p for p in layer.gate.parameters() if p.ndim == 2)
+    given = torch.randn(8, width, generator=torch.Generator().manual_seed(0)).to(like.device, layer.experts.down_proj.dtype)
+    close = lambda one, other: torch.allclose(one, other, rtol=2e-2, atol=2e-2 * other.abs().max().item())  # noqa: E731
+    try:
+        rest = block_output(layer, torch.zeros_like(given), like)
+        mixed = block_output(layer, given, like) - rest
+    except (TypeError, ValueError, AttributeError, RuntimeError):
+        return False, None  # it takes more than hidden states: a decoder layer
+    if mixed.shape == given.shape:
+        factor = (mixed / given).median()
+        if close(mixed, factor * given):
+            return True, None if abs(factor - 1) < 1e-2 else factor
+    matrix = block_output(layer, torch.eye(width).to(given), like) - rest[:1]
+    return (True, matrix) if close(mixed, given @ matrix) else (False, None)
+
+
+def block_output(layer: MoELayer, sums: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The block's output [rows, d] were its experts to sum up to `sums` [rows, inner], on inputs of zero."""
+    with silenced(layer, sums):
+        output = layer.block(like.new_zeros(1, len(sums), like.shape[1]).to(sums.dtype))
+    return (output[0] if isinstance(output, tuple) else output).reshape(len(sums), -1)
+
+
+@contextmanager
+def silenced(layer: MoELayer, sums: torch.Tensor | None = None) -> Iterator[None]:
+    """The layer with experts that do not run, and give `sums` [tokens, inner] (zeros, if None)."""
+    experts = layer.experts
+    former = experts.__dict__.get("forward")
+    experts.forward = lambda hidden_states, *_: torch.zeros_like(hidden_states) if sums is None else sums
+    try:
+        yield
+    finally:
+        if former is None:
+            del experts.forward
+        else:
+            experts.forward = former
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -72,11 +154,14 @@ def fingerprint(model: nn.Module) -> str:
 
     Traces and plans carry it, so that none is used with another model by mistake.
     """
-    state = hashlib.sha256()
-    for layer in moe_layers(model):
-        state.update(f"{layer.n}/{layer.k}".encode())
-        for parameter in layer.gate.parameters():
-            state.update(parameter.detach().float().cpu().numpy().tobytes())
+    return digest([gate_digest(layer) for layer in moe_layers(model)])
+
+
+def gate_digest(layer: MoELayer) -> str:
+    """The same for one layer's gate."""
+    state = hashlib.sha256(f"{layer.n}/{layer.k}".encode())
+    for parameter in layer.gate.parameters():
+        state.update(parameter.detach().float().cpu().numpy().tobytes())
     return state.hexdigest()[:16]
 
 
@@ -156,13 +241,14 @@ def _one_expert(experts: nn.Module, number: int, x: torch.Tensor, scratch: Scrat
         return torch.mm(x, weight(name), out=out)
 
     up, activate = ("gate_up_proj", experts._apply_gate) if experts.has_gate else ("up_proj", experts.act_fn)
+    norm = experts.post_expert_norm if getattr(experts, "has_post_expert_norm", False) else lambda out: out
     if scratch is None:
-        return linear("down_proj", activate(linear(up, x)))
+        return norm(linear("down_proj", activate(linear(up, x))))
     inner = weight("down_proj").shape[0]
     hidden = linear(up, x, scratch.empty("hidden", x, len(x), weight(up).shape[1]))
     for rows in hidden.split(ACTIVATED):
         rows[:, :inner] = activate(rows)
-    return linear("down_proj", hidden[:, :inner])
+    return norm(linear("down_proj", hidden[:, :inner]))
 
 
 @contextmanager

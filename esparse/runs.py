@@ -17,7 +17,8 @@ from .corpora import calibration_tokens
 from .evaluation import TINY_TASKS, evaluate, perplexity
 from .files import checkout, digest, read_json, write_json
 from .models import fingerprint, moe_layers
-from .pruning import PruningPlan, masked, search_experts
+from .pruning import PruningPlan, masked
+from .search import search_experts
 from .skips import skipping
 from .traces import Trace, tokens_digest, trace
 from .training import PRESETS

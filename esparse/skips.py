@@ -52,7 +52,7 @@ def enable_skipping(model, betas: Sequence[float]) -> None:
     """
     for layer, beta in zip(_check_betas(model, betas), betas, strict=True):
         layer.experts.esparse_beta = float(beta)
-        layer.experts.esparse_renormalise = layer.router.renormalise
+        layer.experts.esparse_renormalise = layer.router.normalises
     if model.config._experts_implementation != IMPLEMENTATION:
         model.esparse_former = model.config._experts_implementation
     model.set_experts_implementation(IMPLEMENTATION)
@@ -104,7 +104,7 @@ def skipped_shares(model, tokens: torch.Tensor, batch_size: int = 8) -> list[flo
     def count(number: int, layer: MoELayer):
         def hook(_gate, _inputs, output):
             weights = unpack(output)[1].sort(dim=1, descending=True).values
-            keep = skip_pairs(weights, layer.experts.esparse_beta, layer.router.renormalise)[0]
+            keep = skip_pairs(weights, layer.experts.esparse_beta, layer.router.normalises)[0]
             kept[number] += int(keep[:, 1:].sum())
             seen[number] += keep[:, 1:].numel()
 

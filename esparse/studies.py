@@ -9,9 +9,10 @@ from collections.abc import Sequence
 import pandas as pd
 import torch
 
-from .pruning import best_subset, masked, subset_losses
+from .pruning import masked
 from .routers import skip_ratios
 from .runs import Run
+from .search import best_subset, subset_losses
 from .skips import skipped_shares
 from .traces import (
     LayerTrace,

@@ -21,23 +21,27 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .files import new_folder, read_json, write_json
 from .models import MoELayer, Scratch, check_tokens, experts_implementation, fingerprint, moe_layers, pair_outputs, run_experts
-from .routers import SoftmaxRouter, skip_pairs, skip_ratios, unpack
+from .routers import Router, read_router, skip_pairs, skip_ratios, unpack
 
 CHUNK_TOKENS = 2048
 ROWS = 65536  # tokens times subsets that are searched at once
 SUBSETS = 256
 
 
-def reach(n: int, k: int, keep: int | None) -> int:
-    """How many of its best-ranked experts a token can ever use when at least `keep` of n stay: min(n, k + n - keep)."""
-    return min(n, k + n - (k if keep is None else keep))
+def reach(n: int, k: int, keep: int | None, router: Router) -> int:
+    """How many of its best-ranked experts a token can ever use when at least `keep` of n stay: min(n, k + n - keep).
+
+    All n where removing experts changes how the others rank (groups; a bias added to a softmax).
+    """
+    return min(n, k + n - (k if keep is None else keep)) if router.local else n
 
 
 @dataclass
 class LayerTrace:
     """What one MoE layer did with the calibration tokens.
 
-    logits: [tokens, n] in the router's dtype. order: [tokens, m] int64, the experts within reach, best first.
+    logits: [tokens, n] in the router's dtype. order: [tokens, m] int64, the experts within reach, best first: the k
+    that were chosen, then the others.
     gram: [tokens, m (m + 1) / 2], <f_i, f_j> in `order`, upper triangle by rows, float64 for float64 models, else
     float32. A progressive trace compares with another layer's output z: target_dot [tokens, m] holds <f_i, z>,
     target_norm [tokens] ||z||^2; without them z is the layer's own output.
@@ -45,25 +49,24 @@ class LayerTrace:
 
     name: str
     k: int
-    router: SoftmaxRouter
+    router: Router
     logits: torch.Tensor
     order: torch.Tensor
     gram: torch.Tensor
     target_dot: torch.Tensor | None = None
     target_norm: torch.Tensor | None = None
+    keep: int | None = None  # the smallest r this trace can answer for
+
+    def __post_init__(self):
+        self.keep = self.n - (self.order.shape[1] - self.k) if self.keep is None else self.keep
 
     @property
     def n(self) -> int:
         return self.logits.shape[1]
 
-    @property
-    def keep(self) -> int:
-        """The smallest r this trace can answer for."""
-        return self.n - (self.order.shape[1] - self.k)
-
     @cached_property
     def weights(self) -> torch.Tensor:
-        """Routing weights [tokens, k] of the full layer, falling."""
+        """Routing weights [tokens, k] of the full layer, as in `order`."""
         return self.router.weights(self.logits, self.order[:, : self.k])
 
     def check(self, kept: Sequence[int]) -> list[int]:
@@ -71,18 +74,29 @@ class LayerTrace:
         kept = sorted(int(e) for e in kept)
         if len(set(kept)) != len(kept) or not kept or kept[0] < 0 or kept[-1] >= self.n:
             raise ValueError(f"Kept experts must be different numbers from 0 to {self.n - 1}, got {kept}.")
-        check_experts(len(kept), self.n, self.k, self.keep)
+        self.check_size(len(kept))
+        size = self.n // self.router.groups
+        if len({sum(e // size == group for e in kept) for group in range(self.router.groups)}) > 1:
+            raise ValueError(f"Keep as many experts in each of the router's {self.router.groups} groups, got {kept}.")
         return kept
 
+    def check_size(self, r: int) -> None:
+        """ValueError if the router cannot keep r experts, or this trace not answer for them."""
+        check_experts(r, self.n, self.k, self.keep, self.router)
+
     def routing(self, kept: Sequence[int] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where in `order` each token's k experts stand and their weights, both [tokens, k], when only `kept` exist."""
+        """Where in `order` each token's k experts stand and their weights, which fall, both [tokens, k], when only `kept`
+        exist (all, if None)."""
         if kept is None:
-            return torch.arange(self.k, device=self.order.device).expand(len(self.order), -1), self.weights
+            return self._falling(torch.arange(self.k, device=self.order.device).expand(len(self.order), -1), self.weights)
         positions, weights = self._routing(torch.tensor([self.check(kept)], device=self.order.device))
         return positions[:, 0], weights[:, 0]
 
     def _routing(self, subsets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`routing` for subsets [s, r] at once: both [tokens, s, k]. Nothing depends on the data but the values."""
+        if not self.router.local:
+            routed = [self._routing_anew(subset) for subset in subsets]
+            return tuple(torch.stack(column, 1) for column in zip(*routed, strict=True))
         (s, r), (tokens, m), device = subsets.shape, self.order.shape, self.order.device
         columns = torch.arange(r, device=device).expand(s, -1)
         column = torch.full((s, self.n), -1, device=device).scatter_(1, subsets, columns).T.contiguous()  # [n, s]
@@ -93,8 +107,23 @@ class LayerTrace:
         ranks = torch.arange(m, device=device)[:, None].expand_as(place)
         positions = ranks.new_zeros(tokens, self.k + 2, s).scatter_(1, place, ranks)[:, 1:-1]  # k each: bound on reach
         chosen = local.gather(1, positions).mT.reshape(-1, self.k)
+        numbers = self.order.gather(1, positions.mT.flatten(1)).view(-1, self.k) if self.router.expert_scale else None
         logits = self.logits.index_select(1, subsets.flatten()).view(-1, r)  # [tokens * s, r]
-        return positions.mT, self.router.weights(logits, chosen).view(tokens, s, self.k)
+        return self._falling(positions.mT, self.router.weights(logits, chosen, numbers).view(tokens, s, self.k))
+
+    def _routing_anew(self, subset: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`routing` where nothing is known beforehand of how fewer experts rank: the router chooses again."""
+        logits = self.logits[:, subset]
+        chosen = self.router.select(logits, self.k, subset)
+        weights = self.router.weights(logits, chosen, subset[chosen])
+        return self._falling(self.order.argsort(1).gather(1, subset[chosen]), weights)
+
+    def _falling(self, positions: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both [..., k] by falling weight, where the order of selection is another."""
+        if self.router.sorted:
+            return positions, weights
+        order = weights.argsort(dim=-1, descending=True, stable=True)
+        return positions.gather(-1, order), weights.gather(-1, order)
 
     def squared_losses(self, route: Callable[["LayerTrace"], tuple[torch.Tensor, torch.Tensor]], count: int) -> torch.Tensor:
         """Sum over tokens of ||sum_i w'_i f_i - z||^2, float64 [count], for `count` ways of routing at once.
@@ -137,10 +166,18 @@ def full_gram(layer: LayerTrace, size: int | None = None) -> torch.Tensor:
     return full
 
 
-def check_experts(r: int, n: int, k: int, keep: int | None = None) -> None:
-    """ValueError unless r experts can be kept: at least k, at most n, and no fewer than the trace was made for."""
+def check_experts(r: int, n: int, k: int, keep: int | None = None, router: Router | None = None) -> None:
+    """ValueError unless r experts can be kept: at least k, at most n, as many in each group of the router, and no fewer
+    than the trace was made for."""
     if not k <= r <= n:
         raise ValueError(f"Cannot keep {r} experts: a token is routed to {k} of {n}, so keep from {k} to {n}.")
+    if router and router.groups > 1:
+        each = r // router.groups
+        if r % router.groups or each < router.group_size or each * router.top_groups < k:
+            raise ValueError(
+                f"Cannot keep {r} experts: each of the router's {router.groups} groups must keep equally many, at least "
+                f"{max(router.group_size, -(-k // router.top_groups))}, since tokens choose {k} from {router.top_groups} of them."
+            )
     if keep is not None and r < keep:
         raise ValueError(f"This trace answers down to {keep} experts, not {r}: trace again with keep={r}.")
 
@@ -165,7 +202,7 @@ def reconstruction_loss(layer: LayerTrace, kept: Sequence[int] | None = None, be
     def route(part: LayerTrace) -> tuple[torch.Tensor, torch.Tensor]:
         positions, weights = part.routing(kept)
         if beta is not None:
-            weights = skip_pairs(weights, beta, layer.router.renormalise)[1]
+            weights = skip_pairs(weights, beta, layer.router.normalises)[1]
         return positions[:, None], weights[:, None]
 
     return layer.squared_losses(route, 1).sqrt().item()
@@ -236,7 +273,7 @@ def expert_distances(layer: LayerTrace) -> torch.Tensor:
 def part(layer: LayerTrace, tokens: torch.Tensor | slice) -> LayerTrace:
     """The trace of some of the tokens, by their numbers: what tracing these alone would have given."""
     cut = {name: value[tokens] for name, value in vars(layer).items() if torch.is_tensor(value) and name != "weights"}
-    return LayerTrace(layer.name, layer.k, layer.router, **cut)
+    return LayerTrace(layer.name, layer.k, layer.router, keep=layer.keep, **cut)
 
 
 @dataclass
@@ -259,7 +296,7 @@ class Trace:
                 tensors.pop("weights", None)  # derived, if it was asked for
                 tensors["order"] = tensors["order"].to(torch.int16)
                 save_file(tensors, temporary / f"layer_{number:02d}.safetensors")
-            layers = [{"name": layer.name, "k": layer.k, "router": asdict(layer.router)} for layer in self.layers]
+            layers = [{"name": x.name, "k": x.k, "keep": x.keep, "router": asdict(x.router)} for x in self.layers]
             versions = {"torch": torch.__version__, "transformers": transformers.__version__}
             write_json(
                 temporary / "trace.json", {"model": self.model, "tokens": self.tokens, "layers": layers, "versions": versions}
@@ -281,7 +318,7 @@ def _load_layer(path: Path, about: dict) -> LayerTrace:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is missing or truncated ({error}): trace again.") from None
     tensors["order"] = tensors["order"].long()
-    return LayerTrace(about["name"], about["k"], SoftmaxRouter(**about["router"]), **tensors)
+    return LayerTrace(about["name"], about["k"], read_router(about["router"]), keep=about["keep"], **tensors)
 
 
 class Recorder:
@@ -294,7 +331,8 @@ class Recorder:
         self, layer: MoELayer, keep: int | None, chunk: int, scratch: Scratch, target: Iterator[torch.Tensor] | None = None
     ):
         self.layer, self.chunk, self.scratch, self.target = layer, chunk, scratch, target
-        self.m = reach(layer.n, layer.k, keep)
+        _ = layer.after  # asked before anybody listens
+        self.keep, self.m = keep or layer.k, reach(layer.n, layer.k, keep, layer.router)
         self.logits, self.order, self.gram, self.target_dot, self.target_norm = [], [], [], [], []
 
     def route(self, _module, _inputs, output) -> None:
@@ -303,15 +341,18 @@ class Recorder:
         removed = (logits == float("-inf")).all(0)  # by `masked`
         if not torch.isfinite(logits).logical_or(removed).all():
             raise ValueError(f"{self.layer.name}: router logits are not finite; the model or its dtype overflows on this text.")
-        chosen = chosen.gather(1, weights.argsort(dim=1, descending=True, stable=True))
-        rest = self.layer.router.scores(logits).scatter(1, chosen, -1.0).topk(self.m - self.layer.k).indices
+        ranking = self.layer.router.ranking(logits)
+        strength = weights if self.layer.router.sorted else ranking.gather(1, chosen)
+        self.sorting = strength.argsort(dim=1, descending=True, stable=True)
+        chosen = chosen.gather(1, self.sorting)
+        rest = ranking.scatter(1, chosen, float("inf")).topk(self.m).indices[:, self.layer.k :]
         self.logits.append(logits)
         self.order.append(torch.cat([chosen, rest], 1))
 
     def __call__(self, hidden_states: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """[tokens, d] -> [tokens, d], a chunk of tokens at a time: contributions are never held for all tokens."""
         result = torch.empty_like(hidden_states)
-        weights = weights.sort(dim=1, descending=True, stable=True).values  # as in `order`
+        weights = weights.gather(1, self.sorting)  # as in `order`
         target = next(self.target) if self.target else None
         for start in range(0, len(hidden_states), self.chunk):
             part = slice(start, start + self.chunk)
@@ -319,7 +360,7 @@ class Recorder:
             outputs = outputs if outputs.dtype == torch.float64 else outputs.float()
             mixed = weights[part, None].to(outputs.dtype) @ outputs[:, : self.layer.k]  # [chunk, 1, d]
             result[part] = mixed[:, 0].to(result.dtype)
-            self._accumulate(outputs, None if target is None else target[part])
+            self._accumulate(leaving(self.layer, outputs), None if target is None else target[part])
         return result
 
     def _contributions(self, hidden_states: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
@@ -344,7 +385,13 @@ class Recorder:
         parts = {name: torch.cat(getattr(self, name)) for name in ("logits", "order", "gram")}
         if self.target:
             parts.update(target_dot=torch.cat(self.target_dot), target_norm=torch.cat(self.target_norm))
-        return LayerTrace(self.layer.name, self.layer.k, self.layer.router, **parts)
+        return LayerTrace(self.layer.name, self.layer.k, self.layer.router, keep=self.keep, **parts)
+
+
+def leaving(layer: MoELayer, outputs: torch.Tensor) -> torch.Tensor:
+    """What experts' outputs [..., inner] add to the block's output [..., d]."""
+    after = None if layer.after is None else layer.after.to(outputs.dtype)
+    return outputs if after is None else outputs @ after if after.ndim else outputs * after
 
 
 def _tracing_forward(experts, hidden_states, top_k_index, top_k_weights):

@@ -7,7 +7,7 @@ from functools import lru_cache
 import ipywidgets
 
 from .plots import NotebookFigure, draw
-from .pruning import subset_losses
+from .search import subset_losses
 from .traces import Trace, dropped_share, output_norm, reconstruction_loss
 
 

@@ -119,7 +119,7 @@ def test_router_of_an_unknown_kind():
         return logits, weights**2, chosen
 
     gate.forward = tempered
-    with pytest.raises(ValueError, match="computes its routing weights in a way esparse does not know"):
+    with pytest.raises(ValueError, match="computes its routing weights or its choice in a way not known"):
         esparse.trace(model, random_tokens())
 
 

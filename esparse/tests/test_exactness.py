@@ -159,7 +159,7 @@ def reference_skip(layer, x, beta):
             for j, (w, e) in enumerate(pairs)
             if j == 0 or sum(p[0] for p in pairs[j:]) / sum(p[0] for p in pairs[:j]) >= beta
         ]
-        scale = sum(p[0] for p in pairs) / sum(p[0] for p in kept) if layer.router.renormalise else 1.0
+        scale = sum(p[0] for p in pairs) / sum(p[0] for p in kept) if layer.router.normalises else 1.0
         rows.append(sum(w * scale * _expert(layer.experts, e, x[token]) for w, e in kept))
     return torch.stack(rows)
 

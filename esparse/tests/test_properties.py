@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from esparse.models import Scratch, pair_outputs
-from esparse.routers import SoftmaxRouter, skip_pairs, skip_ratios
+from esparse.routers import Router, skip_pairs, skip_ratios
 from esparse.traces import LayerTrace, reconstruction_loss
 
 weights = st.integers(2, 8).flatmap(
@@ -50,7 +50,7 @@ def test_loss_from_the_gram_is_the_norm_of_the_change(seed, n, k, renormalise):
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(20, n, generator=generator, dtype=torch.float64)
     outputs = torch.randn(20, n, 5, generator=generator, dtype=torch.float64)
-    router = SoftmaxRouter(renormalise, cast=False)
+    router = Router(renormalise=renormalise)
     order = logits.argsort(1, descending=True)
     ranked = outputs.gather(1, order[..., None].expand(-1, -1, 5))
     i, j = torch.triu_indices(n, n)

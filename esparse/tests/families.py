@@ -1,0 +1,134 @@
+"""Tiny models of every MoE family that transformers stores behind its experts interface, from one generic config."""
+
+import copy
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from esparse.models import COUNT_NAMES, moe_layers
+from esparse.routers import per_expert
+
+
+def generic(n: int, k: int) -> dict:
+    """One tiny shape under all the names that families have for it."""
+    counts = dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), n)
+    routed = dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts"), k)
+    inner = dict.fromkeys(("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size"), 24)
+    inner |= dict.fromkeys(("moe_shared_expert_intermediate_size", "shared_intermediate_size"), 24)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8, "q_lora_rank": 16, "kv_lora_rank": 16}
+    heads |= {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    shared = {"n_shared_experts": 1, "num_shared_experts": 1, "first_k_dense_replace": 1, "num_dense_layers": 1}
+    tokens = {"vocab_size": 60, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "max_position_embeddings": 128}
+    shape = {"hidden_size": 32, "num_hidden_layers": 3, "use_cache": False, "n_group": 1, "topk_group": 1}
+    return counts | routed | inner | heads | shared | tokens | shape
+
+
+# Every model type that works, with a published checkpoint of it; the README's table is made from this.
+FAMILIES = {
+    "mixtral": "mistralai/Mixtral-8x7B-v0.1",
+    "qwen2_moe": "Qwen/Qwen1.5-MoE-A2.7B",
+    "qwen3_moe": "Qwen/Qwen3-30B-A3B-Base",
+    "qwen3_next": "Qwen/Qwen3-Next-80B-A3B-Instruct",
+    "qwen3_5_moe_text": "Qwen/Qwen3.5-35B-A3B",
+    "qwen4_exp_text": "Qwen/Qwen4-Exp",
+    "olmoe": "allenai/OLMoE-1B-7B-0924",
+    "flex_olmo": "allenai/FlexOlmo-7x7B-1T",
+    "deepseek_v2": "deepseek-ai/DeepSeek-V2-Lite",
+    "deepseek_v3": "deepseek-ai/DeepSeek-V3",
+    "deepseek_v32": "deepseek-ai/DeepSeek-V3.2-Exp",
+    "glm4_moe": "zai-org/GLM-4.5",
+    "glm4_moe_lite": "zai-org/GLM-4.7-Flash",
+    "glm_moe_dsa": "zai-org/GLM-5",
+    "gpt_oss": "openai/gpt-oss-20b",
+    "granitemoe": "ibm-granite/granite-3.0-1b-a400m-base",
+    "granitemoeshared": "ibm-research/moe-7b-1b-active-shared-experts",
+    "granitemoehybrid": "ibm-granite/granite-4.0-h-tiny",
+    "granitemoe_swa": "ibm-granite/granite-swash-3b-a600m",
+    "phimoe": "microsoft/Phi-3.5-MoE-instruct",
+    "ernie4_5_moe": "baidu/ERNIE-4.5-21B-A3B-PT",
+    "minimax": "MiniMaxAI/MiniMax-Text-01-hf",
+    "minimax_m2": "MiniMaxAI/MiniMax-M2",
+    "minimax_m3_vl_text": "MiniMaxAI/MiniMax-M3",
+    "hunyuan_v1_moe": "tencent/Hunyuan-A13B-Instruct",
+    "hy_v3": "tencent/Hy3-preview",
+    "hy_v4": "tencent/Hy4-preview",
+    "jamba": "ai21labs/Jamba-v0.1",
+    "nemotron_h": "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16",
+    "kimi_linear": "moonshotai/Kimi-Linear-48B-A3B-Instruct",
+    "bailing_hybrid": "inclusionAI/Ling-3.0-Flash",
+    "lfm2_moe": "LiquidAI/LFM2-8B-A1B",
+    "gemma4_text": "google/gemma-4-26B-A4B",
+    "afmoe": "arcee-ai/Trinity-Mini",
+    "aria_text": "rhymes-ai/Aria",
+    "axk1": "skt/A.X-K1",
+    "axk2": "skt/A.X-K2",
+    "beam": "reflection/Beam-1.0-501B-A23B",
+    "cohere2_moe": "CohereLabs/command-a-plus-05-2026",
+    "dots1": "rednote-hilab/dots.llm1.base",
+    "exaone_moe": "LGAI-EXAONE/K-EXAONE-236B-A23B",
+    "flint": "RecursiveSI/flint",
+    "inkling2_text": "thinkingmachines/Inkling-2-Small-MXFP8",
+    "kolibri1": "Aleph-Alpha/Kolibri-1",
+    "laguna": "poolside/laguna-XS.2",
+    "mellum": "JetBrains/Mellum2-12B-A2.5B-Base",
+    "mimo_v2_flash": "XiaomiMiMo/MiMo-V2-Flash",
+    "solar_open": "upstage/Solar-Open-100B",
+}
+# What cannot be pruned this way, a published checkpoint of it, and the words that say why.
+REFUSED = {
+    "deepseek_v4": ("deepseek-ai/DeepSeek-V4-Flash", "chooses by 'input_ids' as well"),
+    "inkling_text": ("thinkingmachines/Inkling", "weights of shared experts"),
+    "zaya": ("Zyphra/ZAYA1-8B", "chooses by 'router_states' as well"),
+}
+
+# What the generic names leave too large, or what a family asks for by a rule of its own.
+OWN = {
+    "beam": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
+    "gemma4_text": {"enable_moe_block": True, "vocab_size_per_layer_input": 60, "hidden_size_per_layer_input": 8},
+    "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8,
+                         "layer_types": ["mamba", "attention", "mamba"]},
+    "jamba": {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1},
+    "kimi_linear": {"linear_num_heads": 4, "linear_head_dim": 8},
+    "lfm2_moe": {"layer_types": ["full_attention", "conv", "full_attention"]},
+    "mimo_v2_flash": {"num_key_value_heads": 2},
+    "nemotron_h": {"moe_latent_size": 16, "layers_block_type": ["mamba", "moe", "attention", "moe"], "mamba_num_heads": 4,
+                   "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 1},
+    "zaya": {"num_experts_per_tok": 1, "layer_types": None},
+}  # fmt: skip
+
+
+def family_config(model_type: str, n: int = 8, k: int = 2, **changes):
+    return AutoConfig.for_model(model_type, **{**generic(n, k), **OWN.get(model_type, {}), **changes})
+
+
+def family_model(model_type: str, n: int = 8, k: int = 2, seed: int = 0, **changes):
+    """A float32 model whose experts, routing and selection biases differ enough for subsets to matter."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(family_config(model_type, n, k, **changes)).eval()
+    model.set_experts_implementation("eager")
+    for layer in moe_layers(model):
+        for module, name, _ in per_expert(layer.block, layer.gate, layer.n):
+            tensor = getattr(module, name).data
+            tensor.normal_(std=0.5) if tensor.ndim == 2 and tensor.numel() > layer.n else tensor.uniform_(0.5, 0.9)
+        for parameter in layer.experts.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def stock_pruned(model, kept: list[int]):
+    """A stock model with fewer experts in its config; whatever has another shape there is cut to the kept experts."""
+    config = copy.deepcopy(model.config)
+    for part in (config, config.get_text_config()):
+        for name in COUNT_NAMES:
+            if isinstance(getattr(part, name, None), int):
+                setattr(part, name, len(kept))
+    small = AutoModelForCausalLM.from_config(config).eval()
+    small.set_experts_implementation("eager")
+    weights = {}
+    for name, tensor in small.state_dict().items():
+        weights[name] = model.state_dict()[name]
+        for axis, (there, here) in enumerate(zip(tensor.shape, weights[name].shape, strict=True)):
+            if there != here:
+                weights[name] = weights[name].index_select(axis, torch.tensor(kept))
+    small.load_state_dict(weights)
+    return small

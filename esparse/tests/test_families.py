@@ -1,0 +1,156 @@
+"""Every MoE family behind transformers' experts interface: trace, mask, prune, skip, save and reload."""
+
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import esparse
+from esparse.models import moe_layers
+from esparse.pruning import PruningPlan
+from esparse.tests.conftest import random_tokens
+from esparse.tests.families import FAMILIES, REFUSED, family_model, stock_pruned
+
+KEPT = [0, 2, 3, 5, 6, 7]
+GROUPED = {"n_group": 2, "topk_group": 1, "topk_method": "group_limited_greedy"}
+CASES = [pytest.param(name, {}, id=name) for name in FAMILIES]
+CASES += [pytest.param(name, GROUPED, id=f"{name}-groups") for name in ("deepseek_v2", "deepseek_v3", "glm4_moe", "beam")]
+
+_RELOADER = """
+import sys, torch, transformers
+from safetensors.torch import save_file
+transformers.logging.set_verbosity_error()
+for line in sys.stdin:
+    folder = line.strip()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    model.set_experts_implementation("eager")
+    tokens = torch.randint(3, 60, (4, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        save_file({"logits": model(tokens, use_cache=False).logits.contiguous()}, folder + "/logits.safetensors")
+    assert "esparse" not in sys.modules
+    print("done", flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def reloaded():
+    """Logits of a saved folder as stock transformers computes them, in a process that never imports esparse."""
+    process = subprocess.Popen([sys.executable, "-c", _RELOADER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def logits(folder) -> torch.Tensor:
+        process.stdin.write(f"{folder}\n")
+        process.stdin.flush()
+        while (line := process.stdout.readline()).strip() != "done":
+            assert line, f"{folder} did not reload"
+        return load_file(folder / "logits.safetensors")["logits"]
+
+    yield logits
+    process.stdin.close()
+    process.wait()
+
+
+def run(model, tokens: torch.Tensor) -> torch.Tensor:
+    return model(tokens, use_cache=False).logits
+
+
+def output(layer, inputs: tuple) -> torch.Tensor:
+    """What losses compare, from the stock block: its output, or its experts' sum where that does not leave linearly."""
+    sums = []
+    hook = layer.experts.register_forward_hook(lambda module, args, out: sums.append(out))
+    result = layer.block(*inputs[0], **inputs[1])
+    hook.remove()
+    return (result[0] if isinstance(result, tuple) else result) if layer.linear else sums[0]
+
+
+def block_inputs(layer, model, tokens: torch.Tensor) -> tuple:
+    seen = []
+    hook = layer.block.register_forward_pre_hook(lambda module, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
+    run(model, tokens)
+    hook.remove()
+    return seen[0]
+
+
+def given_plan(model, trace, kept: list[int]) -> PruningPlan:
+    count = len(moe_layers(model))
+    return PruningPlan("given", len(kept), [kept] * count, [0.0] * count, trace.model, trace.tokens)
+
+
+@pytest.mark.parametrize(("family", "changes"), CASES)
+@torch.no_grad()
+def test_family(family, changes, reloaded, tmp_path):
+    model, tokens = family_model(family, **changes), random_tokens()
+    before = run(model, tokens)
+    trace = esparse.trace(model, tokens)
+    assert torch.equal(run(model, tokens), before)
+
+    small, layers = stock_pruned(model, KEPT), moe_layers(model)
+    for number in (0, len(layers) - 1):
+        inputs = block_inputs(layers[number], model, tokens)
+        change = output(moe_layers(small)[number], inputs) - output(layers[number], inputs)
+        assert esparse.reconstruction_loss(trace.layers[number], KEPT) == pytest.approx(change.norm().item(), rel=1e-4)
+
+    plan, expected = given_plan(model, trace, KEPT), run(small, tokens)
+    assert (expected - before).abs().max() > 1e-3
+    with esparse.masked(model, plan):
+        assert torch.allclose(run(model, tokens), expected, rtol=0, atol=1e-5)
+    pruned = esparse.prune(copy.deepcopy(model), plan)
+    assert torch.allclose(run(pruned, tokens), expected, rtol=0, atol=1e-5)
+
+    pruned.save_pretrained(tmp_path / "pruned")
+    assert torch.allclose(reloaded(tmp_path / "pruned"), expected, rtol=0, atol=1e-5)
+    model.save_pretrained(tmp_path / "full")
+    one, other = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("full", "pruned"))
+    changed = {key: (one.get(key), other.get(key)) for key in one.keys() | other.keys() if one.get(key) != other.get(key)}
+    assert changed and set(changed.values()) == {(8, 6)} and all("experts" in key for key in changed)
+
+
+@pytest.mark.parametrize(("family", "changes"), CASES)
+@torch.no_grad()
+def test_family_skips(family, changes):
+    model, tokens = family_model(family, **changes), random_tokens()
+    before, first = run(model, tokens), moe_layers(model)[0]
+    with esparse.skipping(model, [0.0] * len(moe_layers(model))):
+        assert torch.allclose(run(model, tokens), before, rtol=0, atol=1e-5)
+    weights = []
+    hook = first.gate.register_forward_hook(lambda gate, args, out: weights.append(out[1].sort(1, descending=True).values))
+    run(model, tokens)
+    hook.remove()
+    ratios = sorted((weights[0][:, 1] / weights[0][:, 0]).tolist())  # k = 2: w_2 / w_1, from the stock gate
+    betas = esparse.median_betas(esparse.trace(model, tokens))
+    assert betas[0] == pytest.approx((ratios[39] + ratios[40]) / 2, rel=1e-6)
+    with esparse.skipping(model, betas):
+        shares = esparse.skipped_shares(model, tokens)
+        assert not torch.equal(run(model, tokens), before)
+    assert shares[0] == pytest.approx(sum(ratio < betas[0] for ratio in ratios) / len(ratios))
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_what_cannot_be_pruned_says_why(family):
+    with pytest.raises(ValueError, match=REFUSED[family][1]):
+        esparse.trace(family_model_untouched(family), random_tokens())
+
+
+def family_model_untouched(family: str):
+    from transformers import AutoModelForCausalLM
+
+    from esparse.tests.families import family_config
+
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(family_config(family)).eval()
+
+
+@torch.no_grad()
+def test_groups_keep_equally_many():
+    model = family_model("deepseek_v3", **GROUPED)
+    trace = esparse.trace(model, random_tokens(), keep=4)
+    with pytest.raises(ValueError, match="as many experts in each of the router's 2 groups"):
+        esparse.reconstruction_loss(trace.layers[0], [0, 1, 2, 3, 4, 5])
+    with pytest.raises(ValueError, match="groups must keep equally many"):
+        esparse.search_experts(trace, 5)
+    for method in ("enumerate", "greedy", "frequency", "reap", "activation", "random"):
+        for kept in esparse.search_experts(trace, 6, method=method).kept:
+            assert sum(e < 4 for e in kept) == 3
