@@ -18,6 +18,7 @@ from .pruning import PruningPlan, masked, prune
 from .runs import Run
 from .search import expert_scores, search_experts, subset_losses
 from .skips import disable_skipping, enable_skipping, skipped_shares, skipping
+from .streaming import prune_checkpoint, trace_checkpoint
 from .traces import (
     LayerTrace,
     Trace,

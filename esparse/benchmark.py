@@ -144,7 +144,7 @@ def search_times(model, r: int, tokens: int = 4096, repeats: int = 15) -> dict:
 
     def ours(inputs: torch.Tensor = hidden) -> LayerTrace:
         recorder = Recorder(layer, r, CHUNK_TOKENS, scratch)
-        with recording(model, [recorder]):
+        with recording([recorder]):
             layer.block(inputs[None])
         traced = recorder.finish()
         subset_losses(traced, r)

@@ -66,8 +66,14 @@ _CARD = """\
 library_name: transformers
 tags: [esparse, mixture-of-experts, pruned]
 ---
-A {architecture} with {experts} experts per layer, of which {k} are used per token.{plan}{skipping}
+A {architecture} with {experts} experts per layer, of which {k} are used per token.{more}
 """
+
+
+def card(config, experts: int, k: int, more: str) -> str:
+    """The model card of a pruned model."""
+    architecture = (config.architectures or [type(config).__name__])[0]
+    return _CARD.format(architecture=architecture, experts=experts, k=k, more=more)
 
 
 def save_model(model, tokenizer, folder: str | Path, plan: PruningPlan | None = None) -> None:
@@ -82,7 +88,6 @@ def save_model(model, tokenizer, folder: str | Path, plan: PruningPlan | None = 
     skips = (
         " Made for dynamic skipping: `esparse.load_model` turns it on, stock transformers runs every expert." if betas else ""
     )
-    card = _CARD.format(architecture=type(model).__name__, experts=layer.n, k=layer.k, plan=done, skipping=skips)
     with new_folder(folder) as temporary:
         if betas:
             disable_skipping(model)
@@ -92,7 +97,7 @@ def save_model(model, tokenizer, folder: str | Path, plan: PruningPlan | None = 
             if betas:
                 enable_skipping(model, betas)
         tokenizer.save_pretrained(temporary)
-        write_text(temporary / "README.md", card)
+        write_text(temporary / "README.md", card(model.config, layer.n, layer.k, done + skips))
         if betas:
             write_json(temporary / SKIPPING_FILE, {"betas": betas})
         if plan:

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +24,12 @@ COUNT_NAMES = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_
 
 BLOCK = 2048  # rows of one expert's product on a CPU
 ACTIVATED = 256  # rows activated at a time, while they are in a core's cache
+
+
+def count_names(holder: object, n: int | None = None) -> list[str]:
+    """Under which names a config or a module counts its experts (n of them, if given)."""
+    counts = {name: getattr(holder, name, None) for name in COUNT_NAMES}
+    return [name for name, count in counts.items() if isinstance(count, int) and n in (None, count)]
 
 
 @dataclass
@@ -88,18 +94,26 @@ def moe_layers(model: nn.Module) -> list[MoELayer]:
 
     Raises ValueError for a model without any.
     """
-    layers = []
-    for name, block in model.named_modules():
-        experts = getattr(block, "experts", None)
-        gate = getattr(block, "gate", None) or getattr(block, "router", None)
-        if isinstance(experts, nn.Module) and _is_experts(experts) and isinstance(gate, nn.Module):
-            layers.append(MoELayer(name, block, gate, experts))
+    layers = list(_blocks(model))
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has no MoE layers behind transformers' experts interface: "
             "load a Mixture-of-Experts model, such as Mixtral, Qwen3-MoE or OLMoE."
         )
     return layers
+
+
+def _blocks(module: nn.Module) -> Iterator[MoELayer]:
+    for name, block in module.named_modules():
+        experts = getattr(block, "experts", None)
+        gate = getattr(block, "gate", None) or getattr(block, "router", None)
+        if isinstance(experts, nn.Module) and _is_experts(experts) and isinstance(gate, nn.Module):
+            yield MoELayer(name, block, gate, experts)
+
+
+def find_moe(decoder: nn.Module) -> MoELayer | None:
+    """The MoE layer of one decoder layer, or None where it is dense."""
+    return next(_blocks(decoder), None)
 
 
 @torch.no_grad()
@@ -252,11 +266,14 @@ def _one_expert(experts: nn.Module, number: int, x: torch.Tensor, scratch: Scrat
 
 
 @contextmanager
-def experts_implementation(model: nn.Module, name: str) -> Iterator[None]:
-    """The model running under another registered experts implementation, and the former one afterwards."""
-    former = model.config._experts_implementation
-    model.set_experts_implementation(name)
+def experts_implementation(layers: Sequence[MoELayer], name: str) -> Iterator[None]:
+    """The layers' model running under another registered experts implementation, and the former one afterwards."""
+    configs = {id(layer.experts.config): layer.experts.config for layer in layers}.values()
+    former = [config._experts_implementation for config in configs]
     try:
+        for config in configs:
+            config._experts_implementation = name
         yield
     finally:
-        model.set_experts_implementation(former)
+        for config, before in zip(configs, former, strict=True):
+            config._experts_implementation = before

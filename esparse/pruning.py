@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .files import read_json, refuse_existing, write_json
-from .models import COUNT_NAMES, MoELayer, check_fingerprint, moe_layers
+from .models import MoELayer, check_fingerprint, count_names, moe_layers
 from .routers import per_expert, unpack
 from .traces import check_experts
 
@@ -93,26 +93,14 @@ def prune(model, plan: PruningPlan):
     Everything is checked before anything changes. One layer is copied at a time. Raises ValueError for a plan made
     with another model.
     """
-    for layer, kept in zip(_check_plan(model, plan), plan.kept, strict=True):
+    layers = _check_plan(model, plan)
+    n, configs = layers[0].n, (model.config, model.config.get_text_config(), *(layer.experts.config for layer in layers))
+    for layer, kept in zip(layers, plan.kept, strict=True):
         prune_layer(layer, kept)
-    set_counts(model, plan.r)
+    for holder in (model, model.base_model, *configs):  # a stale count breaks the balance loss, or the next reload
+        for name in count_names(holder, n):
+            setattr(holder, name, plan.r)
     return model
-
-
-def set_counts(model, r: int) -> None:
-    """Write the number of experts wherever a model keeps it: a stale count breaks the balance loss, or the next reload."""
-    layers = moe_layers(model)
-    holders = [
-        model,
-        model.base_model,
-        model.config,
-        model.config.get_text_config(),
-        *(layer.experts.config for layer in layers),
-    ]
-    for holder in holders:
-        for name in COUNT_NAMES:
-            if isinstance(getattr(holder, name, None), int):
-                setattr(holder, name, r)
 
 
 def prune_layer(layer: MoELayer, kept: Sequence[int]) -> None:
@@ -128,8 +116,9 @@ def prune_layer(layer: MoELayer, kept: Sequence[int]) -> None:
         rows = tensor.index_select(axis, torch.tensor(kept, device=tensor.device))
         setattr(module, name, nn.Parameter(rows, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else rows)
     for module in (layer.block, layer.experts, *layer.gate.modules()):
-        for name in ("out_features", *COUNT_NAMES):
-            if getattr(module, name, None) == n:
-                setattr(module, name, len(kept))
+        for name in count_names(module, n):
+            setattr(module, name, len(kept))
+        if isinstance(module, nn.Linear):  # a gate, or within one
+            module.out_features = len(kept)
     for found in ("_identified", "_leaving"):  # asked again of the smaller layer
         vars(layer).pop(found, None)

@@ -2,27 +2,16 @@
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
-from torch import nn
 from tqdm.auto import tqdm
 
-from .models import MoELayer, Scratch, check_fingerprint, check_tokens, decoder_layers, moe_layers, silenced
-from .pruning import PruningPlan, masked_layer
+from .models import check_fingerprint, check_tokens, decoder_layers
+from .pruning import PruningPlan
 from .routers import SPARSEMIXER
-from .traces import (
-    CHUNK_TOKENS,
-    LayerTrace,
-    Recorder,
-    Trace,
-    full_gram,
-    reconstruction_loss,
-    recording,
-    selection_frequency,
-    tokens_digest,
-)
+from .traces import LayerTrace, Trace, full_gram, reconstruction_loss, selection_frequency, tokens_digest
+from .walk import Walk
 
 MAX_SUBSETS = 200_000
 MAX_ROUTINGS = 5e9  # subsets times tokens: some ten minutes a layer on two cores
@@ -83,7 +72,8 @@ def expert_scores(layer: LayerTrace, kind: str) -> torch.Tensor:
     norms = full_gram(layer, layer.k).diagonal(dim1=1, dim2=2).double().clamp(min=0).sqrt()  # [tokens, k]
     values = norms * layer.weights.double() if kind == "reap" else norms
     total = values.new_zeros(layer.n).index_add_(0, chosen.flatten(), values.flatten())
-    return total / torch.bincount(chosen.flatten(), minlength=layer.n).clamp(min=1)
+    counts = torch.bincount(chosen.flatten(), minlength=layer.n)
+    return layer.together(total) / layer.together(counts).clamp(min=1)
 
 
 def _best_scores(layer: LayerTrace, r: int, scores: torch.Tensor) -> list[int]:
@@ -130,22 +120,31 @@ class Removals:
         self._update(self._reached(back))
         self.remove(out)
 
+    def loss(self) -> float:
+        """The squared loss as things are."""
+        return self.layer.together(self.losses[:, -1].sum()).item()
+
     def costs(self) -> torch.Tensor:
         """The squared loss without each expert, float64 [n]; infinite for those not kept."""
-        return self._sum(self.all, self.places, self.losses, self.kept)
+        return self.layer.together(self._without()).masked_fill(~self.kept, float("inf"))
 
-    def swap_costs(self, back: int, costs: torch.Tensor) -> torch.Tensor:
-        """The squared loss when a removed expert comes back and each other goes, [n], given `costs()`."""
+    def swap_costs(self, back: int) -> torch.Tensor:
+        """The squared loss when a removed expert comes back and each other goes, float64 [n]; infinite for those not kept."""
         kept = self.kept.clone()
         kept[back] = True
         rows = self._reached(back)
-        after = self._sum(rows, *self._evaluate(rows, kept), kept)
-        if self.parts is None:  # the other tokens lose what they did before
-            after += costs - self._sum(rows, self.places[rows], self.losses[rows], kept)
-        after[back] = float("inf")
-        return after
+        costs = self._sum(rows, *self._evaluate(rows, kept), kept)
+        if self.parts is None:  # the other tokens lose what they would have lost before
+            costs += self._without() - self._sum(rows, self.places[rows], self.losses[rows], self.kept)
+        return self.layer.together(costs).masked_fill(~self.kept, float("inf"))
+
+    def _without(self) -> torch.Tensor:
+        if self.sums is None:
+            self.sums = self._sum(self.all, self.places, self.losses, self.kept)
+        return self.sums.clone()
 
     def _update(self, rows: torch.Tensor) -> None:
+        self.sums = None
         for some in rows.split(ROWS):
             self.places[some], self.losses[some] = self._evaluate(some, self.kept)
 
@@ -197,10 +196,12 @@ class Removals:
         change = losses[:, :-1] - losses[:, -1:]
         cost = losses.new_zeros(self.layer.n).index_add_(0, chosen.flatten(), change.flatten())
         if self.parts is not None:
-            cost += torch.stack([self._rescaled(s, places[s], kept, chosen[s]) for s in rows.split(ROWS)]).sum(0)
-        return (cost + losses[:, -1].sum()).masked_fill(~kept, float("inf"))
+            cost += sum(
+                self._rescaled(*some, kept) for some in zip(*(x.split(ROWS) for x in (rows, places, chosen)), strict=True)
+            )
+        return cost + losses[:, -1].sum()
 
-    def _rescaled(self, rows, places, kept, chosen) -> torch.Tensor:
+    def _rescaled(self, rows, places, chosen, kept) -> torch.Tensor:
         """What removing experts that a token did not choose changes, for it leaves the others a larger share: [n]."""
         x = self.raw[rows].gather(1, places[:, :-1])
         square = (x[:, None] @ self._gram(rows, places[:, :-1]) @ x[:, :, None]).flatten(1)  # [rows, 1]
@@ -247,10 +248,9 @@ def _swap(state: Removals) -> bool:
     """One sweep over the removed experts, each put in the place where it helps most; whether any did."""
     changed = False
     for back in (~state.kept).nonzero()[:, 0].tolist():
-        costs, now = state.costs(), state.losses[:, -1].sum()
-        after = state.swap_costs(back, costs)
-        if after.min() < now * (1 - 1e-9):
-            state.swap(back, int(after.argmin()))
+        costs = state.swap_costs(back)
+        if costs.min() < state.loss() * (1 - 1e-9):
+            state.swap(back, int(costs.argmin()))
             changed = True
     return changed
 
@@ -351,86 +351,10 @@ def _progressive_plan(trace: Trace, r: int, model, tokens: torch.Tensor | None) 
     check_tokens(model, tokens)
     if tokens_digest(tokens) != trace.tokens:
         raise ValueError("These are not the tokens the trace was made from: pass the same calibration set.")
-    walk = _Walk(model, tokens)
-    by_block = {id(layer.block): layer for layer in moe_layers(model)}
-    found = []
-    for decoder in tqdm(decoder_layers(model), desc="progressive", unit="layer", leave=False):
-        layer = next((by_block[id(m)] for m in decoder.modules() if id(m) in by_block), None)
-        found += walk.through(decoder, layer, r)
+    walk, found = Walk(model, tokens, progressive=True), []
+    for number in tqdm(range(len(decoder_layers(model))), desc="progressive", unit="layer", leave=False):
+        traced = walk.trace_layer(number, r)
+        if traced is not None:
+            found.append(best_subset(traced, r))
+            walk.follow(number, found[-1][0])
     return make_plan("progressive", r, found, trace.model, trace.tokens)
-
-
-class _Walk:
-    """Two streams of hidden states through the decoder: the original model's, and that of the layers pruned so far."""
-
-    def __init__(self, model, tokens: torch.Tensor, batch_size: int = 8):
-        self.model = model
-        self.original, self.arguments = [], []
-        for batch in tokens.split(batch_size):
-            hidden_states, arguments = _layer_inputs(model, batch.to(model.device))
-            self.original.append(hidden_states)
-            self.arguments.append(arguments)
-        self.pruned = list(self.original)
-        self.depth = 0
-        self.scratch = Scratch()
-
-    def _advance(self, decoder: nn.Module, stream: list[torch.Tensor]) -> list[torch.Tensor]:
-        outputs = [decoder(h, **a[self.depth]) for h, a in zip(stream, self.arguments, strict=True)]
-        return [o[0] if isinstance(o, tuple) else o for o in outputs]
-
-    def through(self, decoder: nn.Module, layer: MoELayer | None, r: int) -> list[tuple[list[int], float, float]]:
-        """Both streams past one decoder layer; what was found for it, or nothing where it has no experts."""
-        with _outputs(layer) as targets:
-            original = self._advance(decoder, self.original)
-        found = []
-        if layer is None:
-            self.pruned = self._advance(decoder, self.pruned)
-        else:
-            recorder = Recorder(layer, r, CHUNK_TOKENS, self.scratch, iter(self._without_rest(decoder, layer, targets)))
-            with recording(self.model, [recorder]):
-                self._advance(decoder, self.pruned)
-            found = [best_subset(recorder.finish(), r)]
-            with masked_layer(layer, found[0][0]):
-                self.pruned = self._advance(decoder, self.pruned)
-        self.original = original
-        self.depth += 1
-        return found
-
-    def _without_rest(self, decoder: nn.Module, layer: MoELayer, targets: list[torch.Tensor]) -> list[torch.Tensor]:
-        """The part of each target that experts must make up for: all but what shared experts add on the pruned stream."""
-        if not (layer.linear and layer.shared):
-            return targets
-        with _outputs(layer) as rests, silenced(layer):
-            self._advance(decoder, self.pruned)
-        return [target - rest for target, rest in zip(targets, rests, strict=True)]
-
-
-@contextmanager
-def _outputs(layer: MoELayer | None) -> Iterator[list[torch.Tensor]]:
-    """A list that collects what the layer's block (or its experts, see `MoELayer.linear`) gives out, [tokens, d] a call."""
-    collected: list[torch.Tensor] = []
-    if layer is None:
-        yield collected
-        return
-    source = layer.block if layer.linear else layer.experts
-    hook = source.register_forward_hook(lambda module, inputs, out: collected.append(out.flatten(0, -2)))
-    try:
-        yield collected
-    finally:
-        hook.remove()
-
-
-def _layer_inputs(model, batch: torch.Tensor) -> tuple[torch.Tensor, list[dict]]:
-    """The hidden states entering the first decoder layer, and the other arguments each layer is called with."""
-    calls = []
-
-    def note(_module, args, kwargs):
-        calls.append((args[0] if args else kwargs["hidden_states"], {k: v for k, v in kwargs.items() if k != "hidden_states"}))
-
-    hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in decoder_layers(model)]
-    try:
-        model.base_model(batch, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return calls[0][0], [kwargs for _, kwargs in calls]

@@ -56,6 +56,7 @@ class LayerTrace:
     target_dot: torch.Tensor | None = None
     target_norm: torch.Tensor | None = None
     keep: int | None = None  # the smallest r this trace can answer for
+    split: bool = False  # whether other ranks of torch.distributed hold the other tokens: sums are then over all
 
     def __post_init__(self):
         self.keep = self.n - (self.order.shape[1] - self.k) if self.keep is None else self.keep
@@ -135,7 +136,21 @@ class LayerTrace:
         for start in range(0, len(self.order), rows):
             some = part(self, slice(start, start + rows))
             total += some._squared_losses(*route(some))
-        return total.clamp(min=0)
+        return self.together(total).clamp(min=0)
+
+    def together(self, total: torch.Tensor) -> torch.Tensor:
+        """A sum over this trace's tokens, made one over the tokens of all ranks."""
+        if self.split:
+            torch.distributed.all_reduce(total)
+        return total
+
+    def gathered(self, values: torch.Tensor) -> torch.Tensor:
+        """Values [tokens, ...] of this trace's tokens, and those of all ranks behind each other."""
+        if not self.split:
+            return values
+        parts = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(parts, values.tolist())
+        return torch.tensor([value for part in parts for value in part], dtype=values.dtype, device=values.device)
 
     def _squared_losses(self, positions: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         change = self.gram.new_zeros(*weights.shape[:2], self.order.shape[1])
@@ -175,8 +190,8 @@ def check_experts(r: int, n: int, k: int, keep: int | None = None, router: Route
         each = r // router.groups
         if r % router.groups or each < router.group_size or each * router.top_groups < k:
             raise ValueError(
-                f"Cannot keep {r} experts: each of the router's {router.groups} groups must keep equally many, at least "
-                f"{max(router.group_size, -(-k // router.top_groups))}, since tokens choose {k} from {router.top_groups} of them."
+                f"Cannot keep {r} experts: the router's {router.groups} groups must keep equally many, at least "
+                f"{max(router.group_size, -(-k // router.top_groups))}, since tokens choose {k} from {router.top_groups} groups."
             )
     if keep is not None and r < keep:
         raise ValueError(f"This trace answers down to {keep} experts, not {r}: trace again with keep={r}.")
@@ -221,7 +236,7 @@ def median_betas(trace: "Trace", kept: Sequence[Sequence[int]] | None = None) ->
 
 def _median_beta(layer: LayerTrace, kept: Sequence[int] | None) -> float:
     check_beta(0.0, layer.k)
-    ratios = skip_ratios(layer.routing(kept)[1]).flatten().double().sort().values
+    ratios = layer.gathered(skip_ratios(layer.routing(kept)[1]).flatten().double()).sort().values
     return ((ratios[(len(ratios) - 1) // 2] + ratios[len(ratios) // 2]) / 2).item()
 
 
@@ -243,7 +258,7 @@ def co_selection(layer: LayerTrace, kept: Sequence[int] | None = None) -> torch.
     """
     chosen = layer.order.gather(1, layer.routing(kept)[0])  # [tokens, k]
     hot = torch.zeros(len(chosen), layer.n, dtype=torch.float64, device=chosen.device).scatter_(1, chosen, 1.0)
-    return hot.T @ hot / len(hot)
+    return layer.together(hot.T @ hot) / layer.together(torch.tensor(len(hot), device=hot.device))
 
 
 def routing_divergence(one: LayerTrace, other: LayerTrace) -> float:
@@ -292,23 +307,38 @@ class Trace:
         """Write one safetensors file a layer and `trace.json`; raises FileExistsError if `folder` exists."""
         with new_folder(folder) as temporary:
             for number, layer in enumerate(self.layers):
-                tensors = {name: value.cpu().contiguous() for name, value in vars(layer).items() if torch.is_tensor(value)}
-                tensors.pop("weights", None)  # derived, if it was asked for
-                tensors["order"] = tensors["order"].to(torch.int16)
-                save_file(tensors, temporary / f"layer_{number:02d}.safetensors")
-            layers = [{"name": x.name, "k": x.k, "keep": x.keep, "router": asdict(x.router)} for x in self.layers]
-            versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-            write_json(
-                temporary / "trace.json", {"model": self.model, "tokens": self.tokens, "layers": layers, "versions": versions}
-            )
+                save_layer(layer, temporary / layer_file(number))
+            write_about(temporary, self.model, self.tokens, [about_layer(layer) for layer in self.layers])
 
     @classmethod
     def load(cls, folder: str | Path) -> "Trace":
         """Read what `save` wrote. Raises FileNotFoundError, or ValueError naming a truncated or foreign file."""
         folder = Path(folder)
         about = read_json(folder / "trace.json", "trace")
-        layers = [_load_layer(folder / f"layer_{i:02d}.safetensors", entry) for i, entry in enumerate(about["layers"])]
+        layers = [_load_layer(folder / layer_file(i), entry) for i, entry in enumerate(about["layers"])]
         return cls(layers, about["model"], about["tokens"])
+
+
+def layer_file(number: int) -> str:
+    """The name of an MoE layer's file in a saved trace."""
+    return f"layer_{number:02d}.safetensors"
+
+
+def save_layer(layer: LayerTrace, path: Path) -> None:
+    tensors = {name: value.cpu().contiguous() for name, value in vars(layer).items() if torch.is_tensor(value)}
+    tensors.pop("weights", None)  # derived, if it was asked for
+    tensors["order"] = tensors["order"].to(torch.int16)
+    save_file(tensors, path)
+
+
+def about_layer(layer: LayerTrace) -> dict:
+    """What `trace.json` says of a layer."""
+    return {"name": layer.name, "k": layer.k, "keep": layer.keep, "router": asdict(layer.router)}
+
+
+def write_about(folder: Path, model: str, tokens: str, layers: list[dict]) -> None:
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    write_json(folder / "trace.json", {"model": model, "tokens": tokens, "layers": layers, "versions": versions})
 
 
 def _load_layer(path: Path, about: dict) -> LayerTrace:
@@ -405,10 +435,10 @@ ALL_EXPERTS_FUNCTIONS.register("esparse_tracing", _tracing_forward)
 
 
 @contextmanager
-def recording(model, recorders: Sequence[Recorder]) -> Iterator[None]:
-    """The model with these recorders in the place of their layers' experts."""
+def recording(recorders: Sequence[Recorder]) -> Iterator[None]:
+    """These recorders in the place of their layers' experts."""
     with ExitStack() as stack:
-        stack.enter_context(experts_implementation(model, "esparse_tracing"))
+        stack.enter_context(experts_implementation([recorder.layer for recorder in recorders], "esparse_tracing"))
         for recorder in recorders:
             stack.callback(recorder.layer.gate.register_forward_hook(recorder.route).remove)
             stack.callback(delattr, recorder.layer.experts, "esparse_recorder")
@@ -441,7 +471,7 @@ def trace(
         check_experts(layer.k if keep is None else keep, layer.n, layer.k)
     scratch = Scratch()
     recorders = [Recorder(layer, keep, chunk_tokens, scratch) for layer in layers]
-    with recording(model, recorders):
+    with recording(recorders):
         for batch in tqdm(tokens.split(batch_size), desc="trace", unit="batch"):
             model.base_model(batch.to(model.device), use_cache=False)
     return Trace([recorder.finish() for recorder in recorders], fingerprint(model), tokens_digest(tokens))

@@ -1,0 +1,472 @@
+"""Models larger than memory: traced and pruned from disk, one decoder layer at a time, and again from where it stopped."""
+
+import itertools
+import json
+import os
+import resource
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import distributed, nn
+from tqdm.auto import tqdm
+
+from .checkpoints import card
+from .corpora import calibration_tokens
+from .files import digest, read_json, refuse_existing, versions, write_json, write_text
+from .models import COUNT_NAMES, check_tokens, decoder_layers, find_moe, gate_digest
+from .pruning import PruningPlan
+from .search import check_method, search_layer
+from .shards import INDEX, Layout, Source, count_experts, fetch, skeleton, with_experts
+from .traces import (
+    CHUNK_TOKENS,
+    LayerTrace,
+    Trace,
+    about_layer,
+    layer_file,
+    median_betas,
+    save_layer,
+    tokens_digest,
+    write_about,
+)
+from .walk import BATCH, FileStream, Passing, Walk
+
+REPORT = "pruning_report.json"
+NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", INDEX, "config.json", "README.md")
+
+
+# --- a model that holds one decoder layer -------------------------------------------------------------------------------
+
+
+@contextmanager
+def _little_memory() -> Iterator[None]:
+    """Transformers reading tensors one after the other, and not telling what else a whole checkpoint would hold."""
+    former, level = os.environ.get("HF_DEACTIVATE_ASYNC_LOAD"), transformers.logging.get_verbosity()
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        os.environ.pop("HF_DEACTIVATE_ASYNC_LOAD")
+        if former is not None:
+            os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = former
+
+
+def _partial(kind: type, number: int | None) -> type:
+    """The model class with one decoder layer alone (or, if None, with everything but decoder layers and the output)."""
+
+    def __init__(self, config):
+        kind.__init__(self, config)
+        layers = decoder_layers(self)
+        for other, layer in enumerate(layers):
+            if other != number:
+                layers[other] = Passing(layer)
+        for holder in (self, self.base_model) if number is not None else (self,):
+            for name, child in list(holder.named_children()):
+                if child is not self.base_model and child is not layers:
+                    setattr(holder, name, nn.Identity())
+
+    return type(kind.__name__, (kind,), {"__init__": __init__, "_tied_weights_keys": None, "__module__": kind.__module__})
+
+
+class Streamed:
+    """A causal language model of a source whose decoder layers are read when asked for, one at a time."""
+
+    def __init__(self, source: Source, dtype: torch.dtype | None = None, device: str | torch.device | None = None):
+        self.source, self.device = source, device or "cpu"
+        self.config = with_experts(source.config, count_experts(source.config))
+        self.config.tie_word_embeddings = False  # no output layer is held that could share the embeddings
+        self.config.get_text_config().tie_word_embeddings = False
+        self.dtype = dtype or _usual_dtype(source)
+        self.kind = type(skeleton(self.config))
+        self.model = self._load(None, source.rest())
+
+    def _load(self, number: int | None, names: list[str]) -> nn.Module:
+        options = {"config": self.config, "dtype": self.dtype, "output_loading_info": True}
+        with _little_memory():
+            model, found = _partial(self.kind, number).from_pretrained(None, state_dict=self.source.lazily(names), **options)
+        if found["missing_keys"]:
+            raise ValueError(f"{self.source.folder} lacks weights of the model: {', '.join(sorted(found['missing_keys']))}.")
+        return model.eval().to(self.device)
+
+    def __len__(self) -> int:
+        return len(decoder_layers(self.model))
+
+    @contextmanager
+    def layer(self, number: int) -> Iterator[nn.Module]:
+        """The decoder layer in its place, with its weights, for as long as it is needed."""
+        layers = decoder_layers(self.model)
+        passing, layers[number] = layers[number], decoder_layers(self._load(number, self.source.layer(number)))[number]
+        try:
+            yield layers[number]
+        finally:
+            layers[number] = passing
+
+
+def _usual_dtype(source: Source) -> torch.dtype:
+    """The dtype that most of the weights are of."""
+    sizes: dict[torch.dtype, int] = {}
+    for entry in source.entries.values():
+        sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.nbytes
+    return max(sizes, key=sizes.__getitem__)
+
+
+# --- work that survives being killed ------------------------------------------------------------------------------------
+
+
+class Progress:
+    """Work towards a folder, in a hidden one beside it: what was asked for, what each finished layer gave, and the
+    output so far. The destination is absent until `finish`, then complete."""
+
+    def __init__(self, destination: str | Path, job: dict):
+        """Raises FileExistsError if the destination is there, ValueError if the work began with other inputs or options."""
+        self.destination = refuse_existing(destination)
+        self.folder = self.destination.parent / f".{self.destination.name}.partial"
+        self.out, self.streams = self.folder / "out", self.folder / "streams"
+        for folder in (self.out, self.streams):
+            folder.mkdir(parents=True, exist_ok=True)
+        about = self.folder / "job.json"
+        if about.exists():
+            former = read_json(about, "description of unfinished work")
+            changed = [key for key in job if job[key] != former.get(key)]
+            if changed:
+                raise ValueError(
+                    f"{self.folder} holds unfinished work with another {', '.join(changed)}: ask for the same again to "
+                    "continue it, or remove that folder to begin anew."
+                )
+        elif rank() == 0:
+            write_json(about, job)
+        together()
+
+    def records(self) -> list[dict]:
+        """What the layers finished so far gave, in order."""
+        found = []
+        while (path := self._record(len(found))).exists():
+            found.append(read_json(path, "record of a finished layer"))
+        return found
+
+    def _record(self, number: int) -> Path:
+        return self.folder / f"layer_{number:05d}.json"
+
+    def finish_layer(self, number: int, record: dict, keep: list[Path]) -> None:
+        """The layer is done, once all ranks say so; hidden states before it are no longer needed."""
+        together()
+        if rank() == 0:
+            write_json(self._record(number), record)
+        together()
+        for path in self.streams.glob(f"*.{rank()}"):
+            if path not in keep:
+                path.unlink()
+
+    def finish(self) -> None:
+        together()
+        if rank() == 0:
+            os.replace(self.out, self.destination)
+            shutil.rmtree(self.folder)
+        together()
+
+
+def rank() -> int:
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def ranks() -> int:
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def together() -> None:
+    """Wait for the other ranks, if there are any."""
+    if ranks() > 1:
+        distributed.barrier()
+
+
+# --- the walk through a checkpoint --------------------------------------------------------------------------------------
+
+
+class CheckpointWalk:
+    """A walk through a source whose streams lie in files, which goes on after the last finished layer."""
+
+    def __init__(self, streamed: Streamed, tokens: torch.Tensor, progress: Progress, **options):
+        self.streamed, self.progress = streamed, progress
+        mine = tokens.tensor_split(ranks())[rank()]
+        self.sizes = [len(batch) for batch in mine.split(options["batch_size"])]
+        self.walk = Walk(streamed.model, mine, stream=self._stream, **options)
+        self.done = progress.records()
+        if self.done:
+            for name, about in self.done[-1]["streams"].items():
+                setattr(self.walk, name, self._open(name, len(self.done) - 1, about[rank()]))
+
+    def _path(self, name: str, number: int) -> Path:
+        return self.progress.streams / f"{name}_{number:05d}.{rank()}"
+
+    def _stream(self, name: str, number: int) -> FileStream:
+        return FileStream(self._path(name, number), self.sizes)
+
+    def _open(self, name: str, number: int, about: dict) -> FileStream:
+        return FileStream(self._path(name, number), self.sizes, about["shape"], getattr(torch, about["dtype"]))
+
+    def run(
+        self, keep: int | None, choose: Callable[[int, LayerTrace], dict], write: Callable[[int, dict], None]
+    ) -> list[dict]:
+        """Take every decoder layer that is not done past the calibration set; the records of all.
+
+        choose(number, traced) answers for an MoE layer while its weights are there, write(number, answer) puts down what
+        comes of any layer once they are gone: "kept" in the answer is what a progressive walk goes on with.
+        """
+        numbers = range(len(self.done), len(self.streamed))
+        for number in tqdm(numbers, desc="layers", unit="layer", initial=len(self.done), total=len(self.streamed)):
+            times = [time.perf_counter()]
+            with self.streamed.layer(number) as decoder:
+                times.append(time.perf_counter())
+                traced, record = self.walk.trace_layer(number, keep), {}
+                times.append(time.perf_counter())
+                if traced is not None:
+                    record = self._choose(number, decoder, traced, choose)
+                del decoder, traced
+            times.append(time.perf_counter())
+            write(number, record)
+            times.append(time.perf_counter())
+            steps = dict(zip(("read", "run", "search", "write"), (b - a for a, b in itertools.pairwise(times)), strict=True))
+            self._finish(number, {**record, "seconds": steps, "peak_gb": peak_gb()})
+        return self.progress.records()
+
+    def _choose(self, number: int, decoder: nn.Module, traced: LayerTrace, choose) -> dict:
+        layer = find_moe(decoder)
+        layers = decoder_layers(self.streamed.model)
+        prefix = next(name for name, module in self.streamed.model.named_modules() if module is layers)
+        traced.split, traced.name = ranks() > 1, f"{prefix}.{number}.{layer.name}".removesuffix(".")
+        record = {"name": traced.name, "gate": gate_digest(layer), "n": layer.n, "k": layer.k, **choose(number, traced)}
+        if self.walk.progressive:
+            self.walk.follow(number, record["kept"])
+        return record
+
+    def _finish(self, number: int, record: dict) -> None:
+        streams = {name: getattr(self.walk, name) for name in ("original", "pruned") if getattr(self.walk, name) is not None}
+        record["streams"] = {name: everyone(stream.about()) for name, stream in streams.items()}
+        self.progress.finish_layer(number, record, [stream.path for stream in streams.values()])
+
+
+def peak_gb() -> float:
+    """The most memory this process has held so far, in GB: resident, mapped pages of files included; or the GPU's."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def everyone(value: dict) -> list[dict]:
+    """A value of every rank, in order."""
+    found = [value] * ranks()
+    if ranks() > 1:
+        distributed.all_gather_object(found, value)
+    return found
+
+
+def trace_checkpoint(
+    source: str | Path,
+    tokens: torch.Tensor,
+    folder: str | Path,
+    *,
+    keep: int | None = None,
+    revision: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    batch_size: int = BATCH,
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> Trace:
+    """`trace`, with one decoder layer in memory at a time; the trace is written to `folder` and read from there.
+
+    source: a local folder of safetensors, or a hub id. dtype: what to compute in (None: what most weights are of).
+    Killed, the same call goes on after the last finished layer. Raises ValueError as `Source`, `Layout.check` and `trace`
+    do, and for other inputs or options than the unfinished work has; FileExistsError if `folder` is there.
+    """
+    refuse_existing(folder)
+    if ranks() > 1:
+        raise ValueError("trace_checkpoint works on one process: use prune_checkpoint under torchrun.")
+    opened = Source(fetch(str(source), revision))
+    layout = Layout(opened.config, count_experts(opened.config))
+    layout.check(opened)
+    streamed = Streamed(opened, dtype, device)
+    check_tokens(streamed.model, tokens)
+    options = {"batch_size": batch_size, "chunk_tokens": chunk_tokens}
+    job = {"source": opened.fingerprint, "calibration set": tokens_digest(tokens), "keep": keep, "dtype": str(streamed.dtype)}
+    progress = Progress(folder, {**job, **options})
+
+    def choose(number: int, traced: LayerTrace) -> dict:
+        save_layer(traced, progress.out / f"of_decoder_layer_{number:05d}")
+        return {"about": about_layer(traced)}
+
+    with torch.no_grad():
+        records = CheckpointWalk(streamed, tokens, progress, **options).run(keep, choose, lambda number, record: None)
+    found = [(number, record) for number, record in enumerate(records) if "about" in record]
+    for place, (number, _) in enumerate(found):
+        os.replace(progress.out / f"of_decoder_layer_{number:05d}", progress.out / layer_file(place))
+    model = digest([record["gate"] for _, record in found])
+    write_about(progress.out, model, tokens_digest(tokens), [record["about"] for _, record in found])
+    progress.finish()
+    return Trace.load(folder)
+
+
+def prune_checkpoint(
+    source: str | Path,
+    destination: str | Path,
+    r: int,
+    *,
+    calibration: str | torch.Tensor = "c4",
+    sequences: int = 128,
+    length: int = 2048,
+    seed: int = 42,
+    method: str = "enumerate",
+    revision: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    batch_size: int = BATCH,
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> dict:
+    """Prune a checkpoint to r experts a layer from disk to disk, one decoder layer and the hidden states at a time.
+
+    source: a local folder of safetensors, or a hub id. destination: a folder of the same kind, with tokenizer, index,
+    `plan.json`, a model card and `pruning_report.json`, which is also returned: kept experts, losses, betas, seconds, peak
+    memory, versions, the calibration set. Weights are copied bit by bit; block FP8 and MXFP4 are written as bfloat16.
+    calibration: a corpus or path as for `calibration_tokens`, or token ids [sequences, length]. method: as for
+    `search_experts`. dtype: what to compute in (None: what most weights are of). batch_size: sequences a forward pass.
+
+    Killed, out of disk or of memory, the destination stays absent, and the same call goes on after the last finished
+    layer. Under `torchrun` every process takes its share of the sequences, and all choose alike.
+    Raises FileExistsError if the destination is there, and ValueError for r out of range, other inputs or options than the
+    unfinished work has, and everything wrong with the source, named, before any layer runs.
+    """
+    refuse_existing(destination)
+    check_method(method)
+    opened = Source(fetch(str(source), revision))
+    layout = Layout(opened.config, r)
+    left_out = layout.check(opened)
+    tokens = calibration
+    if isinstance(calibration, str):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(opened.folder, trust_remote_code=False)
+        tokens = calibration_tokens(calibration, tokenizer, sequences=sequences, length=length, seed=seed)
+    if len(tokens) < ranks():
+        raise ValueError(f"{len(tokens)} sequences cannot be split over {ranks()} processes: use more sequences.")
+    about = {
+        "calibration": calibration if isinstance(calibration, str) else "token ids",
+        "calibration set": tokens_digest(tokens),
+        "sequences": len(tokens),
+        "length": tokens.shape[1],
+        "seed": seed,
+    }
+    options = {"batch_size": batch_size, "chunk_tokens": chunk_tokens, "progressive": method == "progressive"}
+    streamed = Streamed(opened, dtype, device)
+    check_tokens(streamed.model, tokens)
+    job = {"source": opened.fingerprint, "r": r, "method": method, "dtype": str(streamed.dtype), "ranks": ranks()}
+    progress = Progress(destination, {**job, **about, **options})
+    if not progress.records() and rank() == 0:
+        opened.check_finite()
+    writer = ShardWriter(opened, layout, progress.out)
+    generator = torch.Generator().manual_seed(seed)
+    orders = [torch.Generator().manual_seed(int(torch.randint(2**31, (1,), generator=generator))) for _ in range(layout.layers)]
+
+    def choose(number: int, traced: LayerTrace) -> dict:
+        kept, loss, runner_up = search_layer(traced, r, "enumerate" if options["progressive"] else method, orders[number])
+        betas = {}
+        if traced.k > 1:
+            alone = Trace([traced], "", "")
+            betas = {"beta": median_betas(alone)[0], "beta_pruned": median_betas(alone, [kept])[0]}
+        return {"kept": kept, "loss": loss, "runner_up": runner_up, **betas}
+
+    with torch.no_grad():
+        records = CheckpointWalk(streamed, tokens, progress, **options).run(r, choose, writer.write_layer)
+    pruned = [record for record in records if "kept" in record]
+    plan = PruningPlan(
+        method,
+        r,
+        [record["kept"] for record in pruned],
+        [record["loss"] for record in pruned],
+        digest([record["gate"] for record in pruned]),
+        tokens_digest(tokens),
+        None if pruned[0]["runner_up"] is None else [record["runner_up"] for record in pruned],
+    )
+    report = {
+        "source": str(source),
+        "revision": revision,
+        "quantised": opened.method,
+        "left_out": left_out,
+        **about,
+        **{key: job[key] for key in ("r", "method", "dtype", "ranks")},
+        "k": pruned[0]["k"],
+        "n": pruned[0]["n"],
+        "layers": [
+            {key: value for key, value in record.items() if key not in ("streams", "gate", "n", "k")} for record in records
+        ],
+        "seconds": sum(sum(record["seconds"].values()) for record in records),
+        "peak_gb": max(record["peak_gb"] for record in records),
+        "versions": versions(),
+    }
+    if rank() == 0:
+        writer.finish(plan, report)
+    progress.finish()
+    return report
+
+
+class ShardWriter:
+    """The folder that a pruned checkpoint becomes: one shard a decoder layer, and one for the rest."""
+
+    def __init__(self, source: Source, layout: Layout, folder: Path):
+        self.source, self.layout, self.folder = source, layout, folder
+
+    def _shard(self, number: int) -> str:
+        return f"model-{number + 1:05d}-of-{self.layout.layers + 1:05d}.safetensors"
+
+    def write_layer(self, number: int, record: dict) -> None:
+        if rank() == 0:
+            self._write(self._shard(number), self.source.layer(number), record.get("kept", []))
+
+    def _write(self, file: str, names: list[str], kept: list[int]) -> None:
+        state = self.layout.pruned(self.source, [name for name in names if name in self.layout.full], kept)
+        temporary = self.folder / f".{file}"
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary, metadata={"format": "pt"})
+            os.replace(temporary, self.folder / file)
+        except (SafetensorError, OSError) as error:
+            raise OSError(f"Could not write {self.folder / file} ({error}): make room, then ask for the same again.") from None
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def finish(self, plan: PruningPlan, report: dict) -> None:
+        """The rest of the weights, the index, and everything that is no weight."""
+        self._write(self._shard(self.layout.layers), self.source.rest(), [])
+        self._write_index()
+        for path in self.source.folder.iterdir():
+            if path.is_file() and not path.name.endswith(NOT_COPIED):
+                shutil.copyfile(path, self.folder / path.name)
+        write_json(self.folder / "config.json", self._config(plan.r))
+        write_json(self.folder / "plan.json", asdict(plan))
+        write_json(self.folder / REPORT, report)
+        what = f" Pruned by esparse from {report['source']} (method: {plan.method}, r = {plan.r}, calibrated on "
+        what += f"{report['sequences']} x {report['length']} tokens of {report['calibration']}); see `{REPORT}`."
+        write_text(self.folder / "README.md", card(self.source.config, plan.r, report["k"], what))
+
+    def _write_index(self) -> None:
+        places, size = {}, 0
+        for number in range(self.layout.layers + 1):
+            with safe_open(self.folder / self._shard(number), framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (no mapping)
+                    places[name] = self._shard(number)
+            size += (self.folder / self._shard(number)).stat().st_size
+        write_json(self.folder / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))})
+
+    def _config(self, r: int) -> dict:
+        """The source's own config.json, with another number of experts and without quantisation."""
+        config = json.loads((self.source.folder / "config.json").read_text(encoding="utf-8"))
+        config.pop("quantization_config", None)
+        parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+        counted = [(part, name) for part in parts for name in COUNT_NAMES if part.get(name) == self.layout.n]
+        for part, name in counted or [(config, COUNT_NAMES[0])]:
+            part[name] = r
+        return config
