@@ -1,4 +1,4 @@
-"""The command line: `python -m esparse notebooks | figures | data | bench`. Each command is one function of the package."""
+"""The command line: `python -m esparse notebooks | figures | prune | data | bench`; each is one function of the package."""
 
 import argparse
 import sys
@@ -40,6 +40,37 @@ def _data(arguments) -> None:
     print(f"{folder} written in {time.perf_counter() - started:.0f} s")
 
 
+def _prune(arguments) -> None:
+    from .preflight import preflight
+    from .streaming import join_ranks, prune_checkpoint, rank
+
+    join_ranks()
+    options = {"sequences": arguments.sequences, "length": arguments.length, "method": arguments.method}
+    options |= {"revision": arguments.revision, "dtype": arguments.dtype, "batch_size": arguments.batch_size}
+    if rank() == 0:
+        needs = preflight(arguments.source, arguments.experts, destination=arguments.destination, **options)
+        print("\n".join(f"{name + ':':10}{value}" for name, value in needs.items()), flush=True)
+    if arguments.dry_run:
+        return
+    options |= {"device": arguments.device, "chunk_tokens": arguments.chunk_tokens, "seed": arguments.seed}
+    report = prune_checkpoint(
+        arguments.source, arguments.destination, arguments.experts, calibration=arguments.calibration, **options
+    )
+    if rank() == 0:
+        print(f"{arguments.destination}: {report['n']} to {report['r']} experts in {report['seconds']:.0f} s")
+        print(
+            f"at most {report['peak_gb']:.1f} GB of memory" + (f"; left out: {report['left_out']}" * bool(report["left_out"]))
+        )
+
+
+def _dtype(name: str):
+    import torch
+
+    if name not in ("bfloat16", "float16", "float32"):
+        raise argparse.ArgumentTypeError(f"{name!r} is none of bfloat16, float16, float32")
+    return getattr(torch, name)
+
+
 def _bench(arguments) -> None:
     from .benchmark import BENCHMARKS
 
@@ -65,6 +96,24 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("--folder", type=Path, help="where to (data/)")
     data.add_argument("--keep-model", action="store_true", help="corpora and tasks only")
     data.set_defaults(call=_data)
+    prune = commands.add_parser("prune", help="prune a checkpoint from disk to disk, one layer in memory at a time")
+    prune.add_argument("source", help="a local folder of safetensors, or a hub id")
+    prune.add_argument("destination", help="the folder to write; absent until it is complete")
+    prune.add_argument("--experts", type=int, required=True, metavar="R", help="experts to keep in each layer")
+    prune.add_argument("--calibration", default="c4", metavar="CORPUS", help="c4, math, gsm8k, web, arithmetic or a path (c4)")
+    prune.add_argument("--sequences", type=int, default=128, metavar="N", help="sequences of the calibration set (128)")
+    prune.add_argument("--length", type=int, default=2048, metavar="L", help="tokens of each (2048)")
+    prune.add_argument("--seed", type=int, default=42, metavar="S", help="which documents are drawn (42)")
+    prune.add_argument("--method", default="enumerate", help="enumerate, greedy, progressive, reap, ... (enumerate)")
+    prune.add_argument("--dtype", type=_dtype, help="what to compute in (what most weights are of)")
+    prune.add_argument("--device", help="where to compute (cpu), such as cuda")
+    prune.add_argument("--batch-size", type=int, default=8, metavar="B", help="sequences a forward pass (8)")
+    prune.add_argument(
+        "--chunk-tokens", type=int, default=2048, metavar="T", help="tokens whose expert outputs are held (2048)"
+    )
+    prune.add_argument("--revision", help="of the hub id")
+    prune.add_argument("--dry-run", action="store_true", help="only say what it would take")
+    prune.set_defaults(call=_prune)
     bench = commands.add_parser("bench", help="measure search, memory and speed on this machine")
     bench.add_argument("name", choices=["search", "generation", "full"], help="what to measure")
     bench.add_argument("--out", type=Path, metavar="FILE", help="also write the result as JSON")

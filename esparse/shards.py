@@ -243,7 +243,9 @@ class Layout:
         self.n = count_experts(config)
         full, small = (skeleton(with_experts(config, experts)) for experts in (self.n, r))
         self.full, self.small = _written(full), _written(small)
-        self.tied = set(getattr(full, "all_tied_weights_keys", None) or {}) if config.tie_word_embeddings else set()
+        self.tied = (
+            set(getattr(full, "all_tied_weights_keys", None) or {}) if getattr(config, "tie_word_embeddings", False) else set()
+        )
         self.layers = len(full.base_model.layers)
 
     def check(self, source: Source) -> list[str]:

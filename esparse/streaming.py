@@ -38,8 +38,9 @@ from .traces import (
 )
 from .walk import BATCH, FileStream, Passing, Walk
 
+PRIVATE = ("streams", "gate", "n", "k")  # of a layer's record: not for the report
 REPORT = "pruning_report.json"
-NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", INDEX, "config.json", "README.md")
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
 
 
 # --- a model that holds one decoder layer -------------------------------------------------------------------------------
@@ -182,6 +183,14 @@ def ranks() -> int:
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
+def join_ranks() -> None:
+    """Join the processes that `torchrun` started, if it did: nccl between GPUs, else gloo."""
+    if "RANK" in os.environ and not distributed.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+
 def together() -> None:
     """Wait for the other ranks, if there are any."""
     if ranks() > 1:
@@ -218,8 +227,8 @@ class CheckpointWalk:
     ) -> list[dict]:
         """Take every decoder layer that is not done past the calibration set; the records of all.
 
-        choose(number, traced) answers for an MoE layer while its weights are there, write(number, answer) puts down what
-        comes of any layer once they are gone: "kept" in the answer is what a progressive walk goes on with.
+        choose(number, traced) answers for an MoE layer with a dict while its weights are there, write(number, answer) puts
+        down what comes of any layer once they are gone; "kept" in the answer is what a progressive walk goes on with.
         """
         numbers = range(len(self.done), len(self.streamed))
         for number in tqdm(numbers, desc="layers", unit="layer", initial=len(self.done), total=len(self.streamed)):
@@ -443,7 +452,7 @@ class ShardWriter:
         self._write(self._shard(self.layout.layers), self.source.rest(), [])
         self._write_index()
         for path in self.source.folder.iterdir():
-            if path.is_file() and not path.name.endswith(NOT_COPIED):
+            if path.is_file() and path.suffix not in WEIGHTS and path.name not in (INDEX, "config.json", "README.md"):
                 shutil.copyfile(path, self.folder / path.name)
         write_json(self.folder / "config.json", self._config(plan.r))
         write_json(self.folder / "plan.json", asdict(plan))

@@ -189,9 +189,10 @@ def check_experts(r: int, n: int, k: int, keep: int | None = None, router: Route
     if router and router.groups > 1:
         each = r // router.groups
         if r % router.groups or each < router.group_size or each * router.top_groups < k:
+            least = max(router.group_size, -(-k // router.top_groups))
             raise ValueError(
-                f"Cannot keep {r} experts: the router's {router.groups} groups must keep equally many, at least "
-                f"{max(router.group_size, -(-k // router.top_groups))}, since tokens choose {k} from {router.top_groups} groups."
+                f"Cannot keep {r} experts: the router's {router.groups} groups must keep equally many, at least {least}, "
+                f"since tokens choose {k} from {router.top_groups} groups."
             )
     if keep is not None and r < keep:
         raise ValueError(f"This trace answers down to {keep} experts, not {r}: trace again with keep={r}.")

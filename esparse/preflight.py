@@ -1,0 +1,122 @@
+"""What pruning a checkpoint will take, before any of it is read."""
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+import torch
+import transformers
+
+from .corpora import from_hub
+from .models import find_moe
+from .shards import UNWANTED, Layout, count_experts, skeleton, with_experts
+
+GB = 1e9
+
+
+def preflight(
+    source: str | Path,
+    r: int,
+    *,
+    sequences: int = 128,
+    length: int = 2048,
+    method: str = "enumerate",
+    dtype: torch.dtype | None = None,
+    batch_size: int = 8,
+    destination: str | Path = ".",
+    revision: str | None = None,
+) -> dict[str, str]:
+    """Memory, disk, download, FLOPs, time and access that `prune_checkpoint` would take, as sentences by name.
+
+    Only the config is read (and downloaded, for a hub id). Estimates: memory counts one layer while it is put together, the
+    largest Gram and a batch's activations; time the matrix products at the speed of a small one measured now, and every
+    weight read twice and written once at 1 GB/s. Raises ValueError where r cannot be kept, and as `load_model` where a hub
+    id cannot be had.
+    """
+    local = Path(source).is_dir()
+    load = lambda: transformers.AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)  # noqa: E731
+    config = load() if local else from_hub(load, f"the model {source!r}", str(source), "a local folder works offline")
+    config = with_experts(config, count_experts(config))
+    layout, sizes = Layout(config, r), _Sizes(config, r, (dtype or _config_dtype(config)).itemsize)
+    tokens = sequences * length
+    per_token = sizes.reach * (sizes.reach + 1) // 2 * 4
+    streams = (2 if method == "progressive" else 1) * 2 * tokens * sizes.hidden * sizes.itemsize
+    written = sum(torch.Size(shape).numel() for shape in layout.small.values()) * sizes.itemsize
+    chunk = batch_size * length * (sizes.hidden * 12 + sizes.inner * 4) * 4
+    memory = sizes.rest + 1.4 * sizes.layer + tokens * per_token + chunk + 0.6 * GB
+    flops = 2 * tokens * (sizes.active * (2 if method == "progressive" else 1))
+    seconds = flops / _speed(dtype or _config_dtype(config)) + (2 * sizes.whole + written) / GB
+    free = shutil.disk_usage(_existing(Path(destination))).free
+    return {
+        "memory": f"about {memory / GB:.1f} GB: a layer has {sizes.layer / GB:.1f}, its Gram {tokens * per_token / GB:.2f}",
+        "disk": f"{written / GB:.1f} GB for the result and {streams / GB:.1f} while it works; {free / GB:.0f} GB are free",
+        "download": "nothing" if local else _download(str(source), revision),
+        "FLOPs": f"{flops:.1e} on {tokens} tokens, {sizes.reach} of {layout.n} experts each",
+        "time": f"about {_duration(seconds)} here, without the download",
+        "access": "a local folder" if local else _access(str(source), revision),
+    }
+
+
+class _Sizes:
+    """Bytes and products of a model by its config."""
+
+    def __init__(self, config, r: int, itemsize: int):
+        model = skeleton(config)
+        layers = [(layer, find_moe(layer)) for layer in model.base_model.layers]
+        count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
+        self.itemsize, self.hidden = itemsize, config.get_text_config().hidden_size
+        self.layer = max(count(layer) for layer, _ in layers) * itemsize
+        self.whole = count(model) * itemsize
+        self.rest = count(model.get_input_embeddings()) * itemsize
+        moe = next(moe for _, moe in layers if moe is not None)
+        k = getattr(moe.gate, "top_k", None) or config.get_text_config().num_experts_per_tok
+        self.reach = min(moe.n, k + moe.n - r)
+        one = count(moe.experts) // moe.n
+        self.inner = one // self.hidden
+        self.active = sum(count(layer) - (count(m.experts) - self.reach * one if m else 0) for layer, m in layers)
+
+
+def _config_dtype(config) -> torch.dtype:
+    return getattr(config, "dtype", None) or torch.bfloat16
+
+
+def _speed(dtype: torch.dtype, size: int = 1024) -> float:
+    """FLOP a second of one product of this size, the best of three."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    matrix = torch.ones(size, size, dtype=dtype, device=device)
+    best = float("inf")
+    for _ in range(3):
+        started = time.perf_counter()
+        (matrix @ matrix)[0, 0].item()
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+def _existing(path: Path) -> Path:
+    return path if path.exists() else _existing(path.resolve().parent)
+
+
+def _duration(seconds: float) -> str:
+    minutes, hours = seconds / 60, seconds / 3600
+    return f"{seconds:.0f} seconds" if seconds < 120 else f"{minutes:.0f} minutes" if minutes < 120 else f"{hours:.1f} hours"
+
+
+def _info(source: str, revision: str | None):
+    from huggingface_hub import HfApi
+
+    load = lambda: HfApi().model_info(source, revision=revision, files_metadata=True)  # noqa: E731
+    return from_hub(load, f"the model {source!r}", source, "a local folder works offline")
+
+
+def _download(source: str, revision: str | None) -> str:
+    files = [f for f in _info(source, revision).siblings if f.rfilename.endswith(".safetensors")]
+    wanted = [f for f in files if not any(Path(f.rfilename).match(pattern) for pattern in UNWANTED)]
+    return f"{sum(f.size or 0 for f in wanted) / GB:.1f} GB in {len(wanted)} files, less what is there already"
+
+
+def _access(source: str, revision: str | None) -> str:
+    if not _info(source, revision).gated:
+        return "open"
+    token = "HF_TOKEN is set" if os.environ.get("HF_TOKEN") else "then set HF_TOKEN"
+    return f"gated: accept the terms at https://huggingface.co/{source}, {token}"
