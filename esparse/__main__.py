@@ -115,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument("--dry-run", action="store_true", help="only say what it would take")
     prune.set_defaults(call=_prune)
     bench = commands.add_parser("bench", help="measure search, memory and speed on this machine")
-    bench.add_argument("name", choices=["search", "generation", "full"], help="what to measure")
+    bench.add_argument("name", choices=["search", "generation", "full", "stream", "many"], help="what to measure")
     bench.add_argument("--out", type=Path, metavar="FILE", help="also write the result as JSON")
     bench.set_defaults(call=_bench)
     return parser

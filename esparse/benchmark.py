@@ -2,7 +2,11 @@
 
 import itertools
 import platform
+import shutil
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -11,8 +15,9 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors.torch import save_file
 
-from .files import write_json
+from .files import data_folder, read_json, write_json
 from .models import Scratch, moe_layers
 from .pruning import masked_layer
 from .search import subset_losses
@@ -155,7 +160,7 @@ def search_times(model, r: int, tokens: int = 4096, repeats: int = 15) -> dict:
         ours(many)
     extra = scratch.nbytes + (found["mib"] or 0.0) * MIB - many.nbytes  # the layer's own result is no extra
     counts = torch.bincount(traced.order.flatten(), minlength=layer.n).tolist()
-    turns = rounds({"ours": lambda: _seconds(ours), "products": lambda: _products(layer, hidden, counts)}, repeats)
+    turns = rounds({"ours": lambda: _seconds(ours), "products": lambda: products_of(layer, hidden, counts)}, repeats)
     rerun = _seconds(lambda: [_rerun(layer, block, subset) for subset in itertools.combinations(range(layer.n), r)])
     contributions = 4 * traced.order.numel() * hidden.shape[1] * hidden.element_size() / MIB
     return {
@@ -174,7 +179,7 @@ def _rerun(layer, block: Callable[[], torch.Tensor], subset: tuple[int, ...]) ->
         return block()
 
 
-def _products(layer, hidden: torch.Tensor, counts: list[int]) -> float:
+def products_of(layer, hidden: torch.Tensor, counts: list[int]) -> float:
     """Seconds for the products alone, each expert's rows in chunks like the trace's."""
     inputs = hidden.repeat(-(-max(counts) // len(hidden)), 1)
     rows = max(1, CHUNK_TOKENS * sum(counts) // len(hidden) // layer.n)
@@ -304,4 +309,98 @@ def fits_full() -> bool:
     return torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 100e9
 
 
-BENCHMARKS = {"search": bench_search, "generation": bench_generation, "full": bench_full}
+# --- a checkpoint larger than what may be held ------------------------------------------------------------------------
+
+
+def write_random_checkpoint(folder: Path, shape: Mapping[str, object], experts: int = 8, seed: int = 0) -> None:
+    """A Mixtral of random bf16 weights in the hub's layout, with the tiny tokenizer, one layer in memory at a time."""
+    from transformers import MixtralConfig
+
+    from .shards import INDEX, Layout, layer_number
+
+    folder.mkdir(parents=True)
+    config = MixtralConfig(**shape, num_local_experts=experts, num_experts_per_tok=2, dtype="bfloat16")
+    config.architectures = ["MixtralForCausalLM"]
+    layout, generator, places = Layout(config, experts), torch.Generator().manual_seed(seed), {}
+    for number in (None, *range(layout.layers)):
+        names = [name for name in layout.full if layer_number(name) == number]
+        state = {name: torch.empty(layout.full[name], dtype=torch.bfloat16) for name in names}
+        for name, tensor in state.items():
+            tensor.fill_(1.0) if "norm" in name else tensor.normal_(0.0, 0.02, generator=generator)
+        file = f"model-{0 if number is None else number + 1:05d}-of-{layout.layers:05d}.safetensors"
+        save_file(state, folder / file, metadata={"format": "pt"})
+        places |= dict.fromkeys(names, file)
+    write_json(folder / INDEX, {"metadata": {}, "weight_map": places})
+    config.save_pretrained(folder)
+    for path in (data_folder() / "tiny").glob("tokenizer*"):
+        shutil.copyfile(path, folder / path.name)
+
+
+def stream_floor(folder: Path, r: int, sequences: int, length: int) -> dict[str, float]:
+    """Seconds to read every weight of a Mixtral folder once, to write those that stay, and for the matrix products alone."""
+    from .shards import Layout, Source
+
+    source = Source(folder)
+    layout, kept, products = Layout(source.config, r), list(range(r)), 0.0
+    reading, writing = _seconds(lambda: [source.read(name).clone() for name in source.rest()]), 0.0
+    for number in range(layout.layers):
+        state: dict[str, torch.Tensor] = {}
+        reading += _seconds(lambda: state.update({name: source.read(name).clone() for name in source.layer(number)}))  # noqa: B023
+        stay = {name: tensor for name, tensor in state.items() if layout.cut(name, kept)[0]}
+        writing += _seconds(lambda: save_file(stay, folder / "written.tmp"))  # noqa: B023
+        (folder / "written.tmp").unlink()
+        tokens, reach = sequences * length, 2 + layout.n - r
+        for name, tensor in state.items():
+            rows = tokens * reach // layout.n if ".experts." in name else tokens
+            if tensor.ndim == 2:
+                inputs = torch.ones(rows, tensor.shape[1], dtype=tensor.dtype)
+                products += _seconds(lambda: inputs @ tensor.T)  # noqa: B023
+    return {"reading": reading, "writing": writing, "products": products}
+
+
+def bench_stream(out: Path | None = None, shape: Mapping[str, object] | None = None) -> str:
+    """Pruning a four-layer Mixtral of full width from disk, 8 to 6 experts, 4 x 256 tokens; needs 25 GB of free disk.
+
+    A fresh process does it, so that its peak memory is its own. The source is the embedded tokenizer's text.
+    """
+    shape = shape or {**FULL, "num_hidden_layers": 4}
+    folder = Path(tempfile.mkdtemp(prefix="esparse-stream-", dir=Path.cwd()))
+    try:
+        write_random_checkpoint(folder / "source", shape)
+        size = sum(path.stat().st_size for path in (folder / "source").glob("*.safetensors")) / 1e9
+        words = ["prune", str(folder / "source"), str(folder / "pruned"), "--experts", "6", "--calibration", "web"]
+        command = [sys.executable, "-m", "esparse", *words, "--sequences", "4", "--length", "256"]
+        seconds = _seconds(lambda: subprocess.run(command, check=True, capture_output=True))
+        report = read_json(folder / "pruned" / "pruning_report.json", "pruning report")
+        floor = stream_floor(folder / "source", 6, 4, 256)
+    finally:
+        shutil.rmtree(folder)
+    steps = {step: sum(layer["seconds"][step] for layer in report["layers"]) for step in report["layers"][0]["seconds"]}
+    result = {"source_gb": size, "peak_gb": report["peak_gb"], "command": seconds, "layers": report["seconds"], "steps": steps}
+    result |= {"checking": report["checking"], "floor": floor, "shape": dict(shape), "weights": "random"}
+    result["over_floor"] = (report["seconds"] + report["checking"]) / sum(floor.values())
+    if out:
+        write_json(out, {**machine(), **result})
+    parts = ", ".join(f"{name} {value:.1f} s" for name, value in floor.items())
+    return (
+        f"{size:.1f} GB on disk, at most {report['peak_gb']:.2f} GB of memory\n"
+        f"{report['checking'] + report['seconds']:.1f} s ({report['checking']:.1f} checking weights, "
+        + ", ".join(f"{value:.1f} {name}" for name, value in steps.items())
+        + f"; {seconds:.1f} with starting up), {result['over_floor']:.2f} times the least: {parts}"
+    )
+
+
+def bench_many(out: Path | None = None) -> str:
+    """See `many.bench_many`."""
+    from .many import bench_many
+
+    return bench_many(out)
+
+
+BENCHMARKS = {
+    "search": bench_search,
+    "generation": bench_generation,
+    "full": bench_full,
+    "stream": bench_stream,
+    "many": bench_many,
+}

