@@ -14,6 +14,7 @@ from .corpora import calibration_tokens
 from .evaluation import evaluate, perplexity
 from .files import paper, versions
 from .models import moe_layers
+from .preflight import preflight
 from .pruning import PruningPlan, masked, prune
 from .runs import Run
 from .search import expert_scores, search_experts, subset_losses

@@ -1,4 +1,4 @@
-"""The command line: `python -m esparse notebooks | figures | prune | data | bench`; each is one function of the package."""
+"""The command line, `python -m esparse COMMAND`: each command is one function of the package."""
 
 import argparse
 import sys
@@ -63,6 +63,17 @@ def _prune(arguments) -> None:
         )
 
 
+def _acceptance(arguments) -> None:
+    import pandas as pd
+
+    from .acceptance import acceptance
+    from .notebooks import parse_settings
+
+    options = {name.lower(): value for name, value in parse_settings(arguments.set).items()}
+    table = pd.DataFrame(acceptance(arguments.model, folder=arguments.run_dir, **options))
+    print(table.to_string(index=False))
+
+
 def _dtype(name: str):
     import torch
 
@@ -114,6 +125,13 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument("--revision", help="of the hub id")
     prune.add_argument("--dry-run", action="store_true", help="only say what it would take")
     prune.set_defaults(call=_prune)
+    acceptance = commands.add_parser("acceptance", help="set a real Mixtral 8x7B beside what the paper prints for it")
+    acceptance.add_argument("model", help="a local folder, or mistralai/Mixtral-8x7B-v0.1")
+    acceptance.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="such as DOMAIN=... or SEQUENCES=8"
+    )
+    acceptance.add_argument("--run-dir", metavar="DIR", help="where traces and plans go")
+    acceptance.set_defaults(call=_acceptance)
     bench = commands.add_parser("bench", help="measure search, memory and speed on this machine")
     bench.add_argument("name", choices=["search", "generation", "full", "stream", "many"], help="what to measure")
     bench.add_argument("--out", type=Path, metavar="FILE", help="also write the result as JSON")

@@ -44,12 +44,17 @@ def load_model(
         options = {"dtype": dtype or ("float32" if name == "tiny" else "auto"), "revision": revision}
         options |= {"device_map": device_map, "max_memory": max_memory, "use_safetensors": True}
         model = _fetch(transformers.AutoModelForCausalLM, source, **options)
-    tokenizer = _fetch(transformers.AutoTokenizer, source, revision=revision)
+    tokenizer = load_tokenizer(source, revision)
     if device is not None:
         model = model.to(device)
     if (Path(source) / SKIPPING_FILE).exists():
         enable_skipping(model, read_json(Path(source) / SKIPPING_FILE, "esparse settings file")["betas"])
     return model.eval(), tokenizer
+
+
+def load_tokenizer(source: str, revision: str | None = None):
+    """The tokenizer of a folder or a hub id."""
+    return _fetch(transformers.AutoTokenizer, source, revision=revision)
 
 
 def _fetch(kind, source: str, **options):

@@ -174,8 +174,10 @@ def fingerprint(model: nn.Module) -> str:
 def gate_digest(layer: MoELayer) -> str:
     """The same for one layer's gate."""
     state = hashlib.sha256(f"{layer.n}/{layer.k}".encode())
-    for parameter in layer.gate.parameters():
-        state.update(parameter.detach().float().cpu().numpy().tobytes())
+    for module in layer.gate.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            here = module._hf_hook.weights_map[name] if parameter.is_meta else parameter  # accelerate offloaded it
+            state.update(here.detach().float().cpu().numpy().tobytes())
     return state.hexdigest()[:16]
 
 

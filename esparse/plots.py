@@ -427,6 +427,36 @@ def _memory_and_speed(data: dict) -> Figure:
     return figure
 
 
+# --- 10 -------------------------------------------------------------------------------------------------------------
+
+
+def _searches(data: dict) -> Figure:
+    """Losses over the best found, a point a layer; each panel a model and a number of experts kept."""
+    panels = data["panels"]
+    figure, [row] = _canvas(2.3 * len(panels) + 0.8, 3, 1, len(panels), sharey=True)
+    for axes, panel in zip(row, panels, strict=True):
+        for i, (method, ratios) in enumerate(panel["ratios"].items()):
+            axes.plot(ratios, [i] * len(ratios), MARKERS[i], color=COLOURS[i], alpha=0.7, label=method)
+        axes.axvline(1, color="0.6", linewidth=0.8, zorder=0)
+        axes.set(title=panel["title"], xscale="log", xlabel=f"loss over that of {panel['best']}")
+        axes.set(yticks=range(len(panel["ratios"])), yticklabels=list(panel["ratios"]))
+    row[0].invert_yaxis()
+    return figure
+
+
+def _search_costs(data: dict) -> Figure:
+    """Seconds against the number of experts: the trace, the search on it, and what enumeration would take."""
+    figure, [[axes]] = _canvas(5.5, 3.4)
+    for i, (name, seconds) in enumerate(data["seconds"].items()):
+        axes.plot(data["n"], seconds, f"-{MARKERS[i]}", color=COLOURS[i], label=name)
+    axes.plot(data["n"], data["enumeration"], "--", color="0.4", label="enumeration (arithmetic)")
+    axes.set(xscale="log", yscale="log", xlabel="experts, of which three quarters stay", ylabel="seconds")
+    axes.set(xticks=data["n"], xticklabels=data["n"], ylim=(None, 1e6))
+    axes.minorticks_off()
+    axes.legend()
+    return figure
+
+
 FIGURES: dict[str, Callable[[dict], Figure]] = {
     "00_quickstart": _quickstart,
     "01_frequency": _frequency,
@@ -446,4 +476,6 @@ FIGURES: dict[str, Callable[[dict], Figure]] = {
     "05_expert_distances": _distances,
     "05_tail_rule": _tail_rule,
     "06_memory_and_speed": _memory_and_speed,
+    "10_searches": _searches,
+    "10_search_costs": _search_costs,
 }

@@ -17,7 +17,7 @@ GB = 1e9
 
 def preflight(
     source: str | Path,
-    r: int,
+    r: int | None = None,
     *,
     sequences: int = 128,
     length: int = 2048,
@@ -29,15 +29,16 @@ def preflight(
 ) -> dict[str, str]:
     """Memory, disk, download, FLOPs, time and access that `prune_checkpoint` would take, as sentences by name.
 
-    Only the config is read (and downloaded, for a hub id). Estimates: memory counts one layer while it is put together, the
-    largest Gram and a batch's activations; time the matrix products at the speed of a small one measured now, and every
-    weight read twice and written once at 1 GB/s. Raises ValueError where r cannot be kept, and as `load_model` where a hub
-    id cannot be had.
+    r: experts to keep (half of them, if None). Only the config is read (and downloaded, for a hub id). Estimates: memory
+    counts one layer while it is put together, the largest Gram and a batch's activations; time the matrix products at the
+    speed of a small one measured now, and every weight read twice and written once at 1 GB/s.
+    Raises ValueError where r cannot be kept, and as `load_model` where a hub id cannot be had.
     """
     local = Path(source).is_dir()
     load = lambda: transformers.AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)  # noqa: E731
     config = load() if local else from_hub(load, f"the model {source!r}", str(source), "a local folder works offline")
     config = with_experts(config, count_experts(config))
+    r = r or max(expert_counts(config)[1], count_experts(config) // 2)
     layout, sizes = Layout(config, r), _Sizes(config, r, (dtype or _config_dtype(config)).itemsize)
     tokens = sequences * length
     per_token = sizes.reach * (sizes.reach + 1) // 2 * 4
@@ -70,11 +71,30 @@ class _Sizes:
         self.whole = count(model) * itemsize
         self.rest = count(model.get_input_embeddings()) * itemsize
         moe = next(moe for _, moe in layers if moe is not None)
-        k = getattr(moe.gate, "top_k", None) or config.get_text_config().num_experts_per_tok
+        k = expert_counts(config)[1]
         self.reach = min(moe.n, k + moe.n - r)
         one = count(moe.experts) // moe.n
         self.inner = one // self.hidden
         self.active = sum(count(layer) - (count(m.experts) - self.reach * one if m else 0) for layer, m in layers)
+
+
+def expert_counts(config) -> tuple[int, int]:
+    """The experts of a layer, and those a token is routed to, by the config."""
+    text = config.get_text_config()
+    names = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
+    k = next((value for name in names if (value := getattr(text, name, None))), None)
+    if k is None:
+        raise ValueError(f"{type(config).__name__} does not say how many experts a token is routed to.")
+    return count_experts(config), max(k) if isinstance(k, list) else k
+
+
+def free_memory() -> float:
+    """Bytes that a model may take here: of the GPUs where there are any, else of the machine."""
+    if torch.cuda.is_available():
+        return sum(torch.cuda.mem_get_info(device)[0] for device in range(torch.cuda.device_count()))
+    import psutil
+
+    return psutil.virtual_memory().available
 
 
 def _config_dtype(config) -> torch.dtype:

@@ -12,14 +12,17 @@ import pandas as pd
 import torch
 
 from . import plots
-from .checkpoints import load_model
+from .checkpoints import load_model, load_tokenizer
 from .corpora import calibration_tokens
 from .evaluation import TINY_TASKS, evaluate, perplexity
-from .files import checkout, digest, read_json, write_json
+from .files import checkout, data_folder, digest, read_json, write_json
 from .models import fingerprint, moe_layers
+from .preflight import expert_counts, free_memory, preflight
 from .pruning import PruningPlan, masked
 from .search import search_experts
+from .shards import Source, fetch
 from .skips import skipping
+from .streaming import trace_checkpoint
 from .traces import Trace, tokens_digest, trace
 from .training import PRESETS
 
@@ -66,25 +69,60 @@ class Run:
 
     @cached_property
     def _loaded(self):
-        return load_model(self.model_name, dtype=self.dtype, device_map=self.device_map, revision=self.revision)
+        device_map = self.device_map or ("auto" if self.streamed else None)
+        return load_model(self.model_name, dtype=self.dtype, device_map=device_map, revision=self.revision)
+
+    @cached_property
+    def source(self) -> Path:
+        """The folder of the model's checkpoint, downloaded where it comes from the hub."""
+        return data_folder() / "tiny" if self.model_name in PRESETS else fetch(self.model_name, self.revision)
+
+    @cached_property
+    def streamed(self) -> bool:
+        """Whether the model is larger than what is free here: it is then traced layer by layer from disk, and evaluated
+        with what does not fit left there."""
+        if self.model_name in PRESETS:
+            return False
+        return sum(path.stat().st_size for path in self.source.glob("*.safetensors")) > 0.8 * free_memory()
+
+    def preflight(self) -> pd.Series:
+        """What tracing and pruning this model takes, before anything is read: see `preflight.preflight`."""
+        if self.model_name in PRESETS:
+            return pd.Series({"access": "ships with the package", "download": "nothing"}, name="preflight")
+        dtype = self.dtype and getattr(torch, self.dtype)
+        options = {"sequences": self.sequences, "length": self.length, "dtype": dtype, "revision": self.revision}
+        r = min(self.keep) if self.keep else None
+        return pd.Series(preflight(self.model_name, r, destination=self.folder, **options), name="preflight")
 
     @property
     def model(self):
         return self._loaded[0]
 
-    @property
+    @cached_property
     def tokenizer(self):
-        return self._loaded[1]
+        return load_tokenizer(str(self.source)) if self.streamed else self._loaded[1]
 
     @cached_property
     def model_key(self) -> str:
-        return digest(self.model_name, self.revision, self.dtype, fingerprint(self.model))
+        return digest(self.model_name, self.revision, self.dtype, self._fingerprint)
+
+    @property
+    def _fingerprint(self) -> str:
+        return Source(self.source).fingerprint if self.streamed else fingerprint(self.model)
+
+    @cached_property
+    def _experts(self) -> tuple[int, int]:
+        """How many there are, and how many a token is routed to."""
+        if self.streamed:
+            return expert_counts(Source(self.source).config)
+        layer = moe_layers(self.model)[0]
+        return layer.n, layer.k
 
     @cached_property
     def sizes(self) -> list[int]:
         """The numbers of experts to keep, falling: KEEP, or 7, 6, 5 and 4 eighths of them."""
-        layer = moe_layers(self.model)[0]
-        return sorted({max(layer.k, r) for r in self.keep or [layer.n * part // 8 for part in (7, 6, 5, 4)]}, reverse=True)
+        n, k = self._experts
+        return sorted({max(k, r) for r in self.keep or [n * part // 8 for part in (7, 6, 5, 4)]}, reverse=True)
 
     def tokens(self, corpus: str, *, sequences: int | None = None, seed: int | None = None) -> torch.Tensor:
         """The calibration set of a corpus, [sequences, length]."""
@@ -101,7 +139,11 @@ class Run:
         tokens = self.tokens(corpus) if tokens is None else tokens
         keep = min(self.sizes)
         folder = self.folder / "traces" / digest(self.model_key, tokens_digest(tokens), list(tokens.shape), self.seed, keep)
-        if not folder.exists():
+        if not folder.exists() and self.streamed:
+            dtype = self.dtype and getattr(torch, self.dtype)
+            device = "cuda" if torch.cuda.is_available() else None
+            trace_checkpoint(self.source, tokens, folder, keep=keep, dtype=dtype, device=device)
+        elif not folder.exists():
             trace(self.model, tokens, keep=keep).save(folder)
         return Trace.load(folder)
 
@@ -112,7 +154,8 @@ class Run:
         key = digest(self.model_key, tokens_digest(tokens), r, method, seed, min(self.sizes))
         path = self.folder / "plans" / f"{key}.json"
         if not path.exists():
-            search_experts(self.trace(corpus), r, method=method, model=self.model, tokens=tokens, seed=seed).save(path)
+            model = self.model if method == "progressive" else None
+            search_experts(self.trace(corpus), r, method=method, model=model, tokens=tokens, seed=seed).save(path)
         return PruningPlan.load(path)
 
     def scores(self, plan: PruningPlan | None = None, betas: Sequence[float] | None = None) -> pd.DataFrame:

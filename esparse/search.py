@@ -16,6 +16,7 @@ from .walk import Walk
 MAX_SUBSETS = 200_000
 MAX_ROUTINGS = 5e9  # subsets times tokens: some ten minutes a layer on two cores
 SWEEPS = 20  # at most, over the removed experts
+MAX_PAIRS = 120  # of removed experts, up to which two are exchanged at once
 ROWS = 16384  # tokens whose small Grams are in memory at once
 
 
@@ -115,10 +116,15 @@ class Removals:
         self.kept[expert] = False
         self._update(rows)
 
-    def swap(self, back: int, out: int) -> None:
-        self.kept[back] = True
-        self._update(self._reached(back))
-        self.remove(out)
+    def add(self, expert: int) -> None:
+        self.kept[expert] = True
+        self._update(self._reached(expert))
+
+    def restart(self, kept: Sequence[int]) -> None:
+        """Go on from these experts."""
+        self.kept[:] = False
+        self.kept[torch.tensor(kept, device=self.kept.device)] = True
+        self._update(self.all)
 
     def loss(self) -> float:
         """The squared loss as things are."""
@@ -232,16 +238,29 @@ def _target(layer: LayerTrace, entry: torch.Tensor, rows: torch.Tensor) -> tuple
 
 
 def _greedy(layer: LayerTrace, r: int) -> list[int]:
-    """Remove the expert whose removal costs least, again and again; then swap a removed for a kept one while it helps."""
+    """Remove the expert whose removal costs least, again and again, then swap a removed for a kept one while that helps.
+
+    Where few are removed, that is cheap enough to do more: exchange two for two, and start from the REAP scores as well.
+    """
     if not layer.router.local or layer.router.score == SPARSEMIXER or layer.router.expert_scale:
         return _greedy_anew(layer, r)
     state = Removals(layer)
     for _ in range(layer.n - r):
         state.remove(int(state.costs().argmin()))
+    few = math.comb(layer.n - r, 2) <= MAX_PAIRS
+    found = _exchanged(state, few)
+    if not few:
+        return found[1]
+    state.restart(_best_scores(layer, r, expert_scores(layer, "reap")))
+    return min(found, _exchanged(state, few))[1]
+
+
+def _exchanged(state: Removals, pairs: bool) -> tuple[float, list[int]]:
+    """The squared loss and the experts once no swap helps, nor, with `pairs`, an exchange of two for two."""
     for _ in range(SWEEPS):
-        if not _swap(state):
+        if not (_swap(state) or (pairs and _swap_pair(state))):
             break
-    return state.kept.nonzero()[:, 0].tolist()
+    return state.loss(), state.kept.nonzero()[:, 0].tolist()
 
 
 def _swap(state: Removals) -> bool:
@@ -250,9 +269,27 @@ def _swap(state: Removals) -> bool:
     for back in (~state.kept).nonzero()[:, 0].tolist():
         costs = state.swap_costs(back)
         if costs.min() < state.loss() * (1 - 1e-9):
-            state.swap(back, int(costs.argmin()))
+            state.add(back)
+            state.remove(int(costs.argmin()))
             changed = True
     return changed
+
+
+def _swap_pair(state: Removals) -> bool:
+    """Two removed experts come back and the two that then cost least go; whether that helped for some pair."""
+    removed = (~state.kept).nonzero()[:, 0].tolist()
+    before = state.loss(), state.kept, state.places, state.losses
+    for pair in itertools.combinations(removed, 2):
+        state.kept, state.places, state.losses = (held.clone() for held in before[1:])
+        for back in pair:
+            state.add(back)
+        for _ in pair:
+            state.remove(int(state.costs().argmin()))
+        if state.loss() < before[0] * (1 - 1e-9):
+            return True
+    _, state.kept, state.places, state.losses = before
+    state.sums = None
+    return False
 
 
 def _greedy_anew(layer: LayerTrace, r: int) -> list[int]:
