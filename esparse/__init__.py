@@ -12,7 +12,7 @@ from .benchmark import measure_generation, measure_memory
 from .checkpoints import load_model, save_model
 from .corpora import calibration_tokens
 from .evaluation import evaluate, perplexity
-from .files import paper, versions
+from .files import measured, paper, versions
 from .models import moe_layers
 from .preflight import preflight
 from .pruning import PruningPlan, masked, prune

@@ -82,6 +82,11 @@ def paper(table: str) -> list | dict:
     return read_json(data_folder() / "paper.json", "file of the paper's numbers")[table]
 
 
+def measured(name: str) -> dict:
+    """Figures measured once and shipped, with device, versions and date, from `data/results/NAME.json`."""
+    return read_json(data_folder() / "results" / f"{name}.json", "file of measured figures")
+
+
 def versions() -> dict[str, str]:
     """The versions that results depend on."""
     names = ("torch", "transformers", "datasets", "lm_eval", "numpy")

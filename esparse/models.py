@@ -160,7 +160,7 @@ def silenced(layer: MoELayer, sums: torch.Tensor | None = None) -> Iterator[None
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The decoder layers, which take hidden states [batch, length, d] and return them."""
-    return model.base_model.layers
+    return (model.base_model if hasattr(model.base_model, "layers") else model.get_decoder()).layers
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from .corpora import from_hub
-from .models import find_moe
+from .models import decoder_layers, find_moe
 from .shards import UNWANTED, Layout, count_experts, skeleton, with_experts
 
 GB = 1e9
@@ -64,7 +64,7 @@ class _Sizes:
 
     def __init__(self, config, r: int, itemsize: int):
         model = skeleton(config)
-        layers = [(layer, find_moe(layer)) for layer in model.base_model.layers]
+        layers = [(layer, find_moe(layer)) for layer in decoder_layers(model)]
         count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
         self.itemsize, self.hidden = itemsize, config.get_text_config().hidden_size
         self.layer = max(count(layer) for layer, _ in layers) * itemsize

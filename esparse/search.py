@@ -16,7 +16,7 @@ from .walk import Walk
 MAX_SUBSETS = 200_000
 MAX_ROUTINGS = 5e9  # subsets times tokens: some ten minutes a layer on two cores
 SWEEPS = 20  # at most, over the removed experts
-MAX_PAIRS = 120  # of removed experts, up to which two are exchanged at once
+MAX_PAIRS = 28  # of removed experts, up to which two are exchanged at once
 ROWS = 16384  # tokens whose small Grams are in memory at once
 
 

@@ -15,7 +15,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from .corpora import from_hub
 from .files import digest, read_json
-from .models import COUNT_NAMES, count_names
+from .models import COUNT_NAMES, count_names, decoder_layers
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
@@ -246,7 +246,7 @@ class Layout:
         self.tied = (
             set(getattr(full, "all_tied_weights_keys", None) or {}) if getattr(config, "tie_word_embeddings", False) else set()
         )
-        self.layers = len(full.base_model.layers)
+        self.layers = len(decoder_layers(full))
 
     def check(self, source: Source) -> list[str]:
         """The tensors of a source that are no part of the model, such as layers that predict further tokens.

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import pandas as pd
 import torch
 
+from .many import compare
 from .pruning import masked
 from .routers import skip_ratios
 from .runs import Run
@@ -273,3 +274,41 @@ def tail_rule(n: int = 32, k: int = 8, points: int = 21) -> dict:
     left = [k - (k - 1) * dropped_share(layer, beta) for beta in grid]
     ratios = skip_ratios(layer.weights)
     return {"n": n, "k": k, "beta": grid, "left": left, "median": ratios.double().median().item()}
+
+
+# --- 10: many experts -----------------------------------------------------------------------------------------------
+
+
+def searches(run: Run, shipped: dict) -> dict:
+    """Each method's loss over the best found, layer by layer: this run's model, then the trained ones with more experts."""
+    r = run.sizes[-1]
+    own = {"model": run.model_name, "r": r, "n": run.trace(run.general).layers[0].n}
+    own["methods"] = run.once(lambda: compare(run.trace(run.general).layers, r), run.model_key, run.general, "searches", r)
+    return {"panels": [_search_panel(row) for row in (own, *shipped["trained"])]}
+
+
+def _search_panel(row: dict) -> dict:
+    best = "enumerate" if "enumerate" in row["methods"] else "greedy"
+    optimum = row["methods"][best]["losses"]
+    ratios = {
+        method: [loss / least for loss, least in zip(found["losses"], optimum, strict=True)]
+        for method, found in row["methods"].items()
+    }
+    return {"title": f"{row['model']}, {row['n']} to {row['r']}", "best": best, "ratios": ratios}
+
+
+def search_costs(shipped: dict) -> dict:
+    """Seconds for one synthetic layer of 16,384 tokens, and what trying every subset would take at the speed measured
+    on the trained model with 16 experts."""
+    layers = [row for row in shipped["synthetic"] if row["twins"]]
+    rate = next(row for row in shipped["trained"] if (row["n"], row["r"]) == (16, 8))["methods"]["enumerate"]
+    routings = math.comb(16, 8) * layers[0]["tokens"] * len(rate["losses"]) / rate["seconds"]  # a second
+    return {
+        "n": [row["n"] for row in layers],
+        "seconds": {
+            "trace": [row["seconds"]["trace"] for row in layers],
+            "its experts alone": [row["seconds"]["experts"] for row in layers],
+            "greedy search": [row["seconds"]["search"] for row in layers],
+        },
+        "enumeration": [math.comb(row["n"], row["r"]) * row["tokens"] / routings for row in layers],
+    }

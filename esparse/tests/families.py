@@ -77,9 +77,11 @@ FAMILIES = {
 # What cannot be pruned this way, a published checkpoint of it, and the words that say why.
 REFUSED = {
     "deepseek_v4": ("deepseek-ai/DeepSeek-V4-Flash", "chooses by 'input_ids' as well"),
-    "inkling_text": ("thinkingmachines/Inkling", "weights of shared experts"),
+    "inkling_text": ("thinkingmachines/Inkling", "does not return logits, weights and indices alone"),
     "zaya": ("Zyphra/ZAYA1-8B", "chooses by 'router_states' as well"),
 }
+# What cannot be walked layer by layer from disk, and the words that say why.
+CARRIED = {"glm_moe_dsa": "hands on more than hidden states", "hy_v4": "hands on more", "inkling2_text": "lacks weights"}
 
 # What the generic names leave too large, or what a family asks for by a rule of its own.
 OWN = {

@@ -8,12 +8,14 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import esparse
+from esparse.files import checkout
 from esparse.models import moe_layers
 from esparse.pruning import PruningPlan
 from esparse.tests.conftest import random_tokens
-from esparse.tests.families import FAMILIES, REFUSED, family_model, stock_pruned
+from esparse.tests.families import CARRIED, FAMILIES, REFUSED, family_config, family_model, stock_pruned
 
 KEPT = [0, 2, 3, 5, 6, 7]
 GROUPED = {"n_group": 2, "topk_group": 1, "topk_method": "group_limited_greedy"}
@@ -131,16 +133,7 @@ def test_family_skips(family, changes):
 @pytest.mark.parametrize("family", REFUSED)
 def test_what_cannot_be_pruned_says_why(family):
     with pytest.raises(ValueError, match=REFUSED[family][1]):
-        esparse.trace(family_model_untouched(family), random_tokens())
-
-
-def family_model_untouched(family: str):
-    from transformers import AutoModelForCausalLM
-
-    from esparse.tests.families import family_config
-
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(family_config(family)).eval()
+        esparse.trace(AutoModelForCausalLM.from_config(family_config(family)).eval(), random_tokens())
 
 
 @torch.no_grad()
@@ -154,3 +147,18 @@ def test_groups_keep_equally_many():
     for method in ("enumerate", "greedy", "frequency", "reap", "activation", "random"):
         for kept in esparse.search_experts(trace, 6, method=method).kept:
             assert sum(e < 4 for e in kept) == 3
+
+
+def families_table() -> str:
+    """The README's table: what this file and the streaming tests check."""
+    rows = ["| model type | a published checkpoint | from disk by layers |", "|---|---|---|"]
+    rows += [f"| `{name}` | {checkpoint} | {'no' if name in CARRIED else 'yes'} |" for name, checkpoint in FAMILIES.items()]
+    return "\n".join(
+        rows + [f"| `{name}` | {where} | cannot be pruned: its router {why} |" for name, (where, why) in REFUSED.items()]
+    )
+
+
+def test_the_readme_lists_exactly_the_families_that_are_tested():
+    readme = (checkout() / "README.md").read_text()
+    assert families_table() in readme
+    assert f"{len(FAMILIES)} model types that work, {len(REFUSED)} that cannot" in readme

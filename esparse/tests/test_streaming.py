@@ -16,10 +16,9 @@ import esparse
 from esparse import __main__, shards, streaming
 from esparse.shards import INDEX, SINGLE
 from esparse.tests.conftest import random_tokens
-from esparse.tests.families import FAMILIES, family_model
+from esparse.tests.families import CARRIED, FAMILIES, family_model
 
 TOKENS = random_tokens()
-CARRIED = {"glm_moe_dsa": "hands on more than hidden states", "hy_v4": "hands on more", "inkling2_text": "lacks weights"}
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
