@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import torch
 import transformers
@@ -161,6 +162,18 @@ def silenced(layer: MoELayer, sums: torch.Tensor | None = None) -> Iterator[None
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The decoder layers, which take hidden states [batch, length, d] and return them."""
     return (model.base_model if hasattr(model.base_model, "layers") else model.get_decoder()).layers
+
+
+def free_memory(device: torch.device | None = None) -> float:
+    """Bytes that are free: on a GPU, on all GPUs (None, where there are any), else in the machine."""
+    if torch.cuda.is_available() and (device is None or device.type == "cuda"):
+        devices = range(torch.cuda.device_count()) if device is None else (device,)
+        return sum(torch.cuda.mem_get_info(one)[0] for one in devices)
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    except OSError:  # no Linux: nothing to tell by
+        return float("inf")
+    return int(lines["MemAvailable"].split()[0]) * 1024
 
 
 def fingerprint(model: nn.Module) -> str:

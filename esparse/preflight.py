@@ -88,15 +88,6 @@ def expert_counts(config) -> tuple[int, int]:
     return count_experts(config), max(k) if isinstance(k, list) else k
 
 
-def free_memory() -> float:
-    """Bytes that a model may take here: of the GPUs where there are any, else of the machine."""
-    if torch.cuda.is_available():
-        return sum(torch.cuda.mem_get_info(device)[0] for device in range(torch.cuda.device_count()))
-    import psutil
-
-    return psutil.virtual_memory().available
-
-
 def _config_dtype(config) -> torch.dtype:
     return getattr(config, "dtype", None) or torch.bfloat16
 

@@ -16,8 +16,8 @@ from .checkpoints import load_model, load_tokenizer
 from .corpora import calibration_tokens
 from .evaluation import TINY_TASKS, evaluate, perplexity
 from .files import checkout, data_folder, digest, read_json, write_json
-from .models import fingerprint, moe_layers
-from .preflight import expert_counts, free_memory, preflight
+from .models import fingerprint, free_memory, moe_layers
+from .preflight import expert_counts, preflight
 from .pruning import PruningPlan, masked
 from .search import search_experts
 from .shards import Source, fetch

@@ -20,7 +20,17 @@ from tqdm.auto import tqdm
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .files import new_folder, read_json, write_json
-from .models import MoELayer, Scratch, check_tokens, experts_implementation, fingerprint, moe_layers, pair_outputs, run_experts
+from .models import (
+    MoELayer,
+    Scratch,
+    check_tokens,
+    experts_implementation,
+    fingerprint,
+    free_memory,
+    moe_layers,
+    pair_outputs,
+    run_experts,
+)
 from .routers import Router, read_router, skip_pairs, skip_ratios, unpack
 
 CHUNK_TOKENS = 2048
@@ -451,6 +461,17 @@ def tokens_digest(tokens: torch.Tensor) -> str:
     return hashlib.sha256(tokens.cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
+def check_gram(layers: Sequence[MoELayer], tokens: int, keep: int | None, device: torch.device) -> None:
+    """ValueError unless the Gram matrices of these layers on so many tokens fit into the memory that is free."""
+    entries = [(m := reach(layer.n, layer.k, keep, layer.router)) * (m + 1) // 2 for layer in layers]
+    size, free = 4 * tokens * sum(entries), free_memory(device)
+    if size > free:
+        raise ValueError(
+            f"The Gram of {len(layers)} layers and {tokens} tokens would take {size / 1e9:.2g} GB where {free / 1e9:.2g} "
+            "are free: use fewer sequences, keep more experts, or trace from disk, where one layer is held."
+        )
+
+
 @torch.no_grad()
 def trace(
     model, tokens: torch.Tensor, *, keep: int | None = None, batch_size: int = 8, chunk_tokens: int = CHUNK_TOKENS
@@ -470,6 +491,7 @@ def trace(
     layers = moe_layers(model)
     for layer in layers:
         check_experts(layer.k if keep is None else keep, layer.n, layer.k)
+    check_gram(layers, tokens.numel(), keep, model.device)
     scratch = Scratch()
     recorders = [Recorder(layer, keep, chunk_tokens, scratch) for layer in layers]
     with recording(recorders):

@@ -11,7 +11,7 @@ from torch import nn
 
 from .models import MoELayer, Scratch, decoder_layers, find_moe, silenced
 from .pruning import masked_layer
-from .traces import CHUNK_TOKENS, LayerTrace, Recorder, recording
+from .traces import CHUNK_TOKENS, LayerTrace, Recorder, check_gram, recording
 
 BATCH = 8  # sequences a forward pass
 
@@ -143,6 +143,8 @@ class Walk:
         with only(self.model, number) as decoder:
             layer = find_moe(decoder)
             after = self.stream("original", number)
+            if layer is not None:
+                check_gram([layer], sum(batch.numel() for batch in self.batches), keep, self.model.device)
             recorder = layer and Recorder(layer, keep, self.chunk, self.scratch)
             for b, batch in enumerate(self.batches):
                 after[b] = self._one_batch(decoder, layer, recorder, b, batch.to(self.model.device))
