@@ -15,7 +15,7 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .files import digest
-from .routers import Router, identify
+from .routers import Router, held, identify
 
 FLOOR = "5.17"
 if Version(transformers.__version__) < Version(FLOOR):
@@ -188,9 +188,8 @@ def gate_digest(layer: MoELayer) -> str:
     """The same for one layer's gate."""
     state = hashlib.sha256(f"{layer.n}/{layer.k}".encode())
     for module in layer.gate.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            here = module._hf_hook.weights_map[name] if parameter.is_meta else parameter  # accelerate offloaded it
-            state.update(here.detach().float().cpu().numpy().tobytes())
+        for name, _ in module.named_parameters(recurse=False):
+            state.update(held(module, name).detach().float().cpu().numpy().tobytes())
     return state.hexdigest()[:16]
 
 

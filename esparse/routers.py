@@ -161,16 +161,28 @@ def identify(block: nn.Module, gate: nn.Module, n: int) -> tuple[Router, int]:
     except AttributeError as error:
         raise ValueError(f"it chooses by {error.name!r} as well, not by the hidden states alone") from None
     weight = next(p for p in gate.parameters() if p.ndim == 2)
-    vectors = dict(enumerate(v for v in (getattr(m, name) for m, name, _ in per_expert(block, gate, n)) if v.numel() == n))
+    places = [(m, name) for m, name, _ in per_expert(block, gate, n) if getattr(m, name).numel() == n]
+    vectors = {number: held(*place) for number, place in enumerate(places)}
     generator = torch.Generator().manual_seed(0)
     probe = torch.randn(1, 64, weight.shape[1], generator=generator).to(_device(gate, weight), weight.dtype)
-    with _shaken(vectors.values(), generator):
-        logits, weights, chosen = _ask(gate, probe, arguments)
+    offloaded = any(getattr(*place).is_meta for place in places)
+    with _shaken([getattr(*place) for place in places], generator):
+        spread = _ask(gate, probe, arguments)[0].float().std()  # logits far apart would make all kinds look alike
+        logits, weights, chosen = _ask(gate, (probe / spread.clamp(min=1e-3)).to(probe.dtype), arguments)
         if logits.shape[1] != n:
             raise ValueError(f"it chooses among {logits.shape[1]} things where there are {n} experts")
-        shaken = {name: tuple(vector.flatten().tolist()) for name, vector in vectors.items()}
-        kind, names = _kind(gate, logits, weights, chosen, shaken)
+        shaken = [(number, tuple(held(*place).flatten().tolist())) for number, place in enumerate(places)]
+        none_first = [(None, None), *shaken]
+        # What is not shaken is taken for a bias if it may be one: without it, a small one would go unnoticed.
+        biases = [*shaken, (None, None)] if offloaded else none_first
+        kind, names = _kind(gate, logits, weights, chosen, none_first, biases)
     return replace(kind, **{field: tuple(vectors[name].flatten().tolist()) for field, name in names.items()}), chosen.shape[1]
+
+
+def held(module: nn.Module, name: str) -> torch.Tensor:
+    """A module's tensor, wherever accelerate has put it."""
+    tensor = getattr(module, name)
+    return module._hf_hook.weights_map[name] if tensor.is_meta else tensor
 
 
 def _also_takes(gate: nn.Module) -> list[str]:
@@ -207,24 +219,25 @@ def _shaken(vectors, generator: torch.Generator) -> Iterator[None]:
             vector.copy_(values)
 
 
-def _kind(gate, logits, weights, chosen, vectors: dict) -> tuple[Router, dict[str, int]]:
+def _kind(gate, logits, weights, chosen, scales: list, biases: list) -> tuple[Router, dict[str, int]]:
     """The kind that explains weights and choice, and which vector is its `bias` and its `expert_scale`, by name."""
-    for kind, names in _weighing(gate, logits, weights, chosen, vectors):
-        for ranked, more in _choosing(gate, kind, vectors):
-            if torch.equal(ranked.select(logits, chosen.shape[1]).sort(1).values, chosen.sort(1).values):
+    for kind, names in _weighing(gate, logits, weights, chosen, scales):
+        for ranked, more in _choosing(gate, kind, biases):
+            ranking = ranked.ranking(logits)
+            best = ranking.topk(chosen.shape[1]).values.sort(1).values
+            if torch.equal(ranking.gather(1, chosen).sort(1).values, best):  # by value: ties may go either way
                 return ranked, names | more
     raise ValueError("it computes its routing weights or its choice in a way not known here")
 
 
-def _weighing(gate, logits, weights, chosen, vectors: dict) -> Iterator[tuple[Router, dict[str, int]]]:
+def _weighing(gate, logits, weights, chosen, scales: list) -> Iterator[tuple[Router, dict[str, int]]]:
     """Kinds that give exactly these weights to these choices."""
     dtype, k = str(weights.dtype).removeprefix("torch."), weights.shape[1]
     numbers = {v for v in vars(gate).values() if isinstance(v, int | float) and not isinstance(v, bool) and v > 0}
     kinds = [Router(score, wide, dtype=dtype) for wide in (True, False) for score in SCORES]
     kinds += [Router(SPARSEMIXER, False, dtype=dtype, jitter=number) for number in numbers]
-    scaled = [(None, None), *vectors.items()]
     for kind in (replace(kind, renormalise=flag) for flag in (True, False) for kind in kinds):
-        for name, values in scaled:
+        for name, values in scales:
             plain = replace(kind, expert_scale=values)
             ratio = (weights / plain.weights(logits, chosen)).double().median().item()
             for scale in sorted({1.0, 1 / k, *numbers}, key=lambda s: abs(s - ratio))[:1]:
@@ -234,12 +247,12 @@ def _weighing(gate, logits, weights, chosen, vectors: dict) -> Iterator[tuple[Ro
                         yield found, {} if name is None else {"expert_scale": name}
 
 
-def _choosing(gate, kind: Router, vectors: dict) -> Iterator[tuple[Router, dict[str, int]]]:
+def _choosing(gate, kind: Router, biases: list) -> Iterator[tuple[Router, dict[str, int]]]:
     """The kind with every way of choosing that its gate could have."""
     number = lambda *names: next((v for n in names if isinstance(v := getattr(gate, n, None), int)), 1)  # noqa: E731
     groups, top = number("num_group", "n_group"), number("topk_group")
     for by_logits in (False, True):
-        for name, values in [(None, None), *vectors.items()]:
+        for name, values in biases:
             plain = replace(kind, by_logits=by_logits, bias=values)
             named = {} if name is None else {"bias": name}
             yield plain, named

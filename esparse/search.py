@@ -35,8 +35,8 @@ def all_subsets(layer: LayerTrace, r: int) -> list[tuple[int, ...]]:
     count = math.comb(len(groups[0]), r // len(groups)) ** len(groups)
     if count > MAX_SUBSETS or count * len(layer.order) > MAX_ROUTINGS:
         raise ValueError(
-            f"{count:.2g} subsets of {r} out of {layer.n} experts on {len(layer.order)} tokens are too many to enumerate "
-            f"(at most {MAX_SUBSETS}, and {MAX_ROUTINGS:.0e} routings): use method='greedy'."
+            f"{count:.2g} subsets of {r} out of {layer.n} experts on {len(layer.order)} tokens are too many to enumerate: "
+            f"use method='greedy' (up to {MAX_SUBSETS:,} subsets, and {MAX_ROUTINGS:.0e} subsets times tokens, are tried)."
         )
     parts = [itertools.combinations(group, r // len(groups)) for group in groups]
     return [tuple(itertools.chain(*parts)) for parts in itertools.product(*parts)]
