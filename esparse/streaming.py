@@ -18,12 +18,12 @@ from safetensors.torch import save_file
 from torch import distributed, nn
 from tqdm.auto import tqdm
 
-from .checkpoints import card
+from .checkpoints import card, load_tokenizer
 from .corpora import calibration_tokens
 from .files import digest, read_json, refuse_existing, versions, write_json, write_text
 from .models import COUNT_NAMES, check_tokens, decoder_layers, find_moe, gate_digest
 from .pruning import PruningPlan
-from .search import check_method, search_layer
+from .search import check_method, make_plan, search_layer
 from .shards import INDEX, Layout, Source, count_experts, fetch, skeleton, with_experts
 from .traces import (
     CHUNK_TOKENS,
@@ -357,73 +357,73 @@ def prune_checkpoint(
     opened = Source(fetch(str(source), revision))
     layout = Layout(opened.config, r)
     left_out = layout.check(opened)
-    tokens = calibration
-    if isinstance(calibration, str):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(opened.folder, trust_remote_code=False)
-        tokens = calibration_tokens(calibration, tokenizer, sequences=sequences, length=length, seed=seed)
-    if len(tokens) < ranks():
-        raise ValueError(f"{len(tokens)} sequences cannot be split over {ranks()} processes: use more sequences.")
-    about = {
-        "calibration": calibration if isinstance(calibration, str) else "token ids",
-        "calibration set": tokens_digest(tokens),
-        "sequences": len(tokens),
-        "length": tokens.shape[1],
-        "seed": seed,
-    }
-    options = {"batch_size": batch_size, "chunk_tokens": chunk_tokens, "progressive": method == "progressive"}
+    tokens = _calibration_set(opened, calibration, sequences, length, seed)
     streamed = Streamed(opened, dtype, device)
     check_tokens(streamed.model, tokens)
-    job = {"source": opened.fingerprint, "r": r, "method": method, "dtype": str(streamed.dtype), "ranks": ranks()}
-    progress = Progress(destination, {**job, **about, **options})
+    about = {"calibration": calibration if isinstance(calibration, str) else "token ids", "seed": seed}
+    about |= {"calibration set": tokens_digest(tokens), "sequences": len(tokens), "length": tokens.shape[1]}
+    about |= {"r": r, "method": method, "dtype": str(streamed.dtype), "ranks": ranks()}
+    options = {"batch_size": batch_size, "chunk_tokens": chunk_tokens, "progressive": method == "progressive"}
+    progress = Progress(destination, {"source": opened.fingerprint, **about, **options})
     checking = time.perf_counter()
     if not progress.records() and rank() == 0:
         opened.check_finite()
-    checking = time.perf_counter() - checking
+    about |= {"source": str(source), "revision": revision, "quantised": opened.method, "left_out": left_out}
+    about["checking"] = time.perf_counter() - checking
     writer = ShardWriter(opened, layout, progress.out)
-    generator = torch.Generator().manual_seed(seed)
-    orders = [torch.Generator().manual_seed(int(torch.randint(2**31, (1,), generator=generator))) for _ in range(layout.layers)]
+    with torch.no_grad():
+        walk = CheckpointWalk(streamed, tokens, progress, **options)
+        records = walk.run(r, _chooser(r, method, seed, layout.layers), writer.write_layer)
+    report = _report(about, records)
+    if rank() == 0:
+        writer.finish(_plan_of(report, records), report)
+    progress.finish()
+    return report
+
+
+def _calibration_set(source: Source, calibration: str | torch.Tensor, sequences: int, length: int, seed: int) -> torch.Tensor:
+    tokens = calibration
+    if isinstance(calibration, str):
+        tokenizer = load_tokenizer(str(source.folder))
+        tokens = calibration_tokens(calibration, tokenizer, sequences=sequences, length=length, seed=seed)
+    if len(tokens) < ranks():
+        raise ValueError(f"{len(tokens)} sequences cannot be split over {ranks()} processes: use more sequences.")
+    return tokens
+
+
+def _chooser(r: int, method: str, seed: int, layers: int) -> Callable[[int, LayerTrace], dict]:
+    """What to do with each layer's trace; a random choice depends on the layer alone, so that it is the same on resuming."""
+    seeds = torch.randint(2**31, (layers,), generator=torch.Generator().manual_seed(seed)).tolist()
 
     def choose(number: int, traced: LayerTrace) -> dict:
-        kept, loss, runner_up = search_layer(traced, r, "enumerate" if options["progressive"] else method, orders[number])
-        betas = {}
+        generator = torch.Generator().manual_seed(seeds[number])
+        kept, loss, runner_up = search_layer(traced, r, "enumerate" if method == "progressive" else method, generator)
+        found = {"kept": kept, "loss": loss, "runner_up": runner_up}
         if traced.k > 1:
             alone = Trace([traced], "", "")
-            betas = {"beta": median_betas(alone)[0], "beta_pruned": median_betas(alone, [kept])[0]}
-        return {"kept": kept, "loss": loss, "runner_up": runner_up, **betas}
+            found |= {"beta": median_betas(alone)[0], "beta_pruned": median_betas(alone, [kept])[0]}
+        return found
 
-    with torch.no_grad():
-        records = CheckpointWalk(streamed, tokens, progress, **options).run(r, choose, writer.write_layer)
-    pruned = [record for record in records if "kept" in record]
-    plan = PruningPlan(
-        method,
-        r,
-        [record["kept"] for record in pruned],
-        [record["loss"] for record in pruned],
-        digest([record["gate"] for record in pruned]),
-        tokens_digest(tokens),
-        None if pruned[0]["runner_up"] is None else [record["runner_up"] for record in pruned],
-    )
-    report = {
-        "source": str(source),
-        "revision": revision,
-        "quantised": opened.method,
-        "left_out": left_out,
+    return choose
+
+
+def _report(about: dict, records: list[dict]) -> dict:
+    pruned = next(record for record in records if "kept" in record)
+    return {
         **about,
-        **{key: job[key] for key in ("r", "method", "dtype", "ranks")},
-        "k": pruned[0]["k"],
-        "n": pruned[0]["n"],
-        "layers": [
-            {key: value for key, value in record.items() if key not in ("streams", "gate", "n", "k")} for record in records
-        ],
-        "checking": checking,
+        "n": pruned["n"],
+        "k": pruned["k"],
+        "layers": [{key: value for key, value in record.items() if key not in PRIVATE} for record in records],
         "seconds": sum(sum(record["seconds"].values()) for record in records),
         "peak_gb": max(record["peak_gb"] for record in records),
         "versions": versions(),
     }
-    if rank() == 0:
-        writer.finish(plan, report)
-    progress.finish()
-    return report
+
+
+def _plan_of(report: dict, records: list[dict]) -> PruningPlan:
+    found = [(record["kept"], record["loss"], record["runner_up"]) for record in records if "kept" in record]
+    model = digest([record["gate"] for record in records if "kept" in record])
+    return make_plan(report["method"], report["r"], found, model, report["calibration set"])
 
 
 class ShardWriter:
