@@ -433,13 +433,16 @@ def _memory_and_speed(data: dict) -> Figure:
 def _searches(data: dict) -> Figure:
     """Losses over the best found, a point a layer; each panel a model and a number of experts kept."""
     panels = data["panels"]
-    figure, [row] = _canvas(2.3 * len(panels) + 0.8, 3, 1, len(panels), sharey=True)
+    methods = [method for method in panels[-1]["ratios"] if method != "enumerate"]
+    figure, [row] = _canvas(1.8 * len(panels) + 0.8, 2.8, 1, len(panels), sharey=True)
     for axes, panel in zip(row, panels, strict=True):
-        for i, (method, ratios) in enumerate(panel["ratios"].items()):
+        for i, method in enumerate(methods):
+            ratios = panel["ratios"][method]
             axes.plot(ratios, [i] * len(ratios), MARKERS[i], color=COLOURS[i], alpha=0.7, label=method)
         axes.axvline(1, color="0.6", linewidth=0.8, zorder=0)
-        axes.set(title=panel["title"], xscale="log", xlabel=f"loss over that of {panel['best']}")
-        axes.set(yticks=range(len(panel["ratios"])), yticklabels=list(panel["ratios"]))
+        axes.set(title=panel["title"], xscale="log", xlim=(0.9, 11), xlabel=f"loss over that\nof {panel['best']}")
+        axes.set(xticks=[1, 2, 4, 8], xticklabels=[1, 2, 4, 8], yticks=range(len(methods)), yticklabels=methods)
+        axes.minorticks_off()
     row[0].invert_yaxis()
     return figure
 
@@ -451,7 +454,7 @@ def _search_costs(data: dict) -> Figure:
         axes.plot(data["n"], seconds, f"-{MARKERS[i]}", color=COLOURS[i], label=name)
     axes.plot(data["n"], data["enumeration"], "--", color="0.4", label="enumeration (arithmetic)")
     axes.set(xscale="log", yscale="log", xlabel="experts, of which three quarters stay", ylabel="seconds")
-    axes.set(xticks=data["n"], xticklabels=data["n"], ylim=(None, 1e6))
+    axes.set(xticks=data["n"], xticklabels=data["n"], ylim=(0.05, 1e6))
     axes.minorticks_off()
     axes.legend()
     return figure

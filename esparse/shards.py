@@ -49,7 +49,7 @@ class Source:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self.config = transformers.AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
+        self.config = read_config(self.folder)
         self.method = (getattr(self.config, "quantization_config", None) or {}).get("quant_method")
         if self.method not in (None, "fp8", "mxfp4"):
             raise ValueError(
@@ -197,6 +197,18 @@ def layer_number(name: str) -> int | None:
     """The decoder layer that a tensor belongs to by its name, or None."""
     found = _LAYER.search(name)
     return int(found[1]) if found else None
+
+
+def read_config(folder: Path):
+    """The config of a checkpoint. Raises FileNotFoundError without one, ValueError where it asks for code of its own."""
+    entries = read_json(folder / "config.json", "model config")
+    kind = entries.get("model_type")
+    if kind not in transformers.CONFIG_MAPPING:
+        raise ValueError(
+            f"{folder} is of model type {kind!r}, which transformers {transformers.__version__} does not know: code that comes "
+            "with a checkpoint is never run here, so use a version of transformers that has it."
+        )
+    return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
 def fetch(source: str, revision: str | None = None) -> Path:

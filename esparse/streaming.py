@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from .checkpoints import card, load_tokenizer
 from .corpora import calibration_tokens
 from .files import digest, read_json, refuse_existing, versions, write_json, write_text
-from .models import COUNT_NAMES, check_tokens, decoder_layers, find_moe, gate_digest
+from .models import COUNT_NAMES, check_tokens, decoder_layers, find_moe, gate_digest, moe_layers
 from .pruning import PruningPlan
 from .search import check_method, make_plan, search_layer
 from .shards import INDEX, Layout, Source, count_experts, fetch, skeleton, with_experts
@@ -87,7 +87,9 @@ class Streamed:
         self.config.tie_word_embeddings = False  # no output layer is held that could share the embeddings
         self.config.get_text_config().tie_word_embeddings = False
         self.dtype = dtype or _usual_dtype(source)
-        self.kind = type(skeleton(self.config))
+        whole = skeleton(self.config)
+        moe_layers(whole)  # or a sentence on why not
+        self.kind = type(whole)
         self.model = self._load(None, source.rest())
 
     def _load(self, number: int | None, names: list[str]) -> nn.Module:

@@ -1,5 +1,7 @@
 """The benchmarks measure what they say; ratios are theirs to print, never asserted as times here."""
 
+import json
+
 import pytest
 import torch
 
@@ -74,3 +76,14 @@ def test_the_median_is_taken_over_rounds_in_turn():
     variants = {name: (lambda name=name: calls.append(name) or float(len(calls))) for name in "ab"}
     assert benchmark.interleaved(variants, 3) == {"a": 5.0, "b": 6.0}
     assert "".join(calls) == "abababab"
+
+
+def test_streaming_is_measured_in_a_process_of_its_own(tmp_path):
+    shape = {"vocab_size": 1024, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    printed = benchmark.bench_stream(tmp_path / "stream.json", {**shape, "num_key_value_heads": 2})
+    result = json.loads((tmp_path / "stream.json").read_text())
+    assert "times the least" in printed and result["peak_gb"] > 0.1 and min(result["floor"].values()) > 0
+    assert result["over_floor"] == pytest.approx((result["layers"] + result["checking"]) / sum(result["floor"].values()))
+    assert result["layers"] == pytest.approx(sum(result["steps"].values()))
+    expert, layer = 8 * 3 * 32 * 64, 32 * (32 + 16 + 16 + 32) + 8 * 32 + 2 * 32
+    assert result["source_gb"] == pytest.approx(2 * (2 * (expert + layer) + 2 * 1024 * 32 + 32) / 1e9, rel=0.05)

@@ -238,6 +238,15 @@ def test_sources_and_requests_that_cannot_be(source, tmp_path):
     (other / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="quantised with gptq"):
         esparse.prune_checkpoint(other, tmp_path / "pruned", 6, calibration=TOKENS)
+    (other / "config.json").write_text(json.dumps({"model_type": "mystery", "auto_map": {"AutoConfig": "mystery.Config"}}))
+    with pytest.raises(ValueError, match="code that comes with a checkpoint is never run"):
+        esparse.prune_checkpoint(other, tmp_path / "pruned", 6, calibration=TOKENS)
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(**shape, num_local_experts=8)).save_pretrained(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="no MoE layers behind transformers' experts interface"):
+        esparse.prune_checkpoint(tmp_path / "elsewhere", tmp_path / "pruned", 6, calibration=TOKENS)
     dense = shutil.copytree(source, tmp_path / "empty")
     for path in dense.glob("*.safetensors*"):
         path.unlink()
@@ -275,12 +284,12 @@ started = time.time()
 assert os.waitpid(child(folder / "whole"), 0)[1] == 0
 whole = time.time() - started
 rng, kills, resumed, destination = random.Random(0), 0, 0, folder / "pruned"
-while kills < 20 or not destination.exists():
+while kills < 20 or resumed < 3 or not destination.exists():
     if destination.exists():
         destination.rename(folder / f"done_{kills}")
     resumed += bool(list(folder.glob(".pruned.partial/layer_*.json")))
-    pid = child(destination)
-    deadline = time.time() + (rng.uniform(0, whole) if kills < 20 else 60)
+    pid, started = child(destination), time.time()
+    deadline = started + (rng.uniform(0, whole) if kills < 20 or resumed < 3 else 60)
     while time.time() < deadline and not os.waitpid(pid, os.WNOHANG)[0]:
         time.sleep(0.001)
     else:
@@ -288,8 +297,9 @@ while kills < 20 or not destination.exists():
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
             kills += 1
+        else:
+            whole = min(whole, time.time() - started)  # so that kills fall within the run on a quiet machine too
     assert not destination.exists() or same_weights(folder / "whole", destination), "neither absent nor complete"
-assert resumed >= 3, resumed
 assert all(same_weights(folder / "whole", done) for done in folder.glob("done_*"))
 print("kills", kills)
 """
@@ -299,7 +309,7 @@ print("kills", kills)
 def test_killed_at_twenty_random_points_it_goes_on_and_ends_the_same(source, tmp_path, method):
     words = [sys.executable, "-c", _KILLER, str(source), str(tmp_path), method]
     done = subprocess.run(words, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0 and "kills 20" in done.stdout, done.stderr[-2000:]
+    assert done.returncode == 0 and int(done.stdout.split()[-1]) >= 20, done.stderr[-2000:]
 
 
 _FULL_DISK = """
