@@ -133,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     acceptance.add_argument("--run-dir", metavar="DIR", help="where traces and plans go")
     acceptance.set_defaults(call=_acceptance)
     bench = commands.add_parser("bench", help="measure search, memory and speed on this machine")
-    bench.add_argument("name", choices=["search", "generation", "full", "stream", "many"], help="what to measure")
+    bench.add_argument("name", choices=["search", "generation", "full", "layer", "stream", "many"], help="what to measure")
     bench.add_argument("--out", type=Path, metavar="FILE", help="also write the result as JSON")
     bench.set_defaults(call=_bench)
     return parser

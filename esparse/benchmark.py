@@ -19,10 +19,11 @@ from safetensors.torch import save_file
 
 from .files import data_folder, read_json, write_json
 from .models import Scratch, moe_layers
+from .preflight import flop_per_second
 from .pruning import masked_layer
 from .search import subset_losses
 from .skips import skipping
-from .traces import CHUNK_TOKENS, LayerTrace, Recorder, recording
+from .traces import CHUNK_TOKENS, LayerTrace, Recorder, recording, trace_block
 
 MIB = 2**20
 
@@ -82,13 +83,14 @@ def measure_generation(model, *, batch_size: int = 1, prompt: int = 32, new_toke
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, model.config.vocab_size, (batch_size, prompt), generator=generator).to(model.device)
     options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "attention_mask": torch.ones_like(ids)}
-    prefill = _seconds(lambda: model.generate(ids, max_new_tokens=1, min_new_tokens=1, **options))
-    total = _seconds(lambda: model.generate(ids, max_new_tokens=new_tokens, min_new_tokens=new_tokens, **options))
+    prefill = seconds_of(lambda: model.generate(ids, max_new_tokens=1, min_new_tokens=1, **options))
+    total = seconds_of(lambda: model.generate(ids, max_new_tokens=new_tokens, min_new_tokens=new_tokens, **options))
     decoding = batch_size * (new_tokens - 1) / max(total - prefill, 1e-9)
     return {"prefill_seconds": prefill, "seconds": total, "tokens_per_second": decoding}
 
 
-def _seconds(call: Callable[[], object]) -> float:
+def seconds_of(call: Callable[[], object]) -> float:
+    """How long a call takes, a GPU's queue included."""
     synchronize()
     started = time.perf_counter()
     call()
@@ -148,10 +150,7 @@ def search_times(model, r: int, tokens: int = 4096, repeats: int = 15) -> dict:
     block = lambda: layer.block(hidden[None])  # noqa: E731
 
     def ours(inputs: torch.Tensor = hidden) -> LayerTrace:
-        recorder = Recorder(layer, r, CHUNK_TOKENS, scratch)
-        with recording([recorder]):
-            layer.block(inputs[None])
-        traced = recorder.finish()
+        traced = trace_block(layer, inputs, r, scratch)
         subset_losses(traced, r)
         return traced
 
@@ -160,8 +159,8 @@ def search_times(model, r: int, tokens: int = 4096, repeats: int = 15) -> dict:
         ours(many)
     extra = scratch.nbytes + (found["mib"] or 0.0) * MIB - many.nbytes  # the layer's own result is no extra
     counts = torch.bincount(traced.order.flatten(), minlength=layer.n).tolist()
-    turns = rounds({"ours": lambda: _seconds(ours), "products": lambda: products_of(layer, hidden, counts)}, repeats)
-    rerun = _seconds(lambda: [_rerun(layer, block, subset) for subset in itertools.combinations(range(layer.n), r)])
+    turns = rounds({"ours": lambda: seconds_of(ours), "products": lambda: products_of(layer, hidden, counts)}, repeats)
+    rerun = seconds_of(lambda: [_rerun(layer, block, subset) for subset in itertools.combinations(range(layer.n), r)])
     contributions = 4 * traced.order.numel() * hidden.shape[1] * hidden.element_size() / MIB
     return {
         "r": r,
@@ -190,7 +189,7 @@ def products_of(layer, hidden: torch.Tensor, counts: list[int]) -> float:
             for part in inputs[:count].split(rows):
                 (part @ up.T)[:, : down.shape[1]] @ down.T
 
-    return _seconds(run)
+    return seconds_of(run)
 
 
 def bench_search(out: Path | None = None) -> str:
@@ -309,6 +308,53 @@ def fits_full() -> bool:
     return torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 100e9
 
 
+# --- one layer at full width ----------------------------------------------------------------------------------------
+
+CALIBRATION_SET = 128 * 2048  # tokens, as in the paper
+LAYERS = 32
+
+
+@torch.no_grad()
+def layer_times(shape: Mapping[str, object], tokens: int, dtype: torch.dtype, device: str, sizes=(6, 4)) -> list[dict]:
+    """Seconds to trace and search one Mixtral layer of random weights, times the layers of the whole model, against the
+    floor: its experts' products for `tokens` tokens at the speed of one large product here."""
+    model = random_mixtral({**shape, "num_hidden_layers": 1}, 8, dtype, device)
+    layer, rows = moe_layers(model)[0], []
+    states = torch.randn(1, min(tokens, 8 * CHUNK_TOKENS), shape["hidden_size"], device=device).to(dtype)
+    speed = flop_per_second(dtype, 8192 if device == "cuda" else 1024)
+    for r in sizes:
+
+        def trace_and_search(r: int = r) -> None:
+            recorder, left = Recorder(layer, r, CHUNK_TOKENS, Scratch()), tokens
+            with recording([recorder]):
+                while left > 0:
+                    layer.block(states[:, :left])
+                    left -= states.shape[1]
+            subset_losses(recorder.finish(), r)
+
+        seconds = min(seconds_of(trace_and_search) for _ in range(2))  # the first warms up
+        floor = 6 * tokens * (2 + 8 - r) * shape["hidden_size"] * shape["intermediate_size"] / speed
+        row = {"r": r, "tokens": tokens, "seconds": seconds, "layers": LAYERS, "all_layers": LAYERS * seconds}
+        rows.append({**row, "floor": floor, "over_floor": seconds / floor, "flop_per_second": speed})
+    return rows
+
+
+def bench_layer(out: Path | None = None) -> str:
+    """One layer of Mixtral 8x7B at full width on the paper's 128 x 2048 tokens on a GPU; a small one elsewhere."""
+    if torch.cuda.is_available():
+        rows = layer_times(FULL, CALIBRATION_SET, torch.bfloat16, "cuda")
+    else:
+        rows = layer_times(SMALL, 4096, torch.float32, "cpu")
+    if out:
+        write_json(out, {**machine(), "weights": "random", "rows": rows})
+    lines = [
+        f"r = {row['r']}: {row['seconds']:.2f} s a layer, {row['all_layers']:.0f} s for {LAYERS}, "
+        f"{row['over_floor']:.2f} times its products' {row['floor']:.2f} s"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
 # --- a checkpoint larger than what may be held ------------------------------------------------------------------------
 
 
@@ -342,19 +388,19 @@ def stream_floor(folder: Path, r: int, sequences: int, length: int) -> dict[str,
 
     source = Source(folder)
     layout, kept, products = Layout(source.config, r), list(range(r)), 0.0
-    reading, writing = _seconds(lambda: [source.read(name).clone() for name in source.rest()]), 0.0
+    reading, writing = seconds_of(lambda: [source.read(name).clone() for name in source.rest()]), 0.0
     for number in range(layout.layers):
         state: dict[str, torch.Tensor] = {}
-        reading += _seconds(lambda: state.update({name: source.read(name).clone() for name in source.layer(number)}))  # noqa: B023
+        reading += seconds_of(lambda: state.update({name: source.read(name).clone() for name in source.layer(number)}))  # noqa: B023
         stay = {name: tensor for name, tensor in state.items() if layout.cut(name, kept)[0]}
-        writing += _seconds(lambda: save_file(stay, folder / "written.tmp"))  # noqa: B023
+        writing += seconds_of(lambda: save_file(stay, folder / "written.tmp"))  # noqa: B023
         (folder / "written.tmp").unlink()
         tokens, reach = sequences * length, 2 + layout.n - r
         for name, tensor in state.items():
             rows = tokens * reach // layout.n if ".experts." in name else tokens
             if tensor.ndim == 2:
                 inputs = torch.ones(rows, tensor.shape[1], dtype=tensor.dtype)
-                products += _seconds(lambda: inputs @ tensor.T)  # noqa: B023
+                products += seconds_of(lambda: inputs @ tensor.T)  # noqa: B023
     return {"reading": reading, "writing": writing, "products": products}
 
 
@@ -370,7 +416,7 @@ def bench_stream(out: Path | None = None, shape: Mapping[str, object] | None = N
         size = sum(path.stat().st_size for path in (folder / "source").glob("*.safetensors")) / 1e9
         words = ["prune", str(folder / "source"), str(folder / "pruned"), "--experts", "6", "--calibration", "web"]
         command = [sys.executable, "-m", "esparse", *words, "--sequences", "4", "--length", "256"]
-        seconds = _seconds(lambda: subprocess.run(command, check=True, capture_output=True))
+        seconds = seconds_of(lambda: subprocess.run(command, check=True, capture_output=True))
         report = read_json(folder / "pruned" / "pruning_report.json", "pruning report")
         floor = stream_floor(folder / "source", 6, 4, 256)
     finally:
@@ -401,6 +447,7 @@ BENCHMARKS = {
     "search": bench_search,
     "generation": bench_generation,
     "full": bench_full,
+    "layer": bench_layer,
     "stream": bench_stream,
     "many": bench_many,
 }

@@ -3,13 +3,13 @@
 import itertools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
 
-from .benchmark import machine, products_of
+from .benchmark import machine, products_of, seconds_of
 from .checkpoints import load_model, save_model
 from .corpora import calibration_tokens
 from .evaluation import perplexity
@@ -17,7 +17,7 @@ from .files import checkout, write_json
 from .models import MoELayer, Scratch, moe_layers, pair_outputs
 from .pruning import PruningPlan, masked
 from .search import MAX_ROUTINGS, MAX_SUBSETS, best_subset, search_layer
-from .traces import CHUNK_TOKENS, LayerTrace, Recorder, Trace, recording, trace
+from .traces import CHUNK_TOKENS, LayerTrace, Trace, trace, trace_block
 from .training import preset_model, train_model
 
 METHODS = ("enumerate", "greedy", "reap", "activation", "frequency", "random")
@@ -42,15 +42,6 @@ def expert_layer(n: int, k: int, *, hidden: int = 256, inner: int = 128, twins: 
             noise = torch.randn(weight[first].shape, generator=generator)
             weight[first + 1] = weight[first] + 0.2 * weight[first].std() * noise
     return layer
-
-
-@torch.no_grad()
-def trace_block(layer: MoELayer, hidden_states: torch.Tensor, keep: int, scratch: Scratch | None = None) -> LayerTrace:
-    """The trace of one block alone, on hidden states [tokens, d]."""
-    recorder = Recorder(layer, keep, CHUNK_TOKENS, scratch or Scratch())
-    with recording([recorder]):
-        layer.block(hidden_states[None])
-    return recorder.finish()
 
 
 def found_by(layer: LayerTrace, r: int, method: str) -> dict:
@@ -114,7 +105,7 @@ def compare_synthetic(n: int, k: int, *, tokens: int = 16384, hidden: int = 256,
     """
     layer, r, scratch = expert_layer(n, k, hidden=hidden, twins=twins), n * 3 // 4, Scratch()
     states = torch.randn(tokens, hidden, generator=torch.Generator().manual_seed(1))
-    best = lambda call: min(_timed(call) for _ in range(repeats))  # noqa: E731
+    best = lambda call: min(seconds_of(call) for _ in range(repeats))  # noqa: E731
     traced = trace_block(layer, states, r, scratch)
     order = traced.order
     runs = lambda: [_run_experts(layer, states[part], order[part], scratch) for part in _chunks(tokens)]  # noqa: E731
@@ -134,12 +125,6 @@ def _chunks(tokens: int) -> list[slice]:
 def _run_experts(layer: MoELayer, states: torch.Tensor, order: torch.Tensor, scratch: Scratch) -> torch.Tensor:
     token = torch.arange(len(order)).repeat_interleave(order.shape[1])
     return pair_outputs(layer.experts, states, token, order.flatten(), scratch)
-
-
-def _timed(call: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
 
 
 def hits(cases: Sequence[tuple[LayerTrace, int]]) -> dict:

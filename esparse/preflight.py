@@ -47,7 +47,7 @@ def preflight(
     chunk = batch_size * length * (sizes.hidden * 12 + sizes.inner * 4) * 4
     memory = sizes.rest + 1.4 * sizes.layer + tokens * per_token + chunk + 0.6 * GB
     flops = 2 * tokens * (sizes.active * (2 if method == "progressive" else 1))
-    seconds = flops / _speed(dtype or _config_dtype(config)) + (2 * sizes.whole + written) / GB
+    seconds = flops / flop_per_second(dtype or _config_dtype(config)) + (2 * sizes.whole + written) / GB
     free = shutil.disk_usage(_existing(Path(destination))).free
     return {
         "memory": f"about {memory / GB:.1f} GB: a layer has {sizes.layer / GB:.1f}, its Gram {tokens * per_token / GB:.2f}",
@@ -92,7 +92,7 @@ def _config_dtype(config) -> torch.dtype:
     return getattr(config, "dtype", None) or torch.bfloat16
 
 
-def _speed(dtype: torch.dtype, size: int = 1024) -> float:
+def flop_per_second(dtype: torch.dtype, size: int = 1024) -> float:
     """FLOP a second of one product of this size, the best of three."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     matrix = torch.ones(size, size, dtype=dtype, device=device)

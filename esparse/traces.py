@@ -498,3 +498,12 @@ def trace(
         for batch in tqdm(tokens.split(batch_size), desc="trace", unit="batch"):
             model.base_model(batch.to(model.device), use_cache=False)
     return Trace([recorder.finish() for recorder in recorders], fingerprint(model), tokens_digest(tokens))
+
+
+@torch.no_grad()
+def trace_block(layer: MoELayer, hidden_states: torch.Tensor, keep: int | None, scratch: Scratch | None = None) -> LayerTrace:
+    """The trace of one block alone, on hidden states [tokens, d]."""
+    recorder = Recorder(layer, keep, CHUNK_TOKENS, scratch or Scratch())
+    with recording([recorder]):
+        layer.block(hidden_states[None])
+    return recorder.finish()

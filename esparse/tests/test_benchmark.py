@@ -87,3 +87,10 @@ def test_streaming_is_measured_in_a_process_of_its_own(tmp_path):
     assert result["layers"] == pytest.approx(sum(result["steps"].values()))
     expert, layer = 8 * 3 * 32 * 64, 32 * (32 + 16 + 16 + 32) + 8 * 32 + 2 * 32
     assert result["source_gb"] == pytest.approx(2 * (2 * (expert + layer) + 2 * 1024 * 32 + 32) / 1e9, rel=0.05)
+
+
+def test_one_layer_is_set_against_its_own_products():
+    rows = benchmark.layer_times({**SHAPE, "num_attention_heads": 4, "num_key_value_heads": 2}, 5000, torch.float32, "cpu")
+    for row, reach in zip(rows, (4, 6), strict=True):
+        assert row["floor"] * row["flop_per_second"] == pytest.approx(5000 * reach * 3 * 2 * 64 * 96)
+        assert row["all_layers"] == pytest.approx(32 * row["seconds"]) and row["over_floor"] > 1

@@ -88,7 +88,7 @@ def test_an_expert_nobody_chooses_scores_nothing_and_goes_first():
 
 def test_enumeration_refuses_what_it_cannot_finish_and_names_greedy(monkeypatch):
     layer = many.expert_layer(24, 2, hidden=32, inner=16)
-    traced = many.trace_block(layer, torch.randn(64, 32, generator=torch.Generator().manual_seed(0)), 12)
+    traced = traces.trace_block(layer, torch.randn(64, 32, generator=torch.Generator().manual_seed(0)), 12)
     with pytest.raises(ValueError, match=r"2.7e\+06 subsets of 12 out of 24 experts .* use method='greedy'"):
         search.search_layer(traced, 12, "enumerate")
     monkeypatch.setattr(search, "MAX_ROUTINGS", 1000)
