@@ -23,7 +23,7 @@ from .search import search_experts
 from .shards import Source, fetch
 from .skips import skipping
 from .streaming import trace_checkpoint
-from .traces import Trace, tokens_digest, trace
+from .traces import FORMAT, Trace, tokens_digest, trace
 from .training import PRESETS
 
 # The paper's eight tasks (Table 2), for models other than the tiny ones.
@@ -138,7 +138,8 @@ class Run:
         """The trace of the full model on a corpus, down to the smallest size asked for; made once, then read."""
         tokens = self.tokens(corpus) if tokens is None else tokens
         keep = min(self.sizes)
-        folder = self.folder / "traces" / digest(self.model_key, tokens_digest(tokens), list(tokens.shape), self.seed, keep)
+        key = digest(FORMAT, self.model_key, tokens_digest(tokens), list(tokens.shape), self.seed, keep)
+        folder = self.folder / "traces" / key
         if not folder.exists() and self.streamed:
             dtype = self.dtype and getattr(torch, self.dtype)
             device = "cuda" if torch.cuda.is_available() else None

@@ -33,6 +33,7 @@ from .models import (
 )
 from .routers import Router, read_router, skip_pairs, skip_ratios, unpack
 
+FORMAT = 2  # of saved traces
 CHUNK_TOKENS = 2048
 ROWS = 65536  # tokens times subsets that are searched at once
 SUBSETS = 256
@@ -326,6 +327,8 @@ class Trace:
         """Read what `save` wrote. Raises FileNotFoundError, or ValueError naming a truncated or foreign file."""
         folder = Path(folder)
         about = read_json(folder / "trace.json", "trace")
+        if about.get("format") != FORMAT:
+            raise ValueError(f"{folder} was saved by another version of esparse: trace again.")
         layers = [_load_layer(folder / layer_file(i), entry) for i, entry in enumerate(about["layers"])]
         return cls(layers, about["model"], about["tokens"])
 
@@ -349,7 +352,8 @@ def about_layer(layer: LayerTrace) -> dict:
 
 def write_about(folder: Path, model: str, tokens: str, layers: list[dict]) -> None:
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    write_json(folder / "trace.json", {"model": model, "tokens": tokens, "layers": layers, "versions": versions})
+    about = {"format": FORMAT, "model": model, "tokens": tokens, "layers": layers, "versions": versions}
+    write_json(folder / "trace.json", about)
 
 
 def _load_layer(path: Path, about: dict) -> LayerTrace:

@@ -210,6 +210,16 @@ def test_truncated_trace(tmp_path):
         esparse.Trace.load(tmp_path / "nowhere")
 
 
+def test_trace_of_another_version(tmp_path):
+    model = random_model("mixtral", 4, 2)
+    esparse.trace(model, random_tokens()).save(tmp_path / "trace")
+    about = json.loads((tmp_path / "trace" / "trace.json").read_text())
+    del about["format"]
+    (tmp_path / "trace" / "trace.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match="saved by another version of esparse: trace again"):
+        esparse.Trace.load(tmp_path / "trace")
+
+
 def test_destination_that_exists(tmp_path, tiny, tiny_trace):
     (tmp_path / "there").mkdir()
     plan = esparse.search_experts(tiny_trace, 6)
