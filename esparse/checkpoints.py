@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from .corpora import from_hub
-from .files import data_folder, new_folder, read_json, write_json, write_text
+from .files import data_folder, local_folder, new_folder, read_json, write_json, write_text
 from .models import moe_layers
 from .pruning import PruningPlan
 from .skips import disable_skipping, enable_skipping, skipping_betas
@@ -36,8 +36,7 @@ def load_model(
     Raises FileNotFoundError, PermissionError or ConnectionError where the model cannot be had.
     """
     source = str(data_folder() / "tiny") if name == "tiny" or name in PRESETS else name
-    if Path(source).is_absolute() and not Path(source).is_dir():
-        raise FileNotFoundError(f"There is no model folder at {source}.")
+    local_folder(source)
     if name in PRESETS and name != "tiny":
         model = preset_model(name).to(dtype or torch.float32)
     else:

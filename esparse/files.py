@@ -30,6 +30,15 @@ def data_folder() -> Path:
     return installed if installed.is_dir() else PACKAGE.parent / "data"
 
 
+def local_folder(source: str | Path) -> Path | None:
+    """The folder that a model's name means, or None for a hub id. Raises FileNotFoundError for a path that is not there."""
+    if Path(source).is_dir():
+        return Path(source)
+    if Path(source).is_absolute() or str(source).startswith("."):
+        raise FileNotFoundError(f"There is no model folder at {source}.")
+    return None
+
+
 def refuse_existing(path: str | Path) -> Path:
     """The path, if nothing is there yet; FileExistsError otherwise."""
     if Path(path).exists():

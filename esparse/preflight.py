@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from .corpora import from_hub
+from .files import local_folder
 from .models import decoder_layers, find_moe
 from .shards import UNWANTED, Layout, count_experts, skeleton, with_experts
 
@@ -34,7 +35,7 @@ def preflight(
     speed of a small one measured now, and every weight read twice and written once at 1 GB/s.
     Raises ValueError where r cannot be kept, and as `load_model` where a hub id cannot be had.
     """
-    local = Path(source).is_dir()
+    local = local_folder(source) is not None
     load = lambda: transformers.AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)  # noqa: E731
     config = load() if local else from_hub(load, f"the model {source!r}", str(source), "a local folder works offline")
     config = with_experts(config, count_experts(config))

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers.core_model_loading import revert_weight_conversion
 
 from .corpora import from_hub
-from .files import digest, read_json
+from .files import digest, local_folder, read_json
 from .models import COUNT_NAMES, count_names, decoder_layers
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -213,10 +213,8 @@ def read_config(folder: Path):
 
 def fetch(source: str, revision: str | None = None) -> Path:
     """The folder of a local checkpoint, or of a hub id once its safetensors, configuration and tokenizer are downloaded."""
-    if Path(source).is_dir():
-        return Path(source)
-    if Path(source).is_absolute() or source.startswith("."):
-        raise FileNotFoundError(f"There is no model folder at {source}.")
+    if (folder := local_folder(source)) is not None:
+        return folder
     from huggingface_hub import snapshot_download
 
     wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*"]
