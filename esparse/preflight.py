@@ -38,21 +38,27 @@ def preflight(
     local = local_folder(source) is not None
     load = lambda: transformers.AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)  # noqa: E731
     config = load() if local else from_hub(load, f"the model {source!r}", str(source), "a local folder works offline")
+    quantised = (getattr(config, "quantization_config", None) or {}).get("quant_method")
     config = with_experts(config, count_experts(config))
     r = r or max(expert_counts(config)[1], count_experts(config) // 2)
     layout, sizes = Layout(config, r), _Sizes(config, r, (dtype or _config_dtype(config)).itemsize)
+    kind = _config_dtype(config)  # of the result, whatever is computed in
     tokens = sequences * length
     per_token = sizes.reach * (sizes.reach + 1) // 2 * 4
     streams = (2 if method == "progressive" else 1) * 2 * tokens * sizes.hidden * sizes.itemsize
-    written = sum(torch.Size(shape).numel() for shape in layout.small.values()) * sizes.itemsize
+    written = sum(torch.Size(shape).numel() for shape in layout.small.values()) * kind.itemsize
     chunk = batch_size * length * (sizes.hidden * 12 + sizes.inner * 4) * 4
     memory = sizes.rest + 1.4 * sizes.layer + tokens * per_token + chunk + 0.6 * GB
     flops = 2 * tokens * (sizes.active * (2 if method == "progressive" else 1))
-    seconds = flops / flop_per_second(dtype or _config_dtype(config)) + (2 * sizes.whole + written) / GB
+    seconds = flops / flop_per_second(dtype or kind) + (2 * sizes.whole * kind.itemsize / sizes.itemsize + written) / GB
     free = shutil.disk_usage(_existing(Path(destination))).free
     return {
         "memory": f"about {memory / GB:.1f} GB: a layer has {sizes.layer / GB:.1f}, its Gram {tokens * per_token / GB:.2f}",
-        "disk": f"{written / GB:.1f} GB for the result and {streams / GB:.1f} while it works; {free / GB:.0f} GB are free",
+        "disk": (
+            f"{written / GB:.1f} GB for the result in {str(kind).removeprefix('torch.')}"
+            + (f", dequantised from {quantised}," if quantised else "")
+            + f" and {streams / GB:.1f} while it works; {free / GB:.0f} GB are free"
+        ),
         "download": "nothing" if local else _download(str(source), revision),
         "FLOPs": f"{flops:.1e} on {tokens} tokens, {sizes.reach} of {layout.n} experts each",
         "time": f"about {_duration(seconds)} here, without the download",

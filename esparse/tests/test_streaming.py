@@ -139,6 +139,8 @@ def test_block_fp8_is_dequantised(tmp_path):
         each = [[small[i, j].float() * scale[i // 16, j // 16] for j in range(columns)] for i in range(rows)]
         expected[name] = torch.tensor(each).bfloat16()
     write_index(folder, state, {"quant_method": "fp8", "weight_block_size": [16, 16]})
+    needs = esparse.preflight(folder, 6, sequences=1, length=16)["disk"]
+    assert needs.startswith("0.0 GB for the result in bfloat16, dequantised from fp8,")
     report = esparse.prune_checkpoint(folder, tmp_path / "pruned", 6, calibration=TOKENS)
     after, kept = tensors(tmp_path / "pruned"), report["layers"][1]["kept"]
     assert report["quantised"] == "fp8" and not any("scale" in name for name in after)
