@@ -71,6 +71,7 @@ class Source:
                         entries[name] = (path, tuple(part.get_shape()), part.get_dtype())
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{path} is truncated or corrupt ({error}): download it again.") from None
+        self.places = {name: path for name, (path, _, _) in entries.items()}  # of scales too, which are no entries
         return dict(self._readable(entries))
 
     def _files(self) -> dict[Path, list[str] | None]:
@@ -119,11 +120,9 @@ class Source:
 
     def _other(self, name: str) -> torch.Tensor:
         """A scale, which may lie in another file."""
-        for file in sorted({entry.file for entry in self.entries.values()}):
-            with safe_open(file, framework="pt") as opened:
-                if name in opened.keys():  # noqa: SIM118 (no mapping)
-                    return opened.get_tensor(name)
-        raise ValueError(f"{self.folder} has no tensor {name}: without it the weights cannot be dequantised.")
+        if name not in self.places:
+            raise ValueError(f"{self.folder} has no tensor {name}: without it the weights cannot be dequantised.")
+        return _raw(self.places[name], name)
 
     @property
     def _block(self) -> tuple[int, int]:
