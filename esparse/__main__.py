@@ -119,9 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument("--dtype", type=_dtype, help="what to compute in (what most weights are of)")
     prune.add_argument("--device", help="where to compute (cpu), such as cuda")
     prune.add_argument("--batch-size", type=int, default=8, metavar="B", help="sequences a forward pass (8)")
-    prune.add_argument(
-        "--chunk-tokens", type=int, default=2048, metavar="T", help="tokens whose expert outputs are held (2048)"
-    )
+    prune.add_argument("--chunk-tokens", type=int, metavar="T", help="tokens whose expert outputs are held (as fit)")
     prune.add_argument("--revision", help="of the hub id")
     prune.add_argument("--dry-run", action="store_true", help="only say what it would take")
     prune.set_defaults(call=_prune)

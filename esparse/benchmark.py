@@ -17,8 +17,9 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
+from .experts import Scratch
 from .files import data_folder, read_json, write_json
-from .models import Scratch, moe_layers
+from .models import moe_layers
 from .preflight import flop_per_second
 from .pruning import masked_layer
 from .search import subset_losses

@@ -3,7 +3,7 @@
 import itertools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -13,8 +13,9 @@ from .benchmark import machine, products_of, seconds_of
 from .checkpoints import load_model, save_model
 from .corpora import calibration_tokens
 from .evaluation import perplexity
+from .experts import Scratch, pair_outputs
 from .files import checkout, write_json
-from .models import MoELayer, Scratch, moe_layers, pair_outputs
+from .models import MoELayer, moe_layers
 from .pruning import PruningPlan, masked
 from .search import MAX_ROUTINGS, MAX_SUBSETS, best_subset, search_layer
 from .traces import CHUNK_TOKENS, LayerTrace, Trace, trace, trace_block
@@ -108,7 +109,7 @@ def compare_synthetic(n: int, k: int, *, tokens: int = 16384, hidden: int = 256,
     best = lambda call: min(seconds_of(call) for _ in range(repeats))  # noqa: E731
     traced = trace_block(layer, states, r, scratch)
     order = traced.order
-    runs = lambda: [_run_experts(layer, states[part], order[part], scratch) for part in _chunks(tokens)]  # noqa: E731
+    runs = torch.no_grad()(lambda: [pair_outputs(layer.experts, *part, scratch) for part in _chunks(states, order)])
     times = {"trace": best(lambda: trace_block(layer, states, r, scratch)), "experts": best(runs)}
     times["products"] = products_of(layer, states, torch.bincount(order.flatten(), minlength=n).tolist())
     methods = compare([traced], r)
@@ -117,14 +118,8 @@ def compare_synthetic(n: int, k: int, *, tokens: int = 16384, hidden: int = 256,
     return {**about, "gram_mib": traced.gram.nbytes / 2**20, "seconds": times, "methods": methods}
 
 
-def _chunks(tokens: int) -> list[slice]:
-    return [slice(start, start + CHUNK_TOKENS) for start in range(0, tokens, CHUNK_TOKENS)]
-
-
-@torch.no_grad()
-def _run_experts(layer: MoELayer, states: torch.Tensor, order: torch.Tensor, scratch: Scratch) -> torch.Tensor:
-    token = torch.arange(len(order)).repeat_interleave(order.shape[1])
-    return pair_outputs(layer.experts, states, token, order.flatten(), scratch)
+def _chunks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    return zip(*(tensor.split(CHUNK_TOKENS) for tensor in tensors), strict=True)
 
 
 def hits(cases: Sequence[tuple[LayerTrace, int]]) -> dict:

@@ -1,7 +1,6 @@
 """Finding the MoE layers of a transformers model, through the experts interface rather than by model name."""
 
 import hashlib
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +11,6 @@ import torch
 import transformers
 from packaging.version import Version
 from torch import nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .files import digest
 from .routers import Router, held, identify
@@ -22,9 +20,6 @@ if Version(transformers.__version__) < Version(FLOOR):
     raise ImportError(f"esparse needs transformers {FLOOR} or newer, found {transformers.__version__}: upgrade it alone.")
 
 COUNT_NAMES = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-
-BLOCK = 2048  # rows of one expert's product on a CPU
-ACTIVATED = 256  # rows activated at a time, while they are in a core's cache
 
 
 def count_names(holder: object, n: int | None = None) -> list[str]:
@@ -206,77 +201,6 @@ def check_tokens(model: nn.Module, tokens: torch.Tensor) -> None:
     if low < 0 or high >= size:
         wrong = low if low < 0 else high
         raise ValueError(f"Token id {wrong} is outside the vocabulary of {size}: use the tokenizer that belongs to the model.")
-
-
-def run_experts(
-    experts: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-) -> torch.Tensor:
-    """The experts as stock transformers runs them, [tokens, d] -> [tokens, d], in any dtype a CPU or GPU computes in."""
-    if hidden_states.device.type == "cpu":  # grouped products refuse float64 there
-        return type(experts).forward.__wrapped__(experts, hidden_states, top_k_index, top_k_weights)
-    return ALL_EXPERTS_FUNCTIONS["grouped_mm"](experts, hidden_states, top_k_index, top_k_weights)
-
-
-class Scratch:
-    """Memory that results are written into again and again. A CPU maps megabytes afresh for every large result, and
-    those page faults cost a trace up to a tenth of its time."""
-
-    def __init__(self):
-        self.held: dict[str, torch.Tensor] = {}
-
-    @property
-    def nbytes(self) -> int:
-        return sum(held.nbytes for held in self.held.values())
-
-    def empty(self, name: str, like: torch.Tensor, *shape: int) -> torch.Tensor:
-        """A tensor of dtype and device of `like`, whose values nobody has set; valid until `name` is asked for again."""
-        size, held = math.prod(shape), self.held.get(name)
-        if held is None or held.numel() < size or (held.dtype, held.device) != (like.dtype, like.device):
-            held = self.held[name] = like.new_empty(size)
-        return held[:size].view(shape)
-
-
-def pair_outputs(
-    experts: nn.Module, hidden_states: torch.Tensor, token: torch.Tensor, expert: torch.Tensor, scratch: Scratch | None = None
-) -> torch.Tensor:
-    """The outputs [pairs, d] at weight one of (token, expert) pairs, both int64 [pairs], of hidden_states [tokens, d].
-
-    Only these pairs are computed. On a GPU each is a token of its own in a grouped product; on a CPU one product per
-    expert reads its weights in place. With `scratch` the result lies in it, and nothing can be differentiated.
-    """
-    if hidden_states.device.type != "cpu":
-        ones = hidden_states.new_ones(len(token), 1)
-        return run_experts(experts, hidden_states[token], expert[:, None], ones)
-    shape = (len(token), hidden_states.shape[1])
-    outputs = scratch.empty("outputs", hidden_states, *shape) if scratch else hidden_states.new_empty(shape)
-    counts = torch.bincount(expert, minlength=experts.num_experts).tolist()
-    for number, pairs in enumerate(expert.argsort().split(counts)):
-        for rows in pairs.split(BLOCK) if len(pairs) else ():
-            outputs[rows] = _one_expert(experts, number, hidden_states[token[rows]], scratch)
-    return outputs
-
-
-def _one_expert(experts: nn.Module, number: int, x: torch.Tensor, scratch: Scratch | None) -> torch.Tensor:
-    """[rows, d] -> [rows, d], by the attributes with which every family describes its experts to the interface."""
-
-    def weight(name: str) -> torch.Tensor:
-        stored = getattr(experts, name)[number]
-        return stored if experts.is_transposed else stored.T
-
-    def linear(name: str, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        if experts.has_bias:
-            return torch.addmm(getattr(experts, f"{name}_bias")[number], x, weight(name), out=out)
-        return torch.mm(x, weight(name), out=out)
-
-    up, activate = ("gate_up_proj", experts._apply_gate) if experts.has_gate else ("up_proj", experts.act_fn)
-    norm = experts.post_expert_norm if getattr(experts, "has_post_expert_norm", False) else lambda out: out
-    if scratch is None:
-        return norm(linear("down_proj", activate(linear(up, x))))
-    inner = weight("down_proj").shape[0]
-    hidden = linear(up, x, scratch.empty("hidden", x, len(x), weight(up).shape[1]))
-    for rows in hidden.split(ACTIVATED):
-        rows[:, :inner] = activate(rows)
-    return norm(linear("down_proj", hidden[:, :inner]))
 
 
 @contextmanager

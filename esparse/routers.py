@@ -50,6 +50,11 @@ class Router:
         return self.renormalise or self.score == SCORES[1]
 
     @property
+    def by_choice(self) -> bool:
+        """Whether weights follow from the chosen experts alone (those of a renormalised softmax: but for rounding)."""
+        return self.local and self.score != SPARSEMIXER and (self.score != "softmax" or (self.renormalise and not self.eps))
+
+    @property
     def sorted(self) -> bool:
         """Whether the order of selection is that of falling weights."""
         return not (self.bias or self.expert_scale or self.score == SPARSEMIXER)
@@ -85,16 +90,16 @@ class Router:
         return self.ranking(logits, columns).topk(k).indices
 
     def weights(self, logits: torch.Tensor, chosen: torch.Tensor, numbers: torch.Tensor | None = None) -> torch.Tensor:
-        """Routing weights [tokens, k] of the `chosen` columns when only the columns of `logits` exist.
+        """Routing weights [tokens, ..., k] of the `chosen` columns when only the columns of `logits` [tokens, n] exist.
 
         numbers: the experts' own numbers where the columns are fewer (as `chosen`, if None).
         """
         if self.score == SPARSEMIXER:
             weights = self._sparsemixer(logits, chosen)
         elif self.score in ("softmax", "given"):
-            weights = self.scores(logits).gather(1, chosen)
+            weights = self.scores(logits).gather(1, chosen.flatten(1)).view(chosen.shape)
         else:
-            weights = self.scores(logits.gather(1, chosen))
+            weights = self.scores(logits.gather(1, chosen.flatten(1)).view(chosen.shape))
         if self.renormalise:
             weights = weights / (weights.sum(-1, keepdim=True) + self.eps)
         if self.scale != 1:

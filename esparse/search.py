@@ -10,10 +10,11 @@ from tqdm.auto import tqdm
 from .models import check_fingerprint, check_tokens, decoder_layers
 from .pruning import PruningPlan
 from .routers import SPARSEMIXER
-from .traces import LayerTrace, Trace, full_gram, reconstruction_loss, selection_frequency, tokens_digest
+from .traces import LayerTrace, Trace, full_gram, part, reconstruction_loss, selection_frequency, tokens_digest
 from .walk import Walk
 
 MAX_SUBSETS = 200_000
+MAX_TABLE = 2**24  # sums held at once, 128 MiB
 MAX_ROUTINGS = 5e9  # subsets times tokens: some ten minutes a layer on two cores
 SWEEPS = 20  # at most, over the removed experts
 MAX_PAIRS = 28  # of removed experts, up to which two are exchanged at once
@@ -48,7 +49,41 @@ def subset_losses(layer: LayerTrace, r: int) -> tuple[list[tuple[int, ...]], tor
     Raises ValueError where r is out of range, or the subsets are too many to enumerate.
     """
     subsets = all_subsets(layer, r)
+    table = math.comb(layer.n, layer.k) << layer.n
+    # Choosing among r experts and among n rounds a softmax differently, by 1e-7: nothing beside a float32 Gram.
+    exact = layer.router.score != "softmax" or layer.gram.dtype == torch.float32
+    if layer.router.by_choice and exact and table <= MAX_TABLE:
+        return subsets, _losses_by_choice(layer, subsets)
     return subsets, layer.losses(subsets)
+
+
+def _losses_by_choice(layer: LayerTrace, subsets: Sequence[tuple[int, ...]]) -> torch.Tensor:
+    """`LayerTrace.losses` of all subsets of one size, from what each choice that a token can make would cost it.
+
+    A token chooses the experts c under every subset that holds c and lacks those it ranks between them. Its loss goes to
+    one place of a table [choices, removed experts as bits], whose sums over subsets of the removed ones are the losses:
+    work for tokens times choices (15 for k = 2 and r = 4 of 8), not for tokens times subsets (70).
+    """
+    n, k, m, device = layer.n, layer.k, layer.order.shape[1], layer.order.device
+    combinations = lambda size: torch.tensor(list(itertools.combinations(range(size), k)), device=device)  # noqa: E731
+    number = torch.zeros(1 << n, dtype=torch.long, device=device)  # of a choice, by its bits
+    number[(1 << combinations(n)).sum(1)] = torch.arange(math.comb(n, k), device=device)
+    table, ranks = torch.zeros(math.comb(n, k) << n, dtype=torch.float64, device=device), combinations(m)
+    for tokens in torch.arange(len(layer.order), device=device).split(max(1, 4 * ROWS // len(ranks))):
+        some = part(layer, tokens)
+        chosen = some.order[:, ranks]  # [tokens, choices, k]
+        losses = some.token_losses(ranks.expand_as(chosen), some.router.weights(some.logits, chosen))
+        bits = (1 << chosen).sum(2)
+        passed = (1 << some.order).cumsum(1)[:, ranks[:, -1]] - bits
+        table.index_add_(0, ((number[bits] << n) + passed).flatten(), losses.double().flatten())
+    table = layer.together(table)
+    for bit in range(n):
+        without, also = table.view(-1, 2, 1 << bit).unbind(1)
+        also += without
+    kept = torch.tensor(subsets, device=device)
+    removed = (1 << n) - 1 - (1 << kept).sum(1, keepdim=True)
+    chosen = number[(1 << kept[:, combinations(kept.shape[1])]).sum(2)]  # [subsets, choices]
+    return table[(chosen << n) + removed].sum(1).clamp(min=0).sqrt()
 
 
 def best_subset(layer: LayerTrace, r: int) -> tuple[list[int], float, float]:

@@ -6,7 +6,8 @@ from contextlib import contextmanager
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from .models import MoELayer, check_tokens, moe_layers, pair_outputs
+from .experts import pair_outputs
+from .models import MoELayer, check_tokens, moe_layers
 from .routers import skip_pairs, unpack
 from .traces import check_beta
 
@@ -22,13 +23,10 @@ def skipping_forward(
     """
     weights, order = top_k_weights.sort(dim=1, descending=True, stable=True)  # [tokens, k]
     keep, weights = skip_pairs(weights, experts.esparse_beta, experts.esparse_renormalise)
-    pairs = keep.flatten().nonzero()[:, 0]  # [pairs], into tokens * k
-    expert = top_k_index.gather(1, order).flatten()[pairs]
-    outputs = pair_outputs(experts, hidden_states, pairs // keep.shape[1], expert)  # [pairs, d]
+    expert = top_k_index.gather(1, order).masked_fill(~keep, experts.num_experts)
+    outputs = pair_outputs(experts, hidden_states, expert)  # [tokens, k, d]
     wide = torch.promote_types(outputs.dtype, torch.float32)
-    total = torch.zeros(keep.numel(), outputs.shape[1], dtype=wide, device=outputs.device)
-    total[pairs] = outputs.to(wide) * weights.flatten()[pairs, None]
-    return total.view(*keep.shape, -1).sum(1).to(hidden_states.dtype)
+    return (outputs.to(wide) * weights[:, :, None]).sum(1).to(hidden_states.dtype)
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, skipping_forward)

@@ -25,17 +25,7 @@ from .models import COUNT_NAMES, check_tokens, decoder_layers, find_moe, gate_di
 from .pruning import PruningPlan
 from .search import check_method, make_plan, search_layer
 from .shards import INDEX, Layout, Source, count_experts, fetch, skeleton, with_experts
-from .traces import (
-    CHUNK_TOKENS,
-    LayerTrace,
-    Trace,
-    about_layer,
-    layer_file,
-    median_betas,
-    save_layer,
-    tokens_digest,
-    write_about,
-)
+from .traces import LayerTrace, Trace, about_layer, layer_file, median_betas, save_layer, tokens_digest, write_about
 from .walk import BATCH, FileStream, Passing, Walk
 
 PRIVATE = ("streams", "gate", "n", "k")  # of a layer's record: not for the report
@@ -290,7 +280,7 @@ def trace_checkpoint(
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     batch_size: int = BATCH,
-    chunk_tokens: int = CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
 ) -> Trace:
     """`trace`, with one decoder layer in memory at a time; the trace is written to `folder` and read from there.
 
@@ -339,7 +329,7 @@ def prune_checkpoint(
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     batch_size: int = BATCH,
-    chunk_tokens: int = CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
 ) -> dict:
     """Prune a checkpoint to r experts a layer from disk to disk, one decoder layer and the hidden states at a time.
 

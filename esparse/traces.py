@@ -19,18 +19,9 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from .experts import Scratch, pair_outputs, run_experts
 from .files import new_folder, read_json, write_json
-from .models import (
-    MoELayer,
-    Scratch,
-    check_tokens,
-    experts_implementation,
-    fingerprint,
-    free_memory,
-    moe_layers,
-    pair_outputs,
-    run_experts,
-)
+from .models import MoELayer, check_tokens, experts_implementation, fingerprint, free_memory, moe_layers
 from .routers import Router, read_router, skip_pairs, skip_ratios, unpack
 
 FORMAT = 2  # of saved traces
@@ -146,7 +137,7 @@ class LayerTrace:
         rows = max(1, ROWS // count)
         for start in range(0, len(self.order), rows):
             some = part(self, slice(start, start + rows))
-            total += some._squared_losses(*route(some))
+            total += some.token_losses(*route(some)).sum(0, dtype=torch.float64)
         return self.together(total).clamp(min=0)
 
     def together(self, total: torch.Tensor) -> torch.Tensor:
@@ -163,16 +154,17 @@ class LayerTrace:
         torch.distributed.all_gather_object(parts, values.tolist())
         return torch.tensor([value for part in parts for value in part], dtype=values.dtype, device=values.device)
 
-    def _squared_losses(self, positions: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def token_losses(self, positions: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """||sum_i w'_i f_i - z||^2 [tokens, count] for weights of experts at `positions` in `order`, [tokens, count, k]."""
         change = self.gram.new_zeros(*weights.shape[:2], self.order.shape[1])
         change.scatter_(2, positions, weights.to(change.dtype))
         if self.target_dot is None:
             change[:, :, : self.k] -= self.weights[:, None].to(change.dtype)
-        squares = (change @ full_gram(self)).mul_(change).sum(2).sum(0, dtype=torch.float64)
+        squares = (change @ full_gram(self)).mul_(change).sum(2)
         if self.target_dot is None:
             return squares
-        cross = (change @ self.target_dot[:, :, None]).sum((0, 2), dtype=torch.float64)
-        return squares - 2 * cross + self.target_norm.sum()
+        cross = (change @ self.target_dot[:, :, None]).squeeze(2)
+        return squares.double() - 2 * cross.double() + self.target_norm[:, None]
 
     def losses(self, subsets: Sequence[Sequence[int]]) -> torch.Tensor:
         """`reconstruction_loss` of subsets of one size, float64 [subsets]."""
@@ -373,7 +365,12 @@ class Recorder:
     """
 
     def __init__(
-        self, layer: MoELayer, keep: int | None, chunk: int, scratch: Scratch, target: Iterator[torch.Tensor] | None = None
+        self,
+        layer: MoELayer,
+        keep: int | None,
+        chunk: int | None,
+        scratch: Scratch,
+        target: Iterator[torch.Tensor] | None = None,
     ):
         self.layer, self.chunk, self.scratch, self.target = layer, chunk, scratch, target
         _ = layer.after  # asked before anybody listens
@@ -395,42 +392,71 @@ class Recorder:
         self.order.append(torch.cat([chosen, rest], 1))
 
     def __call__(self, hidden_states: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """[tokens, d] -> [tokens, d], a chunk of tokens at a time: contributions are never held for all tokens."""
+        """[tokens, d] -> [tokens, d], a chunk of tokens at a time: contributions are never held for all tokens.
+
+        Where memory does not suffice for a chunk, it is halved and tried again.
+        """
         result = torch.empty_like(hidden_states)
         weights = weights.gather(1, self.sorting)  # as in `order`
         target = next(self.target) if self.target else None
-        for start in range(0, len(hidden_states), self.chunk):
+        self.chunk = self.chunk or chunk_size(self.layer, self.m, hidden_states)
+        start, first = 0, len(self.gram)
+        while start < len(hidden_states):
             part = slice(start, start + self.chunk)
-            outputs = self._contributions(hidden_states[part], self.order[-1][part])  # [chunk, m, d]
-            outputs = outputs if outputs.dtype == torch.float64 else outputs.float()
-            mixed = weights[part, None].to(outputs.dtype) @ outputs[:, : self.layer.k]  # [chunk, 1, d]
-            result[part] = mixed[:, 0].to(result.dtype)
-            self._accumulate(leaving(self.layer, outputs), None if target is None else target[part])
+            try:
+                there = None if target is None else target[part]
+                result[part] = self._run(hidden_states[part], self.order[-1][part], weights[part], there)
+                start = part.stop
+            except (MemoryError, RuntimeError) as error:
+                if not _out_of_memory(error) or self.chunk == 1:
+                    raise
+                self.chunk //= 2
+                self.scratch.held.clear()
+                if hidden_states.is_cuda:
+                    torch.cuda.empty_cache()
+        if not torch.stack([gram.isfinite().all() for gram in self.gram[first:]]).all():
+            raise ValueError(
+                f"{self.layer.name}: expert outputs are not finite; the model or its dtype overflows on this text."
+            )
         return result
 
-    def _contributions(self, hidden_states: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-        token = torch.arange(len(order), device=order.device).repeat_interleave(self.m)
-        outputs = pair_outputs(self.layer.experts, hidden_states, token, order.flatten(), self.scratch)
-        return outputs.view(len(order), self.m, -1)
+    def _run(self, hidden_states, order, weights, target) -> torch.Tensor:
+        """The layer's own result [chunk, d]; the Gram of its experts' contributions is kept."""
+        outputs = pair_outputs(self.layer.experts, hidden_states, order, self.scratch)  # [chunk, m, d]
+        outputs = outputs if outputs.dtype == torch.float64 else outputs.float()
+        mixed = weights[:, None].to(outputs.dtype) @ outputs[:, : self.layer.k]  # [chunk, 1, d]
+        self._accumulate(leaving(self.layer, outputs), target)
+        return mixed[:, 0].to(hidden_states.dtype)
 
     def _accumulate(self, outputs: torch.Tensor, target: torch.Tensor | None) -> None:
         i, j = torch.triu_indices(self.m, self.m, device=outputs.device)
         gram = (outputs @ outputs.mT)[:, i, j]
-        if not torch.isfinite(gram).all():
-            raise ValueError(
-                f"{self.layer.name}: expert outputs are not finite; the model or its dtype overflows on this text."
-            )
-        self.gram.append(gram)
         if target is not None:
             target = target.to(outputs.dtype)
-            self.target_dot.append((outputs @ target.unsqueeze(2)).squeeze(2))
-            self.target_norm.append(target.double().square().sum(1))
+            dot, norm = (outputs @ target.unsqueeze(2)).squeeze(2), target.double().square().sum(1)
+            self.target_dot.append(dot)
+            self.target_norm.append(norm)
+        self.gram.append(gram)
 
     def finish(self) -> LayerTrace:
         parts = {name: torch.cat(getattr(self, name)) for name in ("logits", "order", "gram")}
         if self.target:
             parts.update(target_dot=torch.cat(self.target_dot), target_norm=torch.cat(self.target_norm))
         return LayerTrace(self.layer.name, self.layer.k, self.layer.router, keep=self.keep, **parts)
+
+
+def chunk_size(layer: MoELayer, m: int, like: torch.Tensor) -> int:
+    """Tokens whose expert outputs fit into a quarter of the free memory; beyond a few thousand nothing is gained."""
+    experts = layer.experts
+    inner = experts.down_proj[0].numel() // like.shape[1]
+    each = m * ((3 * inner + 3 * like.shape[1]) * like.element_size() + 8 * like.shape[1])  # bytes a token
+    most = 8 * CHUNK_TOKENS if like.is_cuda else CHUNK_TOKENS
+    return int(min(most, max(1, free_memory(like.device) / 4 / each)))
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """A GPU and Python say so by type, a CPU's allocator in words."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def leaving(layer: MoELayer, outputs: torch.Tensor) -> torch.Tensor:
@@ -478,7 +504,7 @@ def check_gram(layers: Sequence[MoELayer], tokens: int, keep: int | None, device
 
 @torch.no_grad()
 def trace(
-    model, tokens: torch.Tensor, *, keep: int | None = None, batch_size: int = 8, chunk_tokens: int = CHUNK_TOKENS
+    model, tokens: torch.Tensor, *, keep: int | None = None, batch_size: int = 8, chunk_tokens: int | None = None
 ) -> Trace:
     """Run the model over a calibration set once and keep what Eq. 3, betas and frequencies need.
 
@@ -487,7 +513,7 @@ def trace(
 
     tokens: [sequences, length] ids. keep: the smallest number of experts the trace must answer for (None: k); fewer
     experts run the larger it is. batch_size: sequences a forward pass. chunk_tokens: tokens whose expert outputs are
-    in memory at a time, which bounds the extra memory. The result lies on the model's device.
+    in memory at a time, which bounds the extra memory (from the free memory, if None). The result lies on the model's device.
     Raises ValueError for models without MoE layers, token ids outside the vocabulary, keep outside k..n, and for
     logits or outputs that are not finite.
     """
@@ -507,7 +533,7 @@ def trace(
 @torch.no_grad()
 def trace_block(layer: MoELayer, hidden_states: torch.Tensor, keep: int | None, scratch: Scratch | None = None) -> LayerTrace:
     """The trace of one block alone, on hidden states [tokens, d]."""
-    recorder = Recorder(layer, keep, CHUNK_TOKENS, scratch or Scratch())
+    recorder = Recorder(layer, keep, None, scratch or Scratch())
     with recording([recorder]):
         layer.block(hidden_states[None])
     return recorder.finish()

@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .models import MoELayer, Scratch, decoder_layers, find_moe, silenced
+from .experts import Scratch
+from .models import MoELayer, decoder_layers, find_moe, silenced
 from .pruning import masked_layer
-from .traces import CHUNK_TOKENS, LayerTrace, Recorder, check_gram, recording
+from .traces import LayerTrace, Recorder, check_gram, recording
 
 BATCH = 8  # sequences a forward pass
 
@@ -125,7 +126,7 @@ class Walk:
         *,
         progressive: bool = False,
         batch_size: int = BATCH,
-        chunk_tokens: int = CHUNK_TOKENS,
+        chunk_tokens: int | None = None,
         stream: Callable[[str, int], MutableSequence] | None = None,
     ):
         """stream: makes what holds the hidden states after a layer, from "original" or "pruned" and the layer's number."""

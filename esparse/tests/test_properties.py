@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from esparse.models import Scratch, pair_outputs
+from esparse import kernels
+from esparse.experts import Scratch, _grouped, pair_outputs
 from esparse.routers import Router, skip_pairs, skip_ratios
 from esparse.traces import LayerTrace, reconstruction_loss
 
@@ -101,14 +102,18 @@ class Experts(torch.nn.Module):
 @pytest.mark.parametrize("transposed", [True, False])
 def test_pair_outputs_are_each_pairs_own_with_scratch_and_without(gate, bias, transposed):
     torch.manual_seed(0)
-    experts, hidden = Experts(gate, bias, transposed), torch.randn(6, 4, dtype=torch.float64)
-    token, expert = torch.randint(0, 6, (700,)), torch.randint(0, 2, (700,))  # the third is never asked
-    expected = torch.stack([experts.one(e, hidden[t]) for t, e in zip(token.tolist(), expert.tolist(), strict=True)])
+    experts, hidden = Experts(gate, bias, transposed), torch.randn(350, 4, dtype=torch.float64)
+    expert = torch.randint(0, 2, (350, 2))  # the third is never asked
+    expert[::5, 1] = 3  # dropped
+    expected = torch.stack([
+        torch.stack([experts.one(e, x) if e < 3 else 0 * x for e in chosen])
+        for x, chosen in zip(hidden, expert.tolist(), strict=True)
+    ])  # fmt: skip
     scratch = Scratch()
     with torch.no_grad():
         for _ in range(2):  # the second time in memory that holds the first result
-            assert torch.allclose(pair_outputs(experts, hidden, token, expert, scratch), expected, rtol=1e-12)
-    outputs = pair_outputs(experts, hidden, token, expert)
-    assert torch.allclose(outputs, expected, rtol=1e-12)
-    outputs.sum().backward()  # without scratch the experts can be trained
+            assert torch.allclose(pair_outputs(experts, hidden, expert, scratch), expected, rtol=1e-12)
+    for outputs in (pair_outputs(experts, hidden, expert), _grouped(experts, hidden, expert, kernels.product)):
+        assert torch.allclose(outputs, expected, rtol=1e-12)
+    pair_outputs(experts, hidden, expert).sum().backward()  # without scratch the experts can be trained
     assert experts.down_proj.grad[:2].abs().min() > 0 and experts.down_proj.grad[2].abs().max() == 0

@@ -290,7 +290,7 @@ whole = time.time() - started
 rng, kills, resumed, destination = random.Random(0), 0, 0, folder / "pruned"
 while kills < 20 or resumed < 3 or not destination.exists():
     if destination.exists():
-        destination.rename(folder / f"done_{kills}")
+        destination.rename(folder / f"done_{len(list(folder.glob('done_*')))}")
     resumed += bool(list(folder.glob(".pruned.partial/layer_*.json")))
     pid, started = child(destination), time.time()
     deadline = started + (rng.uniform(0, whole) if kills < 20 or resumed < 3 else 60)

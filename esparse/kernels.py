@@ -1,0 +1,122 @@
+"""A grouped matrix product for any GPU that Triton knows: rows sorted by expert, each times its expert's weights.
+
+torch's own grouped product is fast on Hopper in bf16; elsewhere it waits for the host and loops. This one never waits:
+its grid is an upper bound, and a program that finds no rows for itself ends at once, without reading a weight.
+"""
+
+import warnings
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # comes with torch's builds for GPUs
+    triton = None
+
+if triton is not None:
+
+    @triton.jit
+    def _product(
+        x, w, out, ends, width, n,
+        x_row, x_column, w_expert, w_row, w_column, out_row,
+        SIZE: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    ):  # fmt: skip
+        """out[rows of e, columns] = x[rows of e] @ w[e]; x [rows, SIZE], w [n, SIZE, width], ends [n] int32."""
+        # Which expert this program's block of rows belongs to: experts have as many blocks as their rows fill.
+        block, number = tl.program_id(0), tl.arange(0, EXPERTS)
+        until = tl.load(ends + number, mask=number < n, other=0)
+        since = tl.load(ends + number - 1, mask=(number > 0) & (number < n), other=0)
+        blocks = tl.cdiv(tl.maximum(until - since, 0), ROWS)
+        expert = tl.sum((tl.cumsum(blocks, 0) <= block).to(tl.int32), 0)
+        if expert >= n:
+            return
+        earlier = tl.sum(tl.where(number < expert, blocks, 0), 0)
+        first = tl.sum(tl.where(number == expert, since, 0), 0) + (block - earlier) * ROWS
+        last = tl.sum(tl.where(number == expert, until, 0), 0)
+
+        row = first + tl.arange(0, ROWS)
+        column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+        depth = tl.arange(0, DEPTH)
+        x_at = x + row[:, None].to(tl.int64) * x_row + depth[None, :] * x_column
+        w_at = w + expert.to(tl.int64) * w_expert
+        w_at += depth[:, None].to(tl.int64) * w_row + column[None, :].to(tl.int64) * w_column
+        total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+        for start in range(0, SIZE, DEPTH):
+            left = SIZE - start
+            a = tl.load(x_at, mask=(row[:, None] < last) & (depth[None, :] < left), other=0.0)
+            b = tl.load(w_at, mask=(depth[:, None] < left) & (column[None, :] < width), other=0.0)
+            total = tl.dot(a, b, total, input_precision="ieee")
+            x_at += DEPTH * x_column
+            w_at += DEPTH * w_row
+        at = out + row[:, None].to(tl.int64) * out_row + column[None, :]
+        tl.store(at, total.to(out.dtype.element_ty), mask=(row[:, None] < last) & (column[None, :] < width))
+
+
+def blocking(rows: int, n: int, dtype: torch.dtype) -> dict[str, int]:
+    """The kernel's block sizes and pipeline: few rows wait for weights, which come in long lines; many for arithmetic."""
+    wide = 2 if dtype == torch.float32 else 1  # float32 fills shared memory and registers twice as fast
+    sizes = {"ROWS": 16, "COLUMNS": 64, "DEPTH": 128 // wide, "num_warps": 4, "num_stages": 4}
+    if rows > 16 * n:
+        sizes = {"ROWS": 64, "COLUMNS": 128 // wide, "DEPTH": 64 // wide, "num_warps": 4, "num_stages": 3}
+    return sizes | {"EXPERTS": max(2, triton.next_power_of_2(n))}
+
+
+def launch(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """The kernel on tensors as `product` takes them; rows behind the last end stay as they were in memory."""
+    (count, size), (n, _, width) = rows.shape, weight.shape
+    out = rows.new_empty(count, width)
+    sizes = blocking(count, n, rows.dtype)
+    # As many blocks as there are if each expert's last one is not full; never more than there are rows.
+    grid = (min(count, -(-count // sizes["ROWS"]) + n), -(-width // sizes["COLUMNS"]))
+    strides = (*rows.stride(), *weight.stride(), out.stride(0))
+    _product[grid](rows, weight, out, ends, width, n, *strides, SIZE=size, **sizes)
+    return out
+
+
+@torch.library.custom_op("esparse::grouped_product", mutates_args=())
+def product(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """[rows, size] by [n, size, width] -> [rows, width]: row i times the weights of the expert whose rows end behind i.
+
+    rows: sorted by expert. ends: int32 [n], where each expert's rows end; what lies behind the last end is not computed.
+    An operator of its own, so that torch.compile need not look inside. Off the GPU: one product after another.
+    """
+    if rows.is_cuda:
+        return launch(rows, weight, ends)
+    out, start = rows.new_zeros(len(rows), weight.shape[2]), 0
+    for number, end in enumerate(ends.tolist()):
+        torch.mm(rows[start:end], weight[number], out=out[start:end])
+        start = end
+    return out
+
+
+@product.register_fake
+def _(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    return rows.new_empty(rows.shape[0], weight.shape[2])
+
+
+_works: dict[tuple[torch.device, torch.dtype], bool] = {}
+
+
+def works(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernel compiles for this GPU and dtype and multiplies rightly there, tried once on a small product."""
+    if (device, dtype) not in _works:
+        _works[device, dtype] = triton is not None and _try(device, dtype)
+    return _works[device, dtype]
+
+
+def _try(device: torch.device, dtype: torch.dtype) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    rows, weight = (torch.randn(*shape, generator=generator).to(device, dtype) for shape in ((5, 96), (3, 96, 80)))
+    expected = torch.cat([rows[:2] @ weight[0], rows[2:4] @ weight[2]])
+    try:
+        found = launch(rows, weight, torch.tensor([2, 2, 4], dtype=torch.int32, device=device))[:4]
+        if torch.allclose(found.float(), expected.float(), rtol=2e-2, atol=2e-1):
+            return True
+        reason = "its result is wrong"
+    except Exception as error:  # whatever a compiler or driver says: another path is there
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    warnings.warn(
+        f"esparse's grouped product does not run on {device} in {dtype} ({reason}): skipping is slower.", stacklevel=2
+    )
+    return False
