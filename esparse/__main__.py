@@ -83,9 +83,13 @@ def _dtype(name: str):
 
 
 def _bench(arguments) -> None:
-    from .benchmark import BENCHMARKS
+    from .benchmark import bench_search, bench_stream
+    from .many import bench_many
+    from .speed import bench
 
-    print(BENCHMARKS[arguments.name](arguments.out))
+    others = {"search": bench_search, "stream": bench_stream, "many": bench_many}
+    call = others.get(arguments.name)
+    print(call(arguments.out) if call else bench(arguments.name, arguments.out))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -131,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     acceptance.add_argument("--run-dir", metavar="DIR", help="where traces and plans go")
     acceptance.set_defaults(call=_acceptance)
     bench = commands.add_parser("bench", help="measure search, memory and speed on this machine")
-    bench.add_argument("name", choices=["search", "generation", "full", "layer", "stream", "many"], help="what to measure")
+    bench.add_argument("name", choices=["small", "medium", "full", "search", "stream", "many"], help="what to measure")
     bench.add_argument("--out", type=Path, metavar="FILE", help="also write the result as JSON")
     bench.set_defaults(call=_bench)
     return parser

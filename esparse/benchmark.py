@@ -9,24 +9,25 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import transformers
 from safetensors.torch import save_file
+from transformers import CompileConfig, DynamicCache, StaticCache
 
 from .experts import Scratch
 from .files import data_folder, read_json, write_json
 from .models import moe_layers
-from .preflight import flop_per_second
 from .pruning import masked_layer
 from .search import subset_losses
-from .skips import skipping
-from .traces import CHUNK_TOKENS, LayerTrace, Recorder, recording, trace_block
+from .traces import CHUNK_TOKENS, LayerTrace, trace_block
 
 MIB = 2**20
+T = TypeVar("T")
 
 
 def machine() -> dict:
@@ -76,18 +77,37 @@ def measure_memory(model) -> dict:
 
 
 @torch.no_grad()
-def measure_generation(model, *, batch_size: int = 1, prompt: int = 32, new_tokens: int = 64, seed: int = 0) -> dict:
-    """One timed greedy generation of exactly `new_tokens` from random prompts, prefill apart from decoding.
+def measure_generation(
+    model, *, batch_size: int = 1, prompt: int = 32, new_tokens: int = 64, seed: int = 0, compiled: bool = False
+) -> dict[str, float]:
+    """One timed pass over random tokens: a prompt at once, then `new_tokens` one at a time with a cache.
 
-    Returns seconds and tokens per second, over all sequences of the batch. Warm up before, repeat and take medians.
+    The tokens are given, not chosen, so that all variants of a model do the same. compiled: decode with a static cache
+    through torch.compile, as `generate(cache_implementation="static")` does on a GPU. Returns the seconds of both parts
+    and their tokens per second over all sequences. Warm up before, repeat and take medians.
     """
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, model.config.vocab_size, (batch_size, prompt), generator=generator).to(model.device)
-    options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "attention_mask": torch.ones_like(ids)}
-    prefill = seconds_of(lambda: model.generate(ids, max_new_tokens=1, min_new_tokens=1, **options))
-    total = seconds_of(lambda: model.generate(ids, max_new_tokens=new_tokens, min_new_tokens=new_tokens, **options))
-    decoding = batch_size * (new_tokens - 1) / max(total - prefill, 1e-9)
-    return {"prefill_seconds": prefill, "seconds": total, "tokens_per_second": decoding}
+    ids = torch.randint(3, model.config.vocab_size, (batch_size, prompt + new_tokens), generator=generator).to(model.device)
+    cache = (
+        StaticCache(config=model.config, max_cache_len=prompt + new_tokens) if compiled else DynamicCache(config=model.config)
+    )
+
+    def step(forward: Callable, since: int, until: int) -> None:
+        forward(ids[:, since:until], past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+    def decode() -> None:
+        with model._optimize_model_for_decode():  # what `generate` does: another implementation for few tokens
+            forward = model.get_compiled_call(CompileConfig()) if compiled else model
+            for position in range(prompt, prompt + new_tokens):
+                step(forward, position, position + 1)
+
+    prefill, decoding = seconds_of(lambda: step(model, 0, prompt)), seconds_of(decode)
+    return {
+        "prefill_seconds": prefill,
+        "decode_seconds": decoding,
+        "prefill_tokens_per_second": batch_size * prompt / prefill,
+        "tokens_per_second": batch_size * new_tokens / decoding,
+    }
 
 
 def seconds_of(call: Callable[[], object]) -> float:
@@ -99,31 +119,44 @@ def seconds_of(call: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def rounds(variants: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """Each variant's figures over `repeats` rounds after one to warm up; taking turns spreads a machine's moods."""
-    turns = [{name: variant() for name, variant in variants.items()} for _ in range(repeats + 1)]
-    return {name: [turn[name] for turn in turns[1:]] for name in variants}
+def rounds(variants: Mapping[str, Callable[[], T]], repeats: int) -> dict[str, list[T]]:
+    """What each variant gives in `repeats` rounds after one to warm up.
+
+    They take turns, which spreads a machine's moods, and each round begins with another: what runs after what counts too.
+    """
+    names, turns = list(variants), []
+    for turn in range(repeats + 1):
+        first = turn % len(names)
+        turns.append({name: variants[name]() for name in names[first:] + names[:first]})
+    return {name: [turn[name] for turn in turns[1:]] for name in names}
 
 
-def interleaved(variants: Mapping[str, Callable[[], float]], repeats: int = 5) -> dict[str, float]:
-    """The median of each variant over its `rounds`."""
-    return {name: statistics.median(figures) for name, figures in rounds(variants, repeats).items()}
+FULL = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "tie_word_embeddings": False,
+}
 
 
-def generation_speed(model, betas: list[float], *, repeats: int = 5, **options) -> dict[str, float]:
-    """Decoded tokens per second: stock, ours with nothing skipped, and ours skipping with `betas`."""
+def random_mixtral(shape: Mapping[str, object], experts: int, dtype: torch.dtype, device: str, seed: int = 0):
+    """A Mixtral of random weights, made in place on the device: nothing passes through host memory."""
+    from transformers import MixtralConfig, MixtralForCausalLM
 
-    def variant(chosen: list[float] | None) -> Callable[[], float]:
-        def measure() -> float:
-            with ExitStack() as stack:
-                if chosen is not None:
-                    stack.enter_context(skipping(model, chosen))
-                return measure_generation(model, **options)["tokens_per_second"]
-
-        return measure
-
-    kinds = {"stock": None, "nothing skipped": [0.0] * len(betas), "skipping": betas}
-    return interleaved({name: variant(chosen) for name, chosen in kinds.items()}, repeats)
+    config = MixtralConfig(**shape, num_local_experts=experts, num_experts_per_tok=2)
+    with torch.device("meta"):
+        model = MixtralForCausalLM(config).to(dtype)
+    model = model.to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        scale = 1.0 if "norm" in name else 0.02
+        parameter.data.normal_(0.0, scale, generator=generator) if scale < 1 else parameter.data.fill_(scale)
+    with torch.device(device):
+        model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its frequencies are no parameter
+    return model.eval()
 
 
 # --- the search against its limits ----------------------------------------------------------------------------------
@@ -209,153 +242,6 @@ def bench_search(out: Path | None = None) -> str:
     return "\n".join(lines)
 
 
-# --- memory and speed of whole models -------------------------------------------------------------------------------
-
-# Mixtral 8x7B, and the same shape cut down to what two CPU cores decode in seconds.
-FULL = {
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "tie_word_embeddings": False,
-}
-SMALL = {"vocab_size": 1000, "hidden_size": 1024, "intermediate_size": 3584, "num_hidden_layers": 4}
-
-
-def random_mixtral(shape: Mapping[str, object], experts: int, dtype: torch.dtype, device: str, seed: int = 0):
-    """A Mixtral of random weights, made in place on the device: nothing passes through host memory."""
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    config = MixtralConfig(**shape, num_local_experts=experts, num_experts_per_tok=2)
-    with torch.device("meta"):
-        model = MixtralForCausalLM(config).to(dtype)
-    model = model.to_empty(device=device)
-    generator = torch.Generator(device).manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        scale = 1.0 if "norm" in name else 0.02
-        parameter.data.normal_(0.0, scale, generator=generator) if scale < 1 else parameter.data.fill_(scale)
-    with torch.device(device):
-        model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its frequencies are no parameter
-    return model.eval()
-
-
-@torch.no_grad()
-def probed_betas(model, prompt: int = 64, seed: int = 0) -> list[float]:
-    """Median betas of a model on random tokens, from the gates alone: enough where there is no text to calibrate on."""
-    from .routers import skip_ratios, unpack
-
-    layers, found = moe_layers(model), {}
-    note = lambda i: lambda gate, inputs, out: found.update({i: skip_ratios(unpack(out)[1]).median().item()})  # noqa: E731
-    hooks = [layer.gate.register_forward_hook(note(i)) for i, layer in enumerate(layers)]
-    ids = torch.randint(3, model.config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(seed))
-    model.base_model(ids.to(model.device), use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    return [found[i] for i in range(len(layers))]
-
-
-def size_and_speed(shape: Mapping[str, object], dtype: torch.dtype, device: str, sizes=(8, 6, 4), **options) -> dict:
-    """Memory and decoding speed at batch 1 for each number of experts, with and without skipping (Fig. 1, Table 9).
-
-    A pruned model of random weights is a random model with fewer experts: each size is made by itself.
-    """
-    rows = []
-    for experts in sizes:
-        if device == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        model = random_mixtral(shape, experts, dtype, device)
-        speeds = generation_speed(model, probed_betas(model), **options)
-        rows.append({"r": experts, "tokens_per_second": speeds, **measure_memory(model)})
-        del model
-    return {**machine(), "dtype": str(dtype).removeprefix("torch."), "shape": dict(shape), "weights": "random", "rows": rows}
-
-
-def _table(result: dict) -> str:
-    lines = [
-        f"{result['device']}, {result['dtype']}, random weights",
-        "r  weights MiB  peak MiB  stock  nothing skipped  skipping",
-    ]
-    for row in result["rows"]:
-        peak = "-" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
-        speeds = "  ".join(f"{value:.1f}" for value in row["tokens_per_second"].values())
-        lines.append(f"{row['r']}  {row['weights_mib']:.0f}  {peak}  {speeds} tokens/s")
-    return "\n".join(lines)
-
-
-def bench_generation(out: Path | None = None) -> str:
-    """Memory and speed at a size that a laptop decodes in seconds, on this machine."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    result = size_and_speed(SMALL, torch.bfloat16 if device == "cuda" else torch.float32, device)
-    if out:
-        write_json(out, result)
-    return _table(result)
-
-
-def bench_full(out: Path | None = None) -> str:
-    """Memory and speed at Mixtral 8x7B's full size with random bf16 weights; needs about 100 GB on one GPU."""
-    if not fits_full():
-        raise RuntimeError("The full size needs one GPU with 100 GB of free memory: run `bench generation` here.")
-    result = size_and_speed(FULL, torch.bfloat16, "cuda", new_tokens=128, repeats=3)
-    if out:
-        write_json(out, result)
-    return _table(result)
-
-
-def fits_full() -> bool:
-    """Whether one GPU here has room for Mixtral 8x7B in bf16."""
-    return torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 100e9
-
-
-# --- one layer at full width ----------------------------------------------------------------------------------------
-
-CALIBRATION_SET = 128 * 2048  # tokens, as in the paper
-LAYERS = 32
-
-
-@torch.no_grad()
-def layer_times(shape: Mapping[str, object], tokens: int, dtype: torch.dtype, device: str, sizes=(6, 4)) -> list[dict]:
-    """Seconds to trace and search one Mixtral layer of random weights, times the layers of the whole model, against the
-    floor: its experts' products for `tokens` tokens at the speed of one large product here."""
-    model = random_mixtral({**shape, "num_hidden_layers": 1}, 8, dtype, device)
-    layer, rows = moe_layers(model)[0], []
-    states = torch.randn(1, min(tokens, 8 * CHUNK_TOKENS), shape["hidden_size"], device=device).to(dtype)
-    speed = flop_per_second(dtype, 8192 if device == "cuda" else 1024)
-    for r in sizes:
-
-        def trace_and_search(r: int = r) -> None:
-            recorder, left = Recorder(layer, r, CHUNK_TOKENS, Scratch()), tokens
-            with recording([recorder]):
-                while left > 0:
-                    layer.block(states[:, :left])
-                    left -= states.shape[1]
-            subset_losses(recorder.finish(), r)
-
-        seconds = min(seconds_of(trace_and_search) for _ in range(2))  # the first warms up
-        floor = 6 * tokens * (2 + 8 - r) * shape["hidden_size"] * shape["intermediate_size"] / speed
-        row = {"r": r, "tokens": tokens, "seconds": seconds, "layers": LAYERS, "all_layers": LAYERS * seconds}
-        rows.append({**row, "floor": floor, "over_floor": seconds / floor, "flop_per_second": speed})
-    return rows
-
-
-def bench_layer(out: Path | None = None) -> str:
-    """One layer of Mixtral 8x7B at full width on the paper's 128 x 2048 tokens on a GPU; a small one elsewhere."""
-    if torch.cuda.is_available():
-        rows = layer_times(FULL, CALIBRATION_SET, torch.bfloat16, "cuda")
-    else:
-        rows = layer_times(SMALL, 4096, torch.float32, "cpu")
-    if out:
-        write_json(out, {**machine(), "weights": "random", "rows": rows})
-    lines = [
-        f"r = {row['r']}: {row['seconds']:.2f} s a layer, {row['all_layers']:.0f} s for {LAYERS}, "
-        f"{row['over_floor']:.2f} times its products' {row['floor']:.2f} s"
-        for row in rows
-    ]
-    return "\n".join(lines)
-
-
 # --- a checkpoint larger than what may be held ------------------------------------------------------------------------
 
 
@@ -435,20 +321,3 @@ def bench_stream(out: Path | None = None, shape: Mapping[str, object] | None = N
         + ", ".join(f"{value:.1f} {name}" for name, value in steps.items())
         + f"; {seconds:.1f} with starting up), {result['over_floor']:.2f} times the least: {parts}"
     )
-
-
-def bench_many(out: Path | None = None) -> str:
-    """See `many.bench_many`."""
-    from .many import bench_many
-
-    return bench_many(out)
-
-
-BENCHMARKS = {
-    "search": bench_search,
-    "generation": bench_generation,
-    "full": bench_full,
-    "layer": bench_layer,
-    "stream": bench_stream,
-    "many": bench_many,
-}

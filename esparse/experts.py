@@ -52,25 +52,35 @@ def pair_outputs(
     for it and no weight is read. On a GPU all shapes are known beforehand and the host does not wait. With `scratch`
     the result lies in it, and nothing can be differentiated.
     """
-    product = _product(experts, expert.numel())
+    product = _product(experts, expert.numel(), scratch is not None)
     if product is None:
         return _one_after_another(experts, hidden_states, expert, scratch)
     return _grouped(experts, hidden_states, expert, product)
 
 
-def _product(experts: torch.nn.Module, pairs: int) -> Product | None:
+def _product(experts: torch.nn.Module, pairs: int, scratch: bool) -> Product | None:
     """What multiplies rows that are sorted by expert, best on this device; None: experts run one after another."""
     weight = experts.down_proj
-    if torch.compiler.is_compiling() and weight.device.type == "cpu":
-        return kernels.product
-    if weight.device.type != "cuda":
+    device, dtype = weight.device, weight.dtype
+    differentiated = torch.is_grad_enabled() and weight.requires_grad
+    if device.type == "cpu":
+        compiled = torch.compiler.is_compiling()
+        if dtype not in (torch.float32, torch.bfloat16):
+            return kernels.product if compiled else None
+        return None if (scratch or differentiated) and not compiled else grouped_mm
+    if device.type != "cuda":
         return None
     # Before Hopper, and in other dtypes, torch's own waits for the host and loops.
-    hopper = weight.dtype == torch.bfloat16 and torch.cuda.get_device_capability(weight.device) >= (9, 0)
-    differentiated = torch.is_grad_enabled() and weight.requires_grad
-    if not differentiated and not (hopper and pairs > FEW) and kernels.works(weight.device, weight.dtype):
+    hopper = dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (9, 0)
+    if not differentiated and not (hopper and pairs > FEW) and kernels.works(device, dtype):
         return kernels.product
     return grouped_mm if hopper else None
+
+
+def ready(experts: torch.nn.Module) -> None:
+    """Try what these experts would run with once, before anything is compiled or captured."""
+    if experts.down_proj.device.type == "cuda":
+        kernels.works(experts.down_proj.device, experts.down_proj.dtype)
 
 
 def grouped_mm(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
@@ -90,15 +100,29 @@ def _grouped(experts, hidden_states: torch.Tensor, expert: torch.Tensor, product
         x = product(x, weight if experts.is_transposed else weight.mT, ends)
         return x + getattr(experts, f"{name}_bias")[of.clamp(max=experts.num_experts - 1)] if experts.has_bias else x
 
-    sorted_outputs = _layers(experts, linear, hidden_states[order // expert.shape[1]])
-    sorted_outputs = sorted_outputs.masked_fill(of[:, None] == experts.num_experts, 0)
+    dropped = of[:, None] == experts.num_experts
+    rows = hidden_states[order // expert.shape[1]]
+    # Rows behind the last end hold whatever was in memory: nothing of it may go on, nor come back as a gradient.
+    rows = rows.masked_fill(dropped, 0) if torch.is_grad_enabled() else rows
+    sorted_outputs = _layers(experts, linear, rows).masked_fill(dropped, 0)
     return torch.empty_like(sorted_outputs).index_copy(0, order, sorted_outputs).view(*expert.shape, -1)
 
 
-def _layers(experts, linear: Callable[[str, torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """[rows, d] -> [rows, d], by the attributes with which every family describes its experts to the interface."""
+def _layers(experts, linear: Callable[[str, torch.Tensor], torch.Tensor], x: torch.Tensor, rows: int = 0) -> torch.Tensor:
+    """[rows, d] -> [rows, d], by the attributes with which every family describes its experts to the interface.
+
+    rows: how many are activated at a time, in place; 0: all, and anew.
+    """
     up, activate = ("gate_up_proj", experts._apply_gate) if experts.has_gate else ("up_proj", experts.act_fn)
-    out = linear("down_proj", activate(linear(up, x)))
+    hidden = linear(up, x)
+    if rows:
+        inner = hidden.shape[1] // (2 if experts.has_gate else 1)
+        for part in hidden.split(rows):
+            part[:, :inner] = activate(part)
+        hidden = hidden[:, :inner]
+    else:
+        hidden = activate(hidden)
+    out = linear("down_proj", hidden)
     return experts.post_expert_norm(out) if getattr(experts, "has_post_expert_norm", False) else out
 
 
@@ -110,14 +134,13 @@ def _one_after_another(experts, hidden_states: torch.Tensor, expert: torch.Tenso
     counts = torch.bincount(flat, minlength=n + 1).tolist()
     for number, pairs in enumerate(flat.argsort().split(counts)):
         for rows in pairs.split(BLOCK) if len(pairs) else ():
-            outputs[rows] = (
-                0.0 if number == n else _one_expert(experts, number, hidden_states[rows // expert.shape[1]], scratch)
-            )
+            x = hidden_states.index_select(0, rows // expert.shape[1])
+            outputs[rows] = _one_expert(experts, number, x, scratch) if number < n else 0.0
     return outputs.view(*expert.shape, -1)
 
 
 def _one_expert(experts: torch.nn.Module, number: int, x: torch.Tensor, scratch: Scratch | None) -> torch.Tensor:
-    """[rows, d] -> [rows, d], with what lies between the products kept in cache."""
+    """[rows, d] -> [rows, d]. With scratch, what lies between the products is computed while it is in a core's cache."""
 
     def linear(name: str, x: torch.Tensor) -> torch.Tensor:
         weight = getattr(experts, name)[number]
@@ -127,4 +150,4 @@ def _one_expert(experts: torch.nn.Module, number: int, x: torch.Tensor, scratch:
             return torch.addmm(getattr(experts, f"{name}_bias")[number], x, weight, out=out)
         return torch.mm(x, weight, out=out)
 
-    return _layers(experts, linear, x)
+    return _layers(experts, linear, x, ACTIVATED if scratch else 0)

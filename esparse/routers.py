@@ -278,6 +278,8 @@ def skip_ratios(weights: torch.Tensor) -> torch.Tensor:
     Section 3.3); for k > 2 the tail rule of A.2 with its own beta = H / (D - H).
     """
     weights = weights.float() if weights.dtype in (torch.bfloat16, torch.float16) else weights
+    if weights.shape[1] == 2:  # the same numbers in one step: decoding counts them
+        return weights[:, 1:] / weights[:, :1]
     tails = weights.flip(1).cumsum(1).flip(1)[:, 1:]
     heads = weights.cumsum(1)[:, :-1]
     return tails / heads

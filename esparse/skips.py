@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from .experts import pair_outputs
+from .experts import pair_outputs, ready
 from .models import MoELayer, check_tokens, moe_layers
 from .routers import skip_pairs, unpack
 from .traces import check_beta
@@ -45,10 +45,12 @@ def _check_betas(model, betas: Sequence[float]) -> list[MoELayer]:
 def enable_skipping(model, betas: Sequence[float]) -> None:
     """Let the model skip experts from now on, until `disable_skipping`.
 
-    betas: one number >= 0 per MoE layer, as from `median_betas`; 0 drops nothing. Works with `generate`, `masked` and
-    pruned models. Raises ValueError for the wrong number of betas, betas that are negative or no numbers, and k = 1.
+    betas: one number >= 0 per MoE layer, as from `median_betas`; 0 drops nothing. Works with `generate`, static caches,
+    torch.compile, `masked` and pruned models; how the experts run is chosen by device, dtype and number of tokens.
+    Raises ValueError for the wrong number of betas, betas that are negative or no numbers, and k = 1.
     """
     for layer, beta in zip(_check_betas(model, betas), betas, strict=True):
+        ready(layer.experts)
         layer.experts.esparse_beta = float(beta)
         layer.experts.esparse_renormalise = layer.router.normalises
     if model.config._experts_implementation != IMPLEMENTATION:
@@ -86,6 +88,28 @@ def skipping(model, betas: Sequence[float]) -> Iterator[None]:
             enable_skipping(model, former)
 
 
+@contextmanager
+def heard(model) -> Iterator[list[list[tuple[torch.Tensor, torch.Tensor]]]]:
+    """What every call of every gate gave, one list a layer: routing weights, which fall, and experts, both [tokens, k]."""
+    layers = moe_layers(model)
+    calls: list[list] = [[] for _ in layers]
+
+    def hear(number: int):
+        def hook(_gate, _inputs, output) -> None:
+            _, weights, chosen = unpack(output)
+            weights, order = weights.sort(dim=1, descending=True, stable=True)
+            calls[number].append((weights, chosen.gather(1, order)))
+
+        return hook
+
+    handles = [layer.gate.register_forward_hook(hear(i)) for i, layer in enumerate(layers)]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 @torch.no_grad()
 def skipped_shares(model, tokens: torch.Tensor, batch_size: int = 8) -> list[float]:
     """The share of droppable pairs each layer of a skipping model really drops on these tokens [sequences, length].
@@ -93,26 +117,17 @@ def skipped_shares(model, tokens: torch.Tensor, batch_size: int = 8) -> list[flo
     Differs from the trace's share, since skipping earlier changes what later layers see.
     Raises ValueError when the model does not skip.
     """
-    if skipping_betas(model) is None:
+    betas = skipping_betas(model)
+    if betas is None:
         raise ValueError("The model does not skip: call enable_skipping first.")
     check_tokens(model, tokens)
-    layers = moe_layers(model)
-    kept, seen = [0] * len(layers), [0] * len(layers)
-
-    def count(number: int, layer: MoELayer):
-        def hook(_gate, _inputs, output):
-            weights = unpack(output)[1].sort(dim=1, descending=True).values
-            keep = skip_pairs(weights, layer.experts.esparse_beta, layer.router.normalises)[0]
-            kept[number] += int(keep[:, 1:].sum())
-            seen[number] += keep[:, 1:].numel()
-
-        return hook
-
-    handles = [layer.gate.register_forward_hook(count(i, layer)) for i, layer in enumerate(layers)]
-    try:
+    with heard(model) as calls:
         for batch in tokens.split(batch_size):
             model.base_model(batch.to(model.device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [1 - k / s for k, s in zip(kept, seen, strict=True)]
+    return [dropped(layer, beta, of) for layer, beta, of in zip(moe_layers(model), betas, calls, strict=True)]
+
+
+def dropped(layer: MoELayer, beta: float, calls: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    """The share of droppable pairs that beta drops in `heard` calls of a layer."""
+    keep = skip_pairs(torch.cat([weights for weights, _ in calls]), beta, layer.router.normalises)[0]
+    return 1 - keep[:, 1:].double().mean().item()

@@ -1,0 +1,360 @@
+"""Memory and speed of Mixtrals of random weights, in three sizes, beside the baselines of the same run and the limits."""
+
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from .benchmark import FULL, MIB, machine, measure_generation, measure_memory, random_mixtral, rounds, seconds_of
+from .experts import Scratch
+from .files import write_json
+from .models import MoELayer, moe_layers
+from .preflight import flop_per_second
+from .pruning import masked_layer
+from .routers import skip_pairs, skip_ratios
+from .search import subset_losses
+from .skips import dropped, heard, skipping
+from .traces import Recorder, recording
+
+VARIANTS = ("stock", "nothing skipped", "skipping")
+LAYERS = 32  # of Mixtral 8x7B
+BATCH_TOKENS = 16384  # of calibration, in one forward pass
+
+
+@dataclass(frozen=True)
+class Size:
+    """What one benchmark runs: batch sizes and tokens of decoding, of calibration and of the paper's protocol."""
+
+    shape: Mapping[str, object]
+    batches: Sequence[int] = (1, 8, 32)
+    prompt: int = 32
+    new_tokens: int = 16
+    repeats: int = 5
+    calibration: int = 4096
+    protocol: int = 512
+    minutes: float = math.inf  # what has not begun by then is left out, and said
+
+
+SIZES = {
+    "small": Size({"vocab_size": 1000, "hidden_size": 512, "intermediate_size": 1792, "num_hidden_layers": 4}),
+    "medium": Size({**FULL, "num_hidden_layers": 2, "vocab_size": 1000}, calibration=1024),
+    "full": Size(FULL, prompt=128, new_tokens=64, repeats=3, calibration=128 * 2048, minutes=8.0),
+}
+
+
+# --- what a run reads -----------------------------------------------------------------------------------------------
+
+
+def routed(model, betas: Sequence[float], **options) -> dict:
+    """What `measure_generation` with these options does while decoding: the share of droppable pairs each layer drops,
+    how many experts a step reads in a layer (mean), and the medians of rho that it saw."""
+    with skipping(model, betas), heard(model) as calls:
+        measure_generation(model, **options)
+    steps = [of[1:] for of in calls]  # without the prefill
+    shares = [dropped(*of) for of in zip(moe_layers(model), betas, steps, strict=True)]
+    read, medians = [], []
+    for layer, beta, of in zip(moe_layers(model), betas, steps, strict=True):
+        kept = [chosen[skip_pairs(weights, beta, layer.router.normalises)[0]] for weights, chosen in of]
+        read += [experts.unique().numel() for experts in kept]
+        medians.append(torch.cat([skip_ratios(weights) for weights, _ in of]).double().quantile(0.5).item())
+    return {"shares": shares, "read": statistics.mean(read), "medians": medians}
+
+
+def halving_betas(model, tries: int = 6, **options) -> list[float]:
+    """Betas that drop half of the second experts in this very run: medians, taken again as skipping moves them."""
+    betas = [0.0] * len(moe_layers(model))
+    for _ in range(tries):
+        seen = routed(model, betas, **options)
+        if betas[0] and max(abs(share - 0.5) for share in seen["shares"]) < 0.02:
+            break
+        betas = seen["medians"]
+    return betas
+
+
+def step_bytes(model, read: float, context: int, batch: int) -> float:
+    """Bytes that a decoding step must read: the cache, and all weights but the embedding and the experts not used."""
+    layers, config = moe_layers(model), model.config
+    expert = sum(p[0].numel() for p in layers[0].experts.parameters())
+    every = sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()
+    weights = every - len(layers) * (layers[0].n - read) * expert
+    head = config.hidden_size // config.num_attention_heads
+    cache = 2 * len(layers) * batch * context * config.num_key_value_heads * head
+    return (weights + cache) * model.dtype.itemsize
+
+
+def read_bandwidth(device: str) -> float:
+    """Bytes a second that summing up a gigabyte of float32 reads here, at best of several times."""
+    numbers = torch.ones(2**28, device=device)
+    return numbers.nbytes / min(seconds_of(numbers.sum) for _ in range(8))
+
+
+def decoding_dtype(device: str) -> torch.dtype:
+    """bfloat16, where this device multiplies in it; else float16 on a GPU, and whatever is faster at one row on a CPU."""
+    if device == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
+    tried = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        weight, row = torch.ones(8192, 4096, dtype=dtype), torch.ones(1, 4096, dtype=dtype)
+        tried[dtype] = min(seconds_of(lambda: row @ weight.T) for _ in range(8))  # noqa: B023
+    return min(tried, key=tried.get)
+
+
+# --- decoding, prefill and the paper's protocol ---------------------------------------------------------------------
+
+
+def variants(model, betas: Sequence[float]) -> dict:
+    """The contexts in which a model is measured: stock, ours with nothing skipped, ours with `betas`."""
+    chosen = (None, [0.0] * len(betas), betas)
+    return {
+        name: (lambda b=b: nullcontext() if b is None else skipping(model, b)) for name, b in zip(VARIANTS, chosen, strict=True)
+    }
+
+
+def decoding(model, batch: int, size: Size, bandwidth: float, compiled: bool = False) -> dict:
+    """Prefill and decoding of each variant at one batch size, medians of rounds in turn, against what must be read.
+
+    gain: skipping over the faster of the two baselines, the median over rounds; its limit is the ratio of bytes read.
+    """
+    options = {"batch_size": batch, "prompt": size.prompt, "new_tokens": size.new_tokens}
+    betas = halving_betas(model, **options)
+    runs = {"nothing skipped": routed(model, [0.0] * len(betas), **options), "skipping": routed(model, betas, **options)}
+
+    def measure(context) -> dict:
+        with context():
+            return measure_generation(model, **options, compiled=compiled)
+
+    measured = rounds({name: lambda c=c: measure(c) for name, c in variants(model, betas).items()}, size.repeats)
+    of = lambda key: {name: [turn[key] for turn in turns] for name, turns in measured.items()}  # noqa: E731
+    medians = lambda figures: {name: statistics.median(values) for name, values in figures.items()}  # noqa: E731
+    speeds, context = of("tokens_per_second"), size.prompt + size.new_tokens // 2
+    faster = max(VARIANTS[:2], key=medians(speeds).get)
+    read = {name: step_bytes(model, run["read"], context, batch) for name, run in runs.items()}
+    return {
+        "batch": batch,
+        "compiled": compiled,
+        "tokens_per_second": medians(speeds),
+        "prefill_tokens_per_second": medians(of("prefill_tokens_per_second")),
+        "planned": 0.5,
+        "dropped": statistics.mean(runs["skipping"]["shares"]),
+        "experts_read": {name: run["read"] for name, run in runs.items()},
+        "step_bytes": read,
+        "limit_tokens_per_second": {name: batch * bandwidth / value for name, value in read.items()},
+        "baseline": faster,
+        "gain": statistics.median(a / b for a, b in zip(speeds["skipping"], speeds[faster], strict=True)),
+        "plain": statistics.median(a / b for a, b in zip(speeds["nothing skipped"], speeds["stock"], strict=True)),
+        "limit_gain": read["nothing skipped"] / read["skipping"],
+    }
+
+
+def protocol(model, size: Size, prompt: int = 128) -> dict:
+    """The paper's own way of timing: batch 1, greedy, exactly `size.protocol` tokens, prefill included, no warm-up, once.
+
+    One prompt of random tokens stands for its 50 from Alpaca. Stock comes first, while everything is cold; `again` is the
+    same once more, `prefill` the part of it until the first token.
+    """
+    ids = torch.randint(3, model.config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0)).to(model.device)
+    options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "attention_mask": torch.ones_like(ids)}
+    generate = lambda n: seconds_of(lambda: model.generate(ids, max_new_tokens=n, min_new_tokens=n, **options))  # noqa: E731
+    found = {"new_tokens": size.protocol, "prompt": prompt, "stock": generate(size.protocol)}
+    with skipping(model, halving_betas(model, prompt=size.prompt, new_tokens=size.new_tokens)):
+        found["skipping"] = generate(size.protocol)
+    return found | {"again": generate(size.protocol), "prefill": generate(1)}
+
+
+def host_seconds(size: Size, device: str, dtype: torch.dtype) -> float:
+    """Seconds a decoding step takes in a model as deep, but so narrow that nothing is left of it but the host's work."""
+    narrow = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 100}
+    model = random_mixtral({**size.shape, **narrow}, 8, dtype, device)
+    measure_generation(model, new_tokens=4)
+    return 1 / statistics.median(measure_generation(model, new_tokens=32)["tokens_per_second"] for _ in range(5))
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+
+def memory(model, batch: int, context: int) -> dict:
+    """Weights, cache and what a GPU holds at its peak over a short generation, in MiB and MB, and peak over the sum."""
+    config, found = model.config, measure_memory(model)
+    head = config.hidden_size // config.num_attention_heads
+    cache = 2 * config.num_hidden_layers * batch * context * config.num_key_value_heads * head * model.dtype.itemsize / MIB
+    peak = None
+    if model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        measure_generation(model, batch_size=batch, prompt=8, new_tokens=context - 8)
+        peak = torch.cuda.max_memory_allocated() / MIB
+    found |= {"cache_mib": cache, "peak_mib": peak, "over_computed": peak and peak / (found["weights_mib"] + cache)}
+    return found | {f"{name}_mb": found[f"{name}_mib"] * MIB / 1e6 for name in ("weights", "experts")}
+
+
+# --- calibration ----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def calibration(size: Size, device: str, dtype: torch.dtype, sizes: Sequence[int] = (6, 4)) -> list[dict]:
+    """Seconds to trace and search one layer of the shape, times those of Mixtral, against its products and re-running.
+
+    The floor: the experts' products for the tokens that must run, at the speed of one large product here. Re-running is
+    measured for one subset and multiplied by their number.
+    """
+    model = random_mixtral({**size.shape, "num_hidden_layers": 1}, 8, dtype, device)
+    layer, hidden, rows = moe_layers(model)[0], model.config.hidden_size, []
+    states = torch.randn(1, min(size.calibration, BATCH_TOKENS), hidden, device=device).to(dtype)
+    speed = flop_per_second(dtype, 8192 if device == "cuda" else 2048)
+    for r in sizes:
+        seconds = statistics.median(_trace_and_search(layer, states, size.calibration, r) for _ in range(3))
+        floor = 6 * size.calibration * (2 + 8 - r) * hidden * model.config.intermediate_size / speed
+        with masked_layer(layer, range(r)):
+            once = min(seconds_of(lambda: layer.block(states)) for _ in range(2)) * size.calibration / states.shape[1]
+        row = {"r": r, "tokens": size.calibration, "seconds": seconds, "layers": LAYERS, "all_layers": LAYERS * seconds}
+        row |= {"floor": floor, "over_floor": seconds / floor, "flop_per_second": speed}
+        rows.append(row | {"rerun": once * math.comb(8, r), "faster": once * math.comb(8, r) / seconds})
+    return rows
+
+
+def _trace_and_search(layer: MoELayer, states: torch.Tensor, tokens: int, r: int) -> float:
+    def run() -> None:
+        recorder, left = Recorder(layer, r, None, Scratch()), tokens
+        with recording([recorder]):
+            while left > 0:
+                layer.block(states[:, :left])
+                left -= states.shape[1]
+        subset_losses(recorder.finish(), r)
+
+    return seconds_of(run)
+
+
+# --- all of it ------------------------------------------------------------------------------------------------------
+
+
+def measure(size: Size, *, sizes: Sequence[int] = (8, 6, 4), out: Path | None = None) -> dict:
+    """Everything about one size. With `out`, the JSON there is written again after every part, so that nothing is lost."""
+    device, started = "cuda" if torch.cuda.is_available() else "cpu", time.perf_counter()
+    dtype, bandwidth = decoding_dtype(device), read_bandwidth(device)
+    result = {**machine(), "weights": "random", "dtype": str(dtype).removeprefix("torch."), "bandwidth": bandwidth}
+    result |= {"shape": dict(size.shape), "repeats": size.repeats, "rows": [], "left_out": []}
+
+    def part(into: dict, key: str, name: str, compute: Callable[[], object]) -> None:
+        if time.perf_counter() - started > 60 * size.minutes:
+            result["left_out"].append(name)
+        else:
+            into[key] = compute()
+        if out:
+            write_json(out, result)
+
+    for r in sizes:
+        result["rows"].append({"r": r, "decoding": {}})
+        _one_size(random_mixtral(size.shape, r, dtype, device), result["rows"][-1], size, bandwidth, part)
+    part(result, "host_seconds", "the host's share", lambda: host_seconds(size, device, dtype))
+    # A CPU multiplies many rows faster in float32.
+    rate = torch.float32 if device == "cpu" else dtype
+    part(result, "calibration", "calibration", lambda: calibration(size, device, rate))
+    return result
+
+
+def _one_size(model, row: dict, size: Size, bandwidth: float, part: Callable) -> None:
+    name = f"r = {row['r']}, "
+    part(row, "protocol", name + "the paper's protocol", lambda: protocol(model, size))
+    part(row, "memory", name + "memory", lambda: memory(model, 1, size.prompt + size.new_tokens))
+    for batch in size.batches:
+        part(row["decoding"], f"{batch}", f"{name}batch {batch}", partial(decoding, model, batch, size, bandwidth))
+    if model.device.type == "cuda":
+        part(row["decoding"], "1, compiled", f"{name}batch 1, compiled", lambda: decoding(model, 1, size, bandwidth, True))
+
+
+def fits_full() -> bool:
+    """Whether one GPU here has room for Mixtral 8x7B in bf16."""
+    return torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 100e9
+
+
+# --- tables, as rows of columns -------------------------------------------------------------------------------------
+
+
+def decoding_rows(result: Mapping) -> list[dict]:
+    """Decoding: tokens per second of each variant, what part of the limit is reached, and skipping's gain."""
+    rows = []
+    for row, batch, found in _decoded(result):
+        speed, limit = found["tokens_per_second"], found["limit_tokens_per_second"]["nothing skipped"]
+        gains = {"gain": found["gain"], "limit of gain": found["limit_gain"]}
+        rows.append(
+            {"r": row["r"], "batch": batch} | speed | {"of limit": max(speed["stock"], speed["nothing skipped"]) / limit}
+        )
+        rows[-1] |= {"planned": found["planned"], "dropped": found["dropped"]} | gains
+    return rows
+
+
+def prefill_rows(result: Mapping) -> list[dict]:
+    """Prefill: tokens per second of each variant."""
+    return [{"r": row["r"], "batch": batch} | found["prefill_tokens_per_second"] for row, batch, found in _decoded(result)]
+
+
+def _decoded(result: Mapping) -> Iterator[tuple[dict, str, dict]]:
+    return ((row, batch, found) for row in result["rows"] for batch, found in row["decoding"].items())
+
+
+def memory_rows(result: Mapping) -> list[dict]:
+    """Weights, cache and peak (on a GPU), in MiB and MB."""
+    return [{"r": row["r"]} | row["memory"] for row in result["rows"] if "memory" in row]
+
+
+def protocol_rows(result: Mapping) -> list[dict]:
+    """The paper's protocol: tokens per second without and with skipping, and over the largest size without."""
+    runs = [(row["r"], row["protocol"]) for row in result["rows"] if "protocol" in row]
+    rows = []
+    for (r, run), name in itertools.product(runs, ("stock", "skipping")):
+        rows.append({"r": r, "skipping": name == "skipping", "tokens/s": run["new_tokens"] / run[name]})
+        rows[-1] |= {"speed-up": runs[0][1]["stock"] / run[name]}
+    return rows
+
+
+def calibration_rows(result: Mapping) -> list[dict]:
+    """Trace and search of one layer: seconds, times Mixtral's layers, over the products, against every subset again."""
+    names = {"seconds": "s a layer", "all_layers": f"s for {LAYERS}", "over_floor": "of its products", "faster": "times faster"}
+    about = [{"r": row["r"], "tokens": row["tokens"]} for row in result.get("calibration", ())]
+    return [
+        one | {new: row[old] for old, new in names.items()}
+        for one, row in zip(about, result.get("calibration", ()), strict=True)
+    ]
+
+
+def aligned(rows: Sequence[Mapping[str, object]]) -> str:
+    """Rows of the same columns under each other."""
+    cells = [
+        [
+            f"{v:.3g}" if isinstance(v, float) and abs(v) < 100 else f"{v:.0f}" if isinstance(v, float) else str(v)
+            for v in row.values()
+        ]
+        for row in rows
+    ]
+    table = [list(rows[0]), *cells] if rows else []
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in table)
+
+
+TABLES = {
+    "decoding, tokens/s": decoding_rows,
+    "prefill, tokens/s": prefill_rows,
+    "memory": memory_rows,
+    "the paper's protocol": protocol_rows,
+    "calibration and search": calibration_rows,
+}
+
+
+def bench(name: str, out: Path | None = None) -> str:
+    """Measure one of `SIZES` and return its tables: "small" takes a minute on a laptop's CPU, "medium" minutes on any GPU
+    with 8 GB, "full" is Mixtral 8x7B and takes 9 minutes on one GPU with 100 GB free.
+
+    Raises RuntimeError where the full size does not fit.
+    """
+    if name == "full" and not fits_full():
+        raise RuntimeError("The full size needs one GPU with 100 GB of free memory: run `bench small` or `bench medium` here.")
+    result = measure(SIZES[name], out=out)
+    head = f"{result['device']}, {result['dtype']}, random weights, {result['bandwidth'] / 1e9:.0f} GB/s read"
+    tables = [f"{title}\n{aligned(rows(result))}" for title, rows in TABLES.items()]
+    return "\n\n".join([head, *tables, *(f"left out, for time: {name}" for name in result["left_out"])])
