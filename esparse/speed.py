@@ -36,16 +36,16 @@ class Size:
     batches: Sequence[int] = (1, 8, 32)
     prompt: int = 32
     new_tokens: int = 16
-    repeats: int = 5
+    repeats: int = 8  # at batch 1; a fourth of it beyond
     calibration: int = 4096
     protocol: int = 512
     minutes: float = math.inf  # what has not begun by then is left out, and said
 
 
 SIZES = {
-    "small": Size({"vocab_size": 1000, "hidden_size": 512, "intermediate_size": 1792, "num_hidden_layers": 4}),
-    "medium": Size({**FULL, "num_hidden_layers": 2, "vocab_size": 1000}, calibration=1024),
-    "full": Size(FULL, prompt=128, new_tokens=64, repeats=3, calibration=128 * 2048, minutes=8.0),
+    "small": Size({"vocab_size": 1000, "hidden_size": 512, "intermediate_size": 1792, "num_hidden_layers": 2}),
+    "medium": Size({**FULL, "num_hidden_layers": 2, "vocab_size": 1000}, prompt=16, new_tokens=8, repeats=16, calibration=1024),
+    "full": Size(FULL, prompt=128, new_tokens=64, repeats=4, calibration=128 * 2048, minutes=8.0),
 }
 
 
@@ -80,13 +80,18 @@ def halving_betas(model, tries: int = 6, **options) -> list[float]:
 
 def step_bytes(model, read: float, context: int, batch: int) -> float:
     """Bytes that a decoding step must read: the cache, and all weights but the embedding and the experts not used."""
-    layers, config = moe_layers(model), model.config
+    config = model.config
+    head = config.hidden_size // config.num_attention_heads
+    cache = 2 * config.num_hidden_layers * batch * context * config.num_key_value_heads * head
+    return (_used(model, read) + cache) * model.dtype.itemsize
+
+
+def _used(model, experts: float) -> float:
+    """Weights in use where each layer runs so many experts."""
+    layers = moe_layers(model)
     expert = sum(p[0].numel() for p in layers[0].experts.parameters())
     every = sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()
-    weights = every - len(layers) * (layers[0].n - read) * expert
-    head = config.hidden_size // config.num_attention_heads
-    cache = 2 * len(layers) * batch * context * config.num_key_value_heads * head
-    return (weights + cache) * model.dtype.itemsize
+    return every - len(layers) * (layers[0].n - experts) * expert
 
 
 def read_bandwidth(device: str) -> float:
@@ -130,21 +135,25 @@ def decoding(model, batch: int, size: Size, bandwidth: float, compiled: bool = F
         with context():
             return measure_generation(model, **options, compiled=compiled)
 
-    measured = rounds({name: lambda c=c: measure(c) for name, c in variants(model, betas).items()}, size.repeats)
+    repeats = size.repeats if batch == 1 else max(3, size.repeats // 4)
+    measured = rounds({name: lambda c=c: measure(c) for name, c in variants(model, betas).items()}, repeats)
     of = lambda key: {name: [turn[key] for turn in turns] for name, turns in measured.items()}  # noqa: E731
     medians = lambda figures: {name: statistics.median(values) for name, values in figures.items()}  # noqa: E731
     speeds, context = of("tokens_per_second"), size.prompt + size.new_tokens // 2
     faster = max(VARIANTS[:2], key=medians(speeds).get)
     read = {name: step_bytes(model, run["read"], context, batch) for name, run in runs.items()}
+    share = statistics.mean(runs["skipping"]["shares"])
     return {
         "batch": batch,
         "compiled": compiled,
+        "repeats": repeats,
         "tokens_per_second": medians(speeds),
         "prefill_tokens_per_second": medians(of("prefill_tokens_per_second")),
         "planned": 0.5,
-        "dropped": statistics.mean(runs["skipping"]["shares"]),
+        "dropped": share,
         "experts_read": {name: run["read"] for name, run in runs.items()},
         "step_bytes": read,
+        "step_flop": {"nothing skipped": 2 * batch * _used(model, 2), "skipping": 2 * batch * _used(model, 2 - share)},
         "limit_tokens_per_second": {name: batch * bandwidth / value for name, value in read.items()},
         "baseline": faster,
         "gain": statistics.median(a / b for a, b in zip(speeds["skipping"], speeds[faster], strict=True)),
@@ -209,11 +218,11 @@ def calibration(size: Size, device: str, dtype: torch.dtype, sizes: Sequence[int
     speed = flop_per_second(dtype, 8192 if device == "cuda" else 2048)
     for r in sizes:
         seconds = statistics.median(_trace_and_search(layer, states, size.calibration, r) for _ in range(3))
-        floor = 6 * size.calibration * (2 + 8 - r) * hidden * model.config.intermediate_size / speed
+        flop = 6 * size.calibration * (2 + 8 - r) * hidden * model.config.intermediate_size
         with masked_layer(layer, range(r)):
             once = min(seconds_of(lambda: layer.block(states)) for _ in range(2)) * size.calibration / states.shape[1]
         row = {"r": r, "tokens": size.calibration, "seconds": seconds, "layers": LAYERS, "all_layers": LAYERS * seconds}
-        row |= {"floor": floor, "over_floor": seconds / floor, "flop_per_second": speed}
+        row |= {"flop": flop, "floor": flop / speed, "over_floor": seconds * speed / flop, "flop_per_second": speed}
         rows.append(row | {"rerun": once * math.comb(8, r), "faster": once * math.comb(8, r) / seconds})
     return rows
 
@@ -238,7 +247,8 @@ def measure(size: Size, *, sizes: Sequence[int] = (8, 6, 4), out: Path | None = 
     device, started = "cuda" if torch.cuda.is_available() else "cpu", time.perf_counter()
     dtype, bandwidth = decoding_dtype(device), read_bandwidth(device)
     result = {**machine(), "weights": "random", "dtype": str(dtype).removeprefix("torch."), "bandwidth": bandwidth}
-    result |= {"shape": dict(size.shape), "repeats": size.repeats, "rows": [], "left_out": []}
+    result |= {"flop_per_second": flop_per_second(dtype, 8192 if device == "cuda" else 2048)}
+    result |= {"shape": dict(size.shape), "rows": [], "left_out": []}
 
     def part(into: dict, key: str, name: str, compute: Callable[[], object]) -> None:
         if time.perf_counter() - started > 60 * size.minutes:
