@@ -78,19 +78,20 @@ def measure_memory(model) -> dict:
 
 @torch.no_grad()
 def measure_generation(
-    model, *, batch_size: int = 1, prompt: int = 32, new_tokens: int = 64, seed: int = 0, compiled: bool = False
+    model, *, batch_size: int = 1, prompt: int = 32, new_tokens: int = 64, seed: int = 0, cache: StaticCache | None = None
 ) -> dict[str, float]:
     """One timed pass over random tokens: a prompt at once, then `new_tokens` one at a time with a cache.
 
-    The tokens are given, not chosen, so that all variants of a model do the same. compiled: decode with a static cache
-    through torch.compile, as `generate(cache_implementation="static")` does on a GPU. Returns the seconds of both parts
-    and their tokens per second over all sequences. Warm up before, repeat and take medians.
+    The tokens are given, not chosen, so that all variants of a model do the same. cache: a static one to use again; then
+    torch.compile does the decoding, as in `generate(cache_implementation="static")` on a GPU. Returns the seconds of both
+    parts and their tokens per second over all sequences. Warm up before, repeat and take medians.
     """
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, model.config.vocab_size, (batch_size, prompt + new_tokens), generator=generator).to(model.device)
-    cache = (
-        StaticCache(config=model.config, max_cache_len=prompt + new_tokens) if compiled else DynamicCache(config=model.config)
-    )
+    if compiled := cache is not None:
+        cache.reset()  # of another one the addresses would be new, and what was captured useless
+    else:
+        cache = DynamicCache(config=model.config)
 
     def step(forward: Callable, since: int, until: int) -> None:
         forward(ids[:, since:until], past_key_values=cache, use_cache=True, logits_to_keep=1)

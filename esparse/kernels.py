@@ -59,7 +59,7 @@ def blocking(rows: int, n: int, dtype: torch.dtype) -> dict[str, int]:
     sizes = {"ROWS": 16, "COLUMNS": 64, "DEPTH": 128 // wide, "num_warps": 4, "num_stages": 4}
     if rows > 16 * n:
         sizes = {"ROWS": 64, "COLUMNS": 128 // wide, "DEPTH": 64 // wide, "num_warps": 4, "num_stages": 3}
-    return sizes | {"EXPERTS": max(2, triton.next_power_of_2(n))}
+    return sizes | {"EXPERTS": max(2, 1 << (n - 1).bit_length())}
 
 
 def launch(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:

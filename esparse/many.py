@@ -114,8 +114,15 @@ def compare_synthetic(n: int, k: int, *, tokens: int = 16384, hidden: int = 256,
     times["products"] = products_of(layer, states, torch.bincount(order.flatten(), minlength=n).tolist())
     methods = compare([traced], r)
     times["search"] = best(lambda: search_layer(traced, r, "greedy"))
+    times["one subset"] = best(lambda: traced.losses(_subsets(n, r, 16))) / 16
     about = {"n": n, "k": k, "r": r, "reach": order.shape[1], "tokens": tokens, "hidden": hidden, "twins": twins}
     return {**about, "gram_mib": traced.gram.nbytes / 2**20, "seconds": times, "methods": methods}
+
+
+def _subsets(n: int, r: int, count: int) -> list[list[int]]:
+    """Random subsets, to time one of all that enumeration would try."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randperm(n, generator=generator)[:r].sort().values.tolist() for _ in range(count)]
 
 
 def _chunks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:

@@ -384,46 +384,80 @@ def _tail_rule(data: dict) -> Figure:
 # --- 06 -------------------------------------------------------------------------------------------------------------
 
 
+SIZE_LABELS = ["r = 8\n(2 GPUs)", "r = 6\n(1 GPU)", "r = 4\n(1 GPU)"]  # of the paper
+
+
+def _groups(axes, names: Sequence[str], groups: dict[str, Sequence[float]], fmt: str) -> None:
+    """Bars side by side: one group for each of `names`, one colour for each of `groups`."""
+    width = 0.85 / len(groups)
+    for i, (label, values) in enumerate(groups.items()):
+        at = [x + width * (i - (len(groups) - 1) / 2) for x in range(len(names))]
+        axes.bar_label(axes.bar(at, values, 0.9 * width, color=COLOURS[i], label=label), fmt=fmt, fontsize=7)
+    axes.set(xticks=range(len(names)), xticklabels=names)
+    axes.set_ylim(0, 1.3 * axes.dataLim.y1)  # room for the legend
+    axes.legend(loc="upper left", ncols=3, fontsize=7)
+
+
 def _memory_and_speed(data: dict) -> Figure:
-    figure, grid = _canvas(8, 5, 2, 2)
-    (memory, speed), (paper_memory, paper_speed) = grid
-    sizes = [row["r"] for row in data["rows"]]
-    bars = memory.bar(
-        [f"r = {r}" for r in sizes], [row["peak_mib"] or row["weights_mib"] for row in data["rows"]], color=COLOURS[0]
-    )
-    memory.bar_label(bars, fmt="%.0f", fontsize=8)
-    memory.set(
-        ylabel="MiB",
-        title=("peak on the GPU" if data["rows"][0]["peak_mib"] else "weights") + f", {data['dtype']}, random weights",
-    )
-    for i, kind in enumerate(("stock", "nothing skipped", "skipping")):
-        at = [x + 0.27 * (i - 1) for x in range(len(sizes))]
-        values = [row["tokens_per_second"][kind] for row in data["rows"]]
-        speed.bar_label(speed.bar(at, values, 0.25, color=COLOURS[i], label=kind), fmt="%.1f", fontsize=7)
-    speed.set(ylabel="tokens per second, batch 1", xticks=range(len(sizes)), xticklabels=[f"r = {r}" for r in sizes])
-    speed.set_title(data["device"])
-    speed.legend(loc="upper left", ncols=3, fontsize=7)
-    speed.set_ylim(0, 1.2 * speed.dataLim.y1)  # room for the legend
-    rows = [row for row in data["paper_memory"] if row["method"] != "wanda 2:4"]
-    bars = paper_memory.bar([f"r = {row['r']}" for row in rows], [row["memory_mib"] for row in rows], color=COLOURS[7])
+    figure, grid = _canvas(11, 5.6, 2, 3)
+    (memory, speed, protocol), (paper_memory, gains, paper_speed) = grid
+    rows, first = data["rows"], data["rows"][0]
+    names = [f"r = {row['r']}" for row in rows]
+    on_gpu = first["memory"]["peak_mib"] is not None
+    held = [row["memory"]["peak_mib" if on_gpu else "weights_mib"] for row in rows]
+    memory.bar_label(memory.bar(names, held, color=COLOURS[7]), fmt="%.0f", fontsize=8)
+    memory.set(ylabel="MiB", title=("peak on the GPU" if on_gpu else "weights") + f", {data['dtype']}, random weights")
+    one = [row["decoding"]["1, compiled" if "1, compiled" in row["decoding"] else "1"] for row in rows]
+    kinds = {kind: [found["tokens_per_second"][kind] for found in one] for kind in one[0]["tokens_per_second"]}
+    _groups(speed, names, kinds, "%.1f")
+    speed.set(ylabel="tokens per second, batch 1", title=f"decoding, {data['device']}")
+    base = first["protocol"]["stock"]
+    runs = {"no skipping": "stock", "skipping": "skipping"}
+    ours = {label: [base / row["protocol"][kind] for row in rows] for label, kind in runs.items()}
+    _groups(protocol, names, ours, "%.2fx")
+    protocol.set(ylabel="speed-up", title="the paper's protocol here, on one device")
+    for i, (row, marker) in enumerate(zip(rows, MARKERS, strict=False)):
+        batches = [found for found in row["decoding"].values() if not found["compiled"]]
+        at = [found["batch"] for found in batches]
+        gains.plot(at, [found["gain"] for found in batches], marker=marker, color=COLOURS[i], label=f"r = {row['r']}")
+        gains.plot(at, [found["limit_gain"] for found in batches], ":", color=COLOURS[i])
+    gains.axhline(1, color="0.7", lw=0.8, zorder=0)
+    gains.set(xscale="log", xticks=at, xticklabels=at, xlabel="batch size", ylabel="gain from skipping")
+    gains.set_title("over the faster baseline; dotted: limit by bytes read")
+    gains.minorticks_off()
+    gains.legend(fontsize=7)
+    paper = [row for row in data["paper_memory"] if row["method"] != "wanda 2:4"]
+    bars = paper_memory.bar(SIZE_LABELS, [row["memory_mib"] for row in paper], color=COLOURS[7])
     paper_memory.bar_label(bars, fmt="%.0f", fontsize=8)
     paper_memory.set_ylabel("MiB, summed over GPUs")
     _paper(paper_memory, "memory (Table 9)")
-    for i, skips in enumerate((False, True)):
-        values = [r["speedup"] for r in data["paper_speed"] if r["model"] == "Mixtral 8x7B" and r["skipping"] is skips]
-        bars = paper_speed.bar(
-            [x + 0.3 * (i - 0.5) for x in range(3)],
-            values,
-            0.28,
-            color=COLOURS[1 + i],
-            label=("skipping" if skips else "no skipping"),
-        )
-        paper_speed.bar_label(bars, fmt="%.2fx", fontsize=7)
-    paper_speed.set(
-        ylabel="speed-up", xticks=range(3), xticklabels=["r = 8\n(2 GPUs)", "r = 6\n(1 GPU)", "r = 4\n(1 GPU)"], ylim=(0, 1.6)
-    )
-    paper_speed.legend(loc="upper left", ncols=2, fontsize=7)
+    base_model = [row for row in data["paper_speed"] if row["model"] == "Mixtral 8x7B"]
+    theirs = {label: [r["speedup"] for r in base_model if r["skipping"] is (label == "skipping")] for label in runs}
+    _groups(paper_speed, SIZE_LABELS, theirs, "%.2fx")
+    paper_speed.set_ylabel("speed-up")
     _paper(paper_speed, "speed (Table 5)")
+    return figure
+
+
+def _roofline(data: dict) -> Figure:
+    """Arithmetic per byte read against arithmetic per second, under what memory and arithmetic units allow."""
+    figure, ((axes,),) = _canvas(7, 4.2)
+    points = data["points"]
+    reach = [min(p["intensity"] for p in points) / 2, max(p["intensity"] for p in points) * 2]
+    for (dtype, peak), style in zip(data["peaks"].items(), ("-", "--"), strict=False):
+        corner = peak / data["bandwidth"]
+        x = [reach[0], corner, max(reach[1], 2 * corner)]
+        roof = [data["bandwidth"] * x[0] / 1e9, peak / 1e9, peak / 1e9]
+        axes.plot(x, roof, style, color="0.4", label=f"{data['bandwidth'] / 1e9:.0f} GB/s, {peak / 1e9:.0f} GFLOP/s in {dtype}")
+    for i, kind in enumerate(dict.fromkeys(point["kind"] for point in points)):
+        mine = [point for point in points if point["kind"] == kind]
+        at, rate = [p["intensity"] for p in mine], [p["flop_per_second"] / 1e9 for p in mine]
+        axes.plot(at, rate, MARKERS[i], color=COLOURS[i], label=kind, ls="none")
+        for point, x, y in zip(mine, at, rate, strict=True):
+            axes.annotate(point["label"], (x, y), (4, -9), textcoords="offset points", fontsize=7, color=COLOURS[i])
+    axes.set(xscale="log", yscale="log", xlabel="FLOP per byte that must be read", ylabel="GFLOP per second")
+    axes.set_title(f"r = 8, {data['device']}")
+    axes.legend(fontsize=7, loc="lower right")
     return figure
 
 
@@ -479,6 +513,7 @@ FIGURES: dict[str, Callable[[dict], Figure]] = {
     "05_expert_distances": _distances,
     "05_tail_rule": _tail_rule,
     "06_memory_and_speed": _memory_and_speed,
+    "06_roofline": _roofline,
     "10_searches": _searches,
     "10_search_costs": _search_costs,
 }

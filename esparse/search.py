@@ -34,7 +34,7 @@ def all_subsets(layer: LayerTrace, r: int) -> list[tuple[int, ...]]:
     layer.check_size(r)
     groups = _groups(layer)
     count = math.comb(len(groups[0]), r // len(groups)) ** len(groups)
-    if count > MAX_SUBSETS or count * len(layer.order) > MAX_ROUTINGS:
+    if count > MAX_SUBSETS or (count * len(layer.order) > MAX_ROUTINGS and not _by_choice(layer)):
         raise ValueError(
             f"{count:.2g} subsets of {r} out of {layer.n} experts on {len(layer.order)} tokens are too many to enumerate: "
             f"use method='greedy' (up to {MAX_SUBSETS:,} subsets, and {MAX_ROUTINGS:.0e} subsets times tokens, are tried)."
@@ -49,12 +49,14 @@ def subset_losses(layer: LayerTrace, r: int) -> tuple[list[tuple[int, ...]], tor
     Raises ValueError where r is out of range, or the subsets are too many to enumerate.
     """
     subsets = all_subsets(layer, r)
-    table = math.comb(layer.n, layer.k) << layer.n
+    return subsets, _losses_by_choice(layer, subsets) if _by_choice(layer) else layer.losses(subsets)
+
+
+def _by_choice(layer: LayerTrace) -> bool:
+    """Whether `_losses_by_choice` gives this layer's losses, in little memory."""
     # Choosing among r experts and among n rounds a softmax differently, by 1e-7: nothing beside a float32 Gram.
     exact = layer.router.score != "softmax" or layer.gram.dtype == torch.float32
-    if layer.router.by_choice and exact and table <= MAX_TABLE:
-        return subsets, _losses_by_choice(layer, subsets)
-    return subsets, layer.losses(subsets)
+    return layer.router.by_choice and exact and math.comb(layer.n, layer.k) << layer.n <= MAX_TABLE
 
 
 def _losses_by_choice(layer: LayerTrace, subsets: Sequence[tuple[int, ...]]) -> torch.Tensor:

@@ -1,6 +1,8 @@
 """Checkpoints as folders of safetensors, read one tensor at a time and written one layer at a time."""
 
 import copy
+import json
+import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -109,6 +111,20 @@ class Source:
         sizes = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         forms = [(name, entry.stored, entry.shape) for name, entry in sorted(self.entries.items())]
         return digest(sizes, forms, self.config.to_dict())
+
+    def announce(self, names: list[str]) -> None:
+        """Say that these tensors are wanted soon: the system reads them into its cache meanwhile, where it knows how."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        for path in {self.entries[name].file for name in names}:
+            with path.open("rb") as file:
+                start = 8 + int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(start - 8))
+                for name in names:
+                    about = header.get(name) or header.get(name + MXFP4)
+                    if about:
+                        since, until = about["data_offsets"]
+                        os.posix_fadvise(file.fileno(), start + since, until - since, os.POSIX_FADV_WILLNEED)
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, dequantised. The file is open no longer than that, so that no mapped pages add up."""

@@ -1,5 +1,6 @@
 """Memory and speed of Mixtrals of random weights, in three sizes, beside the baselines of the same run and the limits."""
 
+import gc
 import itertools
 import math
 import statistics
@@ -11,10 +12,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from transformers import StaticCache
 
 from .benchmark import FULL, MIB, machine, measure_generation, measure_memory, random_mixtral, rounds, seconds_of
 from .experts import Scratch
-from .files import write_json
+from .files import data_folder, read_json, write_json
 from .models import MoELayer, moe_layers
 from .preflight import flop_per_second
 from .pruning import masked_layer
@@ -131,9 +133,11 @@ def decoding(model, batch: int, size: Size, bandwidth: float, compiled: bool = F
     betas = halving_betas(model, **options)
     runs = {"nothing skipped": routed(model, [0.0] * len(betas), **options), "skipping": routed(model, betas, **options)}
 
+    cache = StaticCache(model.config, max_cache_len=size.prompt + size.new_tokens) if compiled else None
+
     def measure(context) -> dict:
         with context():
-            return measure_generation(model, **options, compiled=compiled)
+            return measure_generation(model, **options, cache=cache)
 
     repeats = size.repeats if batch == 1 else max(3, size.repeats // 4)
     measured = rounds({name: lambda c=c: measure(c) for name, c in variants(model, betas).items()}, repeats)
@@ -222,7 +226,9 @@ def calibration(size: Size, device: str, dtype: torch.dtype, sizes: Sequence[int
         with masked_layer(layer, range(r)):
             once = min(seconds_of(lambda: layer.block(states)) for _ in range(2)) * size.calibration / states.shape[1]
         row = {"r": r, "tokens": size.calibration, "seconds": seconds, "layers": LAYERS, "all_layers": LAYERS * seconds}
-        row |= {"flop": flop, "floor": flop / speed, "over_floor": seconds * speed / flop, "flop_per_second": speed}
+        read = 3 * 8 * hidden * model.config.intermediate_size * dtype.itemsize  # each expert's weights once
+        row |= {"dtype": str(dtype).removeprefix("torch."), "flop": flop, "bytes": read}
+        row |= {"floor": flop / speed, "over_floor": seconds * speed / flop, "flop_per_second": speed}
         rows.append(row | {"rerun": once * math.comb(8, r), "faster": once * math.comb(8, r) / seconds})
     return rows
 
@@ -261,6 +267,8 @@ def measure(size: Size, *, sizes: Sequence[int] = (8, 6, 4), out: Path | None = 
     for r in sizes:
         result["rows"].append({"r": r, "decoding": {}})
         _one_size(random_mixtral(size.shape, r, dtype, device), result["rows"][-1], size, bandwidth, part)
+        torch._dynamo.reset()  # compiled code holds the model, and two do not fit
+        gc.collect()
     part(result, "host_seconds", "the host's share", lambda: host_seconds(size, device, dtype))
     # A CPU multiplies many rows faster in float32.
     rate = torch.float32 if device == "cpu" else dtype
@@ -276,6 +284,12 @@ def _one_size(model, row: dict, size: Size, bandwidth: float, part: Callable) ->
         part(row["decoding"], f"{batch}", f"{name}batch {batch}", partial(decoding, model, batch, size, bandwidth))
     if model.device.type == "cuda":
         part(row["decoding"], "1, compiled", f"{name}batch 1, compiled", lambda: decoding(model, 1, size, bandwidth, True))
+
+
+def results() -> dict[str, dict]:
+    """What `bench` measured and `data/results/` keeps, by size; sizes that were not measured are absent."""
+    found = {name: data_folder() / "results" / f"speed_{name}.json" for name in SIZES}
+    return {name: read_json(path, "benchmark result") for name, path in found.items() if path.exists()}
 
 
 def fits_full() -> bool:

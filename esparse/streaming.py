@@ -227,6 +227,8 @@ class CheckpointWalk:
             times = [time.perf_counter()]
             with self.streamed.layer(number) as decoder:
                 times.append(time.perf_counter())
+                if number + 1 < len(self.streamed):
+                    self.streamed.source.announce(self.streamed.source.layer(number + 1))
                 traced, record = self.walk.trace_layer(number, keep), {}
                 times.append(time.perf_counter())
                 if traced is not None:

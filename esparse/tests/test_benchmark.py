@@ -1,19 +1,23 @@
 """The benchmarks measure what they say; ratios are theirs to print, never asserted as times here."""
 
 import json
+from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
 
 import esparse
-from esparse import benchmark
+from esparse import benchmark, speed
 from esparse.models import moe_layers
+from esparse.studies import explanations, roofline
 
 SHAPE = {"vocab_size": 100, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+TINY = SHAPE | {"num_attention_heads": 4, "num_key_value_heads": 2}
 
 
 def test_memory_is_the_bytes_of_the_weights():
-    model = benchmark.random_mixtral(SHAPE | {"num_attention_heads": 4, "num_key_value_heads": 2}, 4, torch.bfloat16, "cpu")
+    model = benchmark.random_mixtral(TINY, 4, torch.bfloat16, "cpu")
     expert = 3 * 64 * 96
     attention = 64 * 64 * 2 + 64 * 32 * 2
     numbers = 2 * (4 * expert + attention + 4 * 64 + 2 * 64) + 2 * 100 * 64 + 64
@@ -24,8 +28,7 @@ def test_memory_is_the_bytes_of_the_weights():
 
 def test_a_model_made_in_place_is_a_working_mixtral():
     """Its rotary frequencies, which are no parameters, must be right: the logits are those of the same weights loaded."""
-    shape = SHAPE | {"num_attention_heads": 4, "num_key_value_heads": 2}
-    model = benchmark.random_mixtral(shape, 4, torch.float32, "cpu")
+    model = benchmark.random_mixtral(TINY, 4, torch.float32, "cpu")
     other = type(model)(model.config).eval()
     other.load_state_dict(model.state_dict())
     ids = torch.randint(0, 100, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -34,23 +37,30 @@ def test_a_model_made_in_place_is_a_working_mixtral():
 
 
 def test_generation_is_timed_apart_from_prefill():
-    model = benchmark.random_mixtral(SHAPE | {"num_attention_heads": 4, "num_key_value_heads": 2}, 4, torch.float32, "cpu")
+    model = benchmark.random_mixtral(TINY, 4, torch.float32, "cpu")
     found = esparse.measure_generation(model, batch_size=2, prompt=8, new_tokens=5)
-    assert found["seconds"] > 0 and found["prefill_seconds"] > 0
-    assert abs(found["tokens_per_second"] * max(found["seconds"] - found["prefill_seconds"], 1e-9) - 2 * 4) < 1e-6
-    betas = benchmark.probed_betas(model)
-    assert len(betas) == 2 and all(0 < beta <= 1 for beta in betas)
-    speeds = benchmark.generation_speed(model, betas, repeats=1, new_tokens=3, prompt=4)
-    assert set(speeds) == {"stock", "nothing skipped", "skipping"} and esparse.skips.skipping_betas(model) is None
+    assert found["tokens_per_second"] * found["decode_seconds"] == pytest.approx(2 * 5)
+    assert found["prefill_tokens_per_second"] * found["prefill_seconds"] == pytest.approx(2 * 8)
+    seen = []
+    model.register_forward_pre_hook(lambda _, args, named: seen.append(args[0].shape[1]), with_kwargs=True)
+    esparse.measure_generation(model, prompt=8, new_tokens=5)
+    assert seen == [8, 1, 1, 1, 1, 1]
 
 
-def test_size_and_speed_covers_every_size():
-    shape = SHAPE | {"num_attention_heads": 4, "num_key_value_heads": 2}
-    result = benchmark.size_and_speed(shape, torch.float32, "cpu", new_tokens=3, prompt=4, repeats=1)
-    assert [row["r"] for row in result["rows"]] == [8, 6, 4] and result["weights"] == "random"
-    sizes = [row["weights_mib"] for row in result["rows"]]
-    assert sizes[0] - sizes[1] > 0.9 * 2 * 2 * 3 * 64 * 96 * 4 / 2**20
-    assert "tokens/s" in benchmark._table(result)
+def test_decoding_compiled_uses_one_static_cache_again(monkeypatch):
+    import transformers
+
+    backend = transformers.CompileConfig(backend="aot_eager", mode=None)  # no compiler needed
+    monkeypatch.setattr(benchmark, "CompileConfig", lambda: backend)
+    model = benchmark.random_mixtral(TINY, 4, torch.float32, "cpu")
+    torch._dynamo.reset()
+    cache, graphs = transformers.StaticCache(model.config, max_cache_len=12), []
+    for betas in (None, [0.5, 0.5], [0.5, 0.5]):
+        with esparse.skipping(model, betas) if betas else nullcontext():
+            esparse.measure_generation(model, prompt=4, new_tokens=8, cache=cache)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        assert cache.get_seq_length() == 12
+    assert graphs[0] < graphs[1] == graphs[2]  # compiled once for each variant, then used again
 
 
 def test_search_times_compare_like_with_like():
@@ -71,11 +81,11 @@ def test_expert_outputs_are_never_held_for_all_tokens():
     assert max(rows) <= 32 * 4 and sum(rows) == 8 * 64 * 4
 
 
-def test_the_median_is_taken_over_rounds_in_turn():
+def test_rounds_take_turns_and_each_begins_with_another():
     calls = []
-    variants = {name: (lambda name=name: calls.append(name) or float(len(calls))) for name in "ab"}
-    assert benchmark.interleaved(variants, 3) == {"a": 5.0, "b": 6.0}
-    assert "".join(calls) == "abababab"
+    found = benchmark.rounds({name: (lambda name=name: calls.append(name) or len(calls)) for name in "abc"}, 3)
+    assert "".join(calls) == "abc" + "bca" + "cab" + "abc"  # the first warms up
+    assert found == {"a": [6, 8, 10], "b": [4, 9, 11], "c": [5, 7, 12]}
 
 
 def test_streaming_is_measured_in_a_process_of_its_own(tmp_path):
@@ -89,8 +99,87 @@ def test_streaming_is_measured_in_a_process_of_its_own(tmp_path):
     assert result["source_gb"] == pytest.approx(2 * (2 * (expert + layer) + 2 * 1024 * 32 + 32) / 1e9, rel=0.05)
 
 
-def test_one_layer_is_set_against_its_own_products():
-    rows = benchmark.layer_times({**SHAPE, "num_attention_heads": 4, "num_key_value_heads": 2}, 5000, torch.float32, "cpu")
-    for row, reach in zip(rows, (4, 6), strict=True):
-        assert row["floor"] * row["flop_per_second"] == pytest.approx(5000 * reach * 3 * 2 * 64 * 96)
-        assert row["all_layers"] == pytest.approx(32 * row["seconds"]) and row["over_floor"] > 1
+# --- the three sizes ------------------------------------------------------------------------------------------------
+
+
+def hidden_sizes(model, betas, **options):
+    """Plain counting of what `routed` says: every decoding step, every layer, by the gates' own output."""
+    share, read, steps = [0] * len(betas), 0, 0
+    for number, layer in enumerate(moe_layers(model)):
+
+        def hook(_gate, _args, output, number=number):
+            nonlocal read, steps
+            if len(output[1]) > options["batch_size"]:
+                return  # the prefill
+            experts = set()
+            for weights, chosen in zip(output[1].tolist(), output[2].tolist(), strict=True):
+                (first, one), (second, other) = sorted(zip(weights, chosen, strict=True), reverse=True)
+                share[number] += second < betas[number] * first
+                experts |= {one} if second < betas[number] * first else {one, other}
+            read, steps = read + len(experts), steps + 1
+
+        layer.gate.register_forward_hook(hook)
+    with esparse.skipping(model, betas):
+        benchmark.measure_generation(model, **options)
+    pairs = options["batch_size"] * options["new_tokens"]
+    return [count / pairs for count in share], read / steps
+
+
+def test_what_decoding_reads_is_counted_and_half_is_dropped():
+    model = benchmark.random_mixtral(TINY, 8, torch.float32, "cpu")
+    options = {"batch_size": 3, "prompt": 4, "new_tokens": 8}
+    betas = speed.halving_betas(model, **options)
+    found = speed.routed(model, betas, **options)
+    shares, read = hidden_sizes(model, betas, **options)
+    assert found["shares"] == pytest.approx(shares) and found["read"] == pytest.approx(read)
+    assert all(abs(share - 0.5) <= 1 / 24 for share in shares)
+
+
+def test_bytes_of_a_step_are_those_of_the_weights_in_use():
+    model = benchmark.random_mixtral(TINY, 4, torch.bfloat16, "cpu")
+    expert, attention = 3 * 64 * 96, 64 * 64 * 2 + 64 * 32 * 2
+    layer = attention + 4 * 64 + 2 * 64
+    cache = 2 * 2 * 5 * 10 * 2 * 16  # keys and values, layers, batch, context, heads, their width
+    assert speed.step_bytes(model, 1.5, 10, 5) == 2 * (2 * (layer + 1.5 * expert) + 64 * 100 + 64 + cache)
+    assert speed.memory(model, 5, 10)["cache_mib"] * 2**20 == 2 * cache
+
+
+def test_the_small_benchmark_guards_against_getting_slower(tmp_path):
+    """Ratios of what ran side by side, with margins for a busy machine; never times."""
+    size = replace(speed.SIZES["small"], protocol=24)
+    result = speed.measure(size, sizes=(8, 4), out=tmp_path / "speed.json")
+    assert json.loads((tmp_path / "speed.json").read_text()) == json.loads(json.dumps(result)) and not result["left_out"]
+    full, pruned = result["rows"]
+    assert [*full["decoding"]] == ["1", "8", "32"]
+    for found in (*full["decoding"].values(), *pruned["decoding"].values()):
+        assert abs(found["dropped"] - found["planned"]) < 0.06 and min(found["tokens_per_second"].values()) > 0
+    one = full["decoding"]["1"]
+    assert 1.2 < one["limit_gain"] < 1.3 and one["experts_read"] == {
+        "nothing skipped": 2,
+        "skipping": pytest.approx(1.5, abs=0.05),
+    }
+    assert one["gain"] > 0.9 and one["plain"] > 0.8  # measured alone: 1.1 and 0.95 at this size
+    for row in result["calibration"]:
+        assert row["over_floor"] < 2 and row["faster"] > 5  # 1.2 and 17 to 28
+    assert full["memory"]["weights_mib"] / pruned["memory"]["weights_mib"] == pytest.approx(88.5 / 46.5, rel=0.01)
+    text = "\n".join(speed.aligned(rows(result)) for rows in speed.TABLES.values())
+    assert "nothing skipped" in text and "times faster" in text
+    assert {
+        row["explanation"]
+        for row in explanations(result | {"rows": [*result["rows"], {**pruned, "r": 6}]}, esparse.paper("table5"))
+    }
+    points = roofline(result)["points"]
+    assert all(0 < point["flop_per_second"] < 2 * max(roofline(result)["peaks"].values()) for point in points)
+
+
+def test_what_time_does_not_suffice_for_is_left_out_and_said(tmp_path):
+    size = speed.Size(TINY, batches=(1,), new_tokens=4, repeats=4, calibration=64, protocol=4, minutes=0)
+    result = speed.measure(size, sizes=(8,), out=tmp_path / "speed.json")
+    parts = ["r = 8, the paper's protocol", "r = 8, memory", "r = 8, batch 1", "the host's share", "calibration"]
+    assert result["left_out"] == parts and json.loads((tmp_path / "speed.json").read_text())["left_out"] == parts
+    assert speed.aligned(speed.decoding_rows(result)) == ""
+
+
+def test_the_full_size_says_what_it_needs():
+    with pytest.raises(RuntimeError, match="needs one GPU with 100 GB of free memory"):
+        speed.bench("full")

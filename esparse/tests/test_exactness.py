@@ -10,7 +10,9 @@ import torch
 import esparse
 from esparse import traces
 from esparse.models import moe_layers
+from esparse.pruning import masked_layer
 from esparse.tests.conftest import block_input, random_model, random_tokens
+from esparse.walk import Walk
 
 CASES = [
     (family, n, k, seed)
@@ -205,10 +207,27 @@ def test_beta_zero_changes_nothing(family, dtype):
         assert (mine - theirs).abs().max() <= tolerance * theirs.abs().max()
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen3", "olmoe"])
+@pytest.mark.parametrize("tokens", [1, 24])
 @torch.no_grad()
-def test_dropped_pairs_are_left_out_of_the_computation():
+def test_skipping_in_bf16_is_the_reference_rule_to_rounding(family, tokens):
+    """The rule in plain Python and float64, on the same bf16 weights, inputs and routing weights."""
+    model = random_model(family, 12, 4, dtype=torch.bfloat16)
+    layer, x = moe_layers(model)[1], block_input(model, 1, random_tokens(1, tokens))
+    with esparse.skipping(model, [0.4] * 3):
+        ours = layer.block(x)
+    _, weights, chosen = layer.gate(x.flatten(0, 1))
+    layer.experts.double()
+    given = type("Given", (), {"gate": lambda _, x: (None, weights, chosen), "experts": layer.experts, "router": layer.router})
+    reference = reference_skip(given(), x.flatten(0, 1).double(), 0.4)
+    assert (ours.view_as(reference) - reference).abs().max() <= 2**-6 * reference.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_dropped_pairs_are_left_out_of_the_computation(dtype):
     """With top-1 routing a token's second expert may hold NaN: it is never multiplied with anything."""
-    model, tokens = random_model("mixtral", 4, 2), random_tokens()
+    model, tokens = random_model("mixtral", 4, 2, dtype=dtype), random_tokens()
     layer = moe_layers(model)[0]
     token = block_input(model, 0, tokens)[:1, :1]
     first = layer.gate(token[0])[2][0, 0].item()
@@ -279,3 +298,53 @@ def test_greedy_never_beats_enumeration_and_equals_it_one_expert_down():
         assert all(a <= b * (1 + 1e-12) for a, b in zip(best.losses, greedy.losses, strict=True))
         assert all(a <= b for a, b in zip(best.losses, best.runner_up, strict=True))
     assert esparse.search_experts(traced, 7).kept == esparse.search_experts(traced, 7, method="greedy").kept
+
+
+@pytest.mark.parametrize(
+    ("family", "n", "k", "r"), [("mixtral", 8, 2, 6), ("mixtral", 12, 3, 8), ("qwen3", 8, 2, 4), ("qwen3", 6, 1, 3)]
+)
+@torch.no_grad()
+def test_losses_by_choice_are_those_of_every_subset_routed_by_itself(family, n, k, r):
+    """In float32, where all subsets' losses come from a table of choices, against masking each subset in float64."""
+    model, tokens = random_model(family, n, k, dtype=torch.float32), random_tokens()
+    subsets, losses = esparse.subset_losses(esparse.trace(model, tokens, keep=r).layers[0], r)
+    double = random_model(family, n, k)
+    layer, x = moe_layers(double)[0], block_input(double, 0, tokens)
+    before = layer.block(x)
+    for subset, loss in list(zip(subsets, losses.tolist(), strict=True))[::5]:
+        with masked_layer(layer, subset):
+            assert loss == pytest.approx((layer.block(x) - before).norm().item(), rel=2e-4)
+
+
+def test_losses_by_choice_of_a_progressive_trace_and_of_all_experts():
+    model, tokens = random_model("mixtral", 8, 2, dtype=torch.float32), random_tokens()
+    walk = Walk(model, tokens, progressive=True)
+    with torch.no_grad():
+        walk.trace_layer(0, 5)
+        walk.follow(0, [0, 1, 2, 3, 4])
+        traced = walk.trace_layer(1, 5)
+    subsets, losses = esparse.subset_losses(traced, 5)
+    assert torch.allclose(losses, traced.losses(subsets), rtol=1e-4)
+    whole = esparse.trace(model, tokens, keep=5).layers[0]
+    assert esparse.subset_losses(whole, 8)[1].item() == 0.0
+
+
+@torch.no_grad()
+def test_out_of_memory_halves_the_chunk_and_goes_on(monkeypatch):
+    model, tokens = random_model("mixtral", 8, 2), random_tokens()
+    expected, run, tried = esparse.trace(model, tokens, keep=6), traces.pair_outputs, []
+
+    def little(experts, hidden_states, *rest):
+        tried.append(len(hidden_states))
+        if len(hidden_states) > 12:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return run(experts, hidden_states, *rest)
+
+    monkeypatch.setattr(traces, "pair_outputs", little)
+    found = esparse.trace(model, tokens, keep=6)
+    assert tried[:5] == [80, 80, 80, 80, 80] and max(tried[-5:]) <= 12  # halved from a chunk that all tokens fit into
+    for mine, theirs in zip(found.layers, expected.layers, strict=True):
+        assert torch.allclose(mine.gram, theirs.gram, rtol=1e-12) and torch.equal(mine.order, theirs.order)
+    monkeypatch.setattr(traces, "pair_outputs", lambda *_: (_ for _ in ()).throw(RuntimeError("something else")))
+    with pytest.raises(RuntimeError, match="something else"):
+        esparse.trace(model, tokens)

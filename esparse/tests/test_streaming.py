@@ -258,6 +258,22 @@ def test_sources_and_requests_that_cannot_be(source, tmp_path):
         esparse.prune_checkpoint(dense, tmp_path / "pruned", 6, calibration=TOKENS)
 
 
+def test_the_next_layer_is_announced_while_one_is_computed(source, tmp_path, monkeypatch):
+    """What the system is asked to read ahead are the bytes of just those tensors."""
+    opened, asked = shards.Source(source), []
+
+    def advise(file, offset, length, _advice):
+        asked.append(os.pread(file, length, offset))
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    names = opened.layer(1)
+    opened.announce(names)
+    assert sorted(asked) == sorted(opened.read(name).contiguous().view(torch.uint8).numpy().tobytes() for name in names)
+    asked.clear()
+    esparse.prune_checkpoint(source, tmp_path / "pruned", 6, calibration=TOKENS)
+    assert len(asked) == sum(len(opened.layer(number)) for number in (1, 2))  # of three; the first has nothing before it
+
+
 # --- nothing lost ---------------------------------------------------------------------------------------------------------
 
 
