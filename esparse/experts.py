@@ -64,10 +64,10 @@ def _product(experts: torch.nn.Module, pairs: int, scratch: bool) -> Product | N
     device, dtype = weight.device, weight.dtype
     differentiated = torch.is_grad_enabled() and weight.requires_grad
     if device.type == "cpu":
-        compiled = torch.compiler.is_compiling()
-        if dtype not in (torch.float32, torch.bfloat16):
-            return kernels.product if compiled else None
-        return None if (scratch or differentiated) and not compiled else grouped_mm
+        if torch.compiler.is_compiling():
+            return kernels.product
+        grouped = dtype in (torch.float32, torch.bfloat16) and not (scratch or differentiated)
+        return grouped_mm if grouped else None
     if device.type != "cuda":
         return None
     # Before Hopper, and in other dtypes, torch's own waits for the host and loops.
