@@ -15,6 +15,7 @@ from .walk import Walk
 
 MAX_SUBSETS = 200_000
 MAX_TABLE = 2**24  # sums held at once, 128 MiB
+CLOSE = 4  # best subsets, whose losses are computed once more each by itself
 MAX_ROUTINGS = 5e9  # subsets times tokens: some ten minutes a layer on two cores
 SWEEPS = 20  # at most, over the removed experts
 MAX_PAIRS = 28  # of removed experts, up to which two are exchanged at once
@@ -91,8 +92,10 @@ def _losses_by_choice(layer: LayerTrace, subsets: Sequence[tuple[int, ...]]) -> 
 def best_subset(layer: LayerTrace, r: int) -> tuple[list[int], float, float]:
     """The subset of r experts with the smallest loss, that loss, and the runner-up's (the same where there is none)."""
     subsets, losses = subset_losses(layer, r)
-    best = losses.argsort(stable=True)[:2].tolist()
-    return list(subsets[best[0]]), losses[best[0]].item(), losses[best[-1]].item()
+    first = [subsets[i] for i in losses.argsort(stable=True)[:CLOSE].tolist()]
+    routed = layer.losses(first)  # again, to the last bit of `reconstruction_loss`
+    best = routed.argsort(stable=True)[:2].tolist()
+    return list(first[best[0]]), routed[best[0]].item(), routed[best[-1]].item()
 
 
 # --- scores ---------------------------------------------------------------------------------------------------------
