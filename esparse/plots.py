@@ -406,6 +406,7 @@ def _memory_and_speed(data: dict) -> Figure:
     on_gpu = first["memory"]["peak_mib"] is not None
     held = [row["memory"]["peak_mib" if on_gpu else "weights_mib"] for row in rows]
     memory.bar_label(memory.bar(names, held, color=COLOURS[7]), fmt="%.0f", fontsize=8)
+    memory.margins(y=0.1)
     memory.set(ylabel="MiB", title=("peak on the GPU" if on_gpu else "weights") + f", {data['dtype']}, random weights")
     one = [row["decoding"]["1, compiled" if "1, compiled" in row["decoding"] else "1"] for row in rows]
     kinds = {kind: [found["tokens_per_second"][kind] for found in one] for kind in one[0]["tokens_per_second"]}
@@ -429,6 +430,7 @@ def _memory_and_speed(data: dict) -> Figure:
     paper = [row for row in data["paper_memory"] if row["method"] != "wanda 2:4"]
     bars = paper_memory.bar(SIZE_LABELS, [row["memory_mib"] for row in paper], color=COLOURS[7])
     paper_memory.bar_label(bars, fmt="%.0f", fontsize=8)
+    paper_memory.margins(y=0.1)
     paper_memory.set_ylabel("MiB, summed over GPUs")
     _paper(paper_memory, "memory (Table 9)")
     base_model = [row for row in data["paper_speed"] if row["model"] == "Mixtral 8x7B"]
@@ -453,8 +455,9 @@ def _roofline(data: dict) -> Figure:
         mine = [point for point in points if point["kind"] == kind]
         at, rate = [p["intensity"] for p in mine], [p["flop_per_second"] / 1e9 for p in mine]
         axes.plot(at, rate, MARKERS[i], color=COLOURS[i], label=kind, ls="none")
+        aside = {"xytext": (-5, 4), "ha": "right"} if i == 1 else {"xytext": (4, -9)}  # skipping lies close to the first
         for point, x, y in zip(mine, at, rate, strict=True):
-            axes.annotate(point["label"], (x, y), (4, -9), textcoords="offset points", fontsize=7, color=COLOURS[i])
+            axes.annotate(point["label"], (x, y), textcoords="offset points", fontsize=7, color=COLOURS[i], **aside)
     axes.set(xscale="log", yscale="log", xlabel="FLOP per byte that must be read", ylabel="GFLOP per second")
     axes.set_title(f"r = 8, {data['device']}")
     axes.legend(fontsize=7, loc="lower right")

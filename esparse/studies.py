@@ -147,7 +147,7 @@ def calibration_size(run: Run, r: int, draws: int = 5) -> dict:
     The sequences of a smaller set are drawn from the trace: nothing runs again.
     """
     calibration, held_out = run.trace(run.general), run.trace(run.general, tokens=run.held_out(run.general))
-    best = [subset_losses(layer, r)[1].min().item() for layer in held_out.layers]
+    best = [best_subset(layer, r)[1] for layer in held_out.layers]
     sizes = [s for s in (1, 2, 4, 8, 16, 32, 64, 128, 256) if s <= run.sequences]
     generator, rows = torch.Generator().manual_seed(run.seed), []
     for size in sizes:
