@@ -3,6 +3,7 @@
 import argparse
 import sys
 import time
+from functools import partial
 
 
 def _notebooks(arguments) -> None:
@@ -83,13 +84,17 @@ def _dtype(name: str):
 
 
 def _bench(arguments) -> None:
-    from .benchmark import bench_search, bench_stream
-    from .many import bench_many
-    from .speed import bench
+    if arguments.name == "many":  # each imports what it needs alone: a GPU machine may lack the rest
+        from .many import bench_many as call
+    elif arguments.name in ("search", "stream"):
+        from . import benchmark
 
-    others = {"search": bench_search, "stream": bench_stream, "many": bench_many}
-    call = others.get(arguments.name)
-    print(call(arguments.out) if call else bench(arguments.name, arguments.out))
+        call = getattr(benchmark, f"bench_{arguments.name}")
+    else:
+        from .speed import bench
+
+        call = partial(bench, arguments.name)
+    print(call(arguments.out))
 
 
 def _parser() -> argparse.ArgumentParser:

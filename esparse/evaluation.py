@@ -3,13 +3,16 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
 from .files import data_folder
 from .models import check_tokens
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 TINY_TASKS = ("web_facts", "web_walks", "web_reference", "web_yes_no", "arithmetic_result", "arithmetic_problems")
 
@@ -35,7 +38,7 @@ def evaluate(
     num_fewshot: int | None = None,
     batch_size: int = 64,
     seed: int = 1234,
-) -> pd.DataFrame:
+) -> "pd.DataFrame":
     """Score a model on lm-eval tasks: those shipped in `data/tasks/` and any of lm-eval's own, by name.
 
         esparse.evaluate(model, tokenizer, ["web_facts", "arithmetic_problems"], limit=100)
@@ -105,8 +108,10 @@ def _max_length(model) -> int:
     return min(2048, getattr(model.config, "max_position_embeddings", 2048))
 
 
-def _table(results: dict) -> pd.DataFrame:
+def _table(results: dict) -> "pd.DataFrame":
     """The first metric of each task that lm-eval reports a standard error with."""
+    import pandas as pd
+
     rows = []
     for task, scores in results["results"].items():
         names = [key for key in scores if "," in key and "_stderr" not in key]

@@ -52,28 +52,30 @@ def pair_outputs(
     for it and no weight is read. On a GPU all shapes are known beforehand and the host does not wait. With `scratch`
     the result lies in it, and nothing can be differentiated.
     """
-    product = _product(experts, expert.numel(), scratch is not None)
+    product = _product(experts, hidden_states, expert.numel(), scratch is not None)
     if product is None:
         return _one_after_another(experts, hidden_states, expert, scratch)
     return _grouped(experts, hidden_states, expert, product)
 
 
-def _product(experts: torch.nn.Module, pairs: int, scratch: bool) -> Product | None:
+def _product(experts: torch.nn.Module, hidden_states: torch.Tensor, pairs: int, scratch: bool) -> Product | None:
     """What multiplies rows that are sorted by expert, best on this device; None: experts run one after another."""
     weight = experts.down_proj
     device, dtype = weight.device, weight.dtype
-    differentiated = torch.is_grad_enabled() and weight.requires_grad
+    differentiated = torch.is_grad_enabled() and (weight.requires_grad or hidden_states.requires_grad)
+    own = kernels.product if torch.compiler.is_compiling() else kernels.launch  # an operator costs 13 us a call
     if device.type == "cpu":
         if torch.compiler.is_compiling():
             return kernels.product
-        grouped = dtype in (torch.float32, torch.bfloat16) and not (scratch or differentiated)
+        lines = all(size * p.itemsize % 16 == 0 for p in experts.parameters() if p.ndim == 3 for size in p.shape[1:])
+        grouped = dtype in (torch.float32, torch.bfloat16) and lines and not (scratch or differentiated)
         return grouped_mm if grouped else None
     if device.type != "cuda":
         return None
     # Before Hopper, and in other dtypes, torch's own waits for the host and loops.
-    hopper = dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (9, 0)
+    hopper = dtype == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] in (9, 10)
     if not differentiated and not (hopper and pairs > FEW) and kernels.works(device, dtype):
-        return kernels.product
+        return own
     return grouped_mm if hopper else None
 
 
@@ -95,15 +97,19 @@ def _grouped(experts, hidden_states: torch.Tensor, expert: torch.Tensor, product
     of = flat[order]  # [pairs]
     ends = torch.searchsorted(of, torch.arange(experts.num_experts, device=of.device), right=True).int()
 
+    dropped = of[:, None] == experts.num_experts
+
+    def alone(x: torch.Tensor) -> torch.Tensor:
+        # Rows behind the last end hold whatever was in memory: nothing of it may go on, nor come back as a gradient.
+        return x.masked_fill(dropped, 0) if torch.is_grad_enabled() else x
+
     def linear(name: str, x: torch.Tensor) -> torch.Tensor:
         weight = getattr(experts, name)
         x = product(x, weight if experts.is_transposed else weight.mT, ends)
-        return x + getattr(experts, f"{name}_bias")[of.clamp(max=experts.num_experts - 1)] if experts.has_bias else x
+        bias = getattr(experts, f"{name}_bias")[of.clamp(max=experts.num_experts - 1)] if experts.has_bias else None
+        return alone(x if bias is None else x + bias)
 
-    dropped = of[:, None] == experts.num_experts
-    rows = hidden_states[order // expert.shape[1]]
-    # Rows behind the last end hold whatever was in memory: nothing of it may go on, nor come back as a gradient.
-    rows = rows.masked_fill(dropped, 0) if torch.is_grad_enabled() else rows
+    rows = alone(hidden_states[order // expert.shape[1]])
     sorted_outputs = _layers(experts, linear, rows).masked_fill(dropped, 0)
     return torch.empty_like(sorted_outputs).index_copy(0, order, sorted_outputs).view(*expert.shape, -1)
 
@@ -135,14 +141,25 @@ def _one_after_another(experts, hidden_states: torch.Tensor, expert: torch.Tenso
     for number, pairs in enumerate(flat.argsort().split(counts)):
         for rows in pairs.split(BLOCK) if len(pairs) else ():
             x = hidden_states.index_select(0, rows // expert.shape[1])
-            outputs[rows] = _one_expert(experts, number, x, scratch) if number < n else 0.0
+            outputs[rows] = one_expert(experts, number, x, scratch) if number < n else 0.0
     return outputs.view(*expert.shape, -1)
 
 
-def _one_expert(experts: torch.nn.Module, number: int, x: torch.Tensor, scratch: Scratch | None) -> torch.Tensor:
-    """[rows, d] -> [rows, d]. With scratch, what lies between the products is computed while it is in a core's cache."""
+def one_expert(
+    experts: torch.nn.Module,
+    number: int,
+    x: torch.Tensor,
+    scratch: Scratch | None = None,
+    hear: Callable[[str, torch.Tensor], None] | None = None,
+) -> torch.Tensor:
+    """[rows, d] -> [rows, d]. With scratch, what lies between the products is computed while it is in a core's cache.
+
+    hear: told of each weight's name and what enters it, [rows, in].
+    """
 
     def linear(name: str, x: torch.Tensor) -> torch.Tensor:
+        if hear:
+            hear(name, x)
         weight = getattr(experts, name)[number]
         weight = weight if experts.is_transposed else weight.T
         out = scratch.empty(name, x, len(x), weight.shape[1]) if scratch else None

@@ -53,10 +53,11 @@ if triton is not None:
         tl.store(at, total.to(out.dtype.element_ty), mask=(row[:, None] < last) & (column[None, :] < width))
 
 
-def blocking(rows: int, n: int, dtype: torch.dtype) -> dict[str, int]:
-    """The kernel's block sizes and pipeline: few rows wait for weights, which come in long lines; many for arithmetic."""
+def blocking(rows: int, n: int, width: int, dtype: torch.dtype) -> dict[str, int]:
+    """The kernel's block sizes and pipeline: few rows wait for weights, which come in long lines, to as many programs as keep
+    a GPU busy; many wait for arithmetic."""
     wide = 2 if dtype == torch.float32 else 1  # float32 fills shared memory and registers twice as fast
-    sizes = {"ROWS": 16, "COLUMNS": 64, "DEPTH": 128 // wide, "num_warps": 4, "num_stages": 4}
+    sizes = {"ROWS": 16, "COLUMNS": 64 if width > 8192 else 32, "DEPTH": 128 // wide, "num_warps": 4, "num_stages": 4}
     if rows > 16 * n:
         sizes = {"ROWS": 64, "COLUMNS": 128 // wide, "DEPTH": 64 // wide, "num_warps": 4, "num_stages": 3}
     return sizes | {"EXPERTS": max(2, 1 << (n - 1).bit_length())}
@@ -66,11 +67,12 @@ def launch(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torc
     """The kernel on tensors as `product` takes them; rows behind the last end stay as they were in memory."""
     (count, size), (n, _, width) = rows.shape, weight.shape
     out = rows.new_empty(count, width)
-    sizes = blocking(count, n, rows.dtype)
+    sizes = blocking(count, n, width, rows.dtype)
     # As many blocks as there are if each expert's last one is not full; never more than there are rows.
     grid = (min(count, -(-count // sizes["ROWS"]) + n), -(-width // sizes["COLUMNS"]))
     strides = (*rows.stride(), *weight.stride(), out.stride(0))
-    _product[grid](rows, weight, out, ends, width, n, *strides, SIZE=size, **sizes)
+    with torch.cuda.device_of(rows):  # Triton launches on the current device, whatever its arguments lie on
+        _product[grid](rows, weight, out, ends, width, n, *strides, SIZE=size, **sizes)
     return out
 
 

@@ -55,6 +55,11 @@ class Router:
         return self.local and self.score != SPARSEMIXER and (self.score != "softmax" or (self.renormalise and not self.eps))
 
     @property
+    def of_chosen(self) -> "Router":
+        """The router that gives, where `by_choice`, the same weights but for rounding from the chosen experts' logits alone."""
+        return replace(self, score=SCORES[1], renormalise=False) if self.score == "softmax" else self
+
+    @property
     def sorted(self) -> bool:
         """Whether the order of selection is that of falling weights."""
         return not (self.bias or self.expert_scale or self.score == SPARSEMIXER)
@@ -285,7 +290,7 @@ def skip_ratios(weights: torch.Tensor) -> torch.Tensor:
     return tails / heads
 
 
-def skip_pairs(weights: torch.Tensor, beta: float, renormalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def skip_pairs(weights: torch.Tensor, beta: float | torch.Tensor, renormalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Which pairs stay, and the routing weights after skipping; both [tokens, k] like `weights`, which fall.
 
     A pair j >= 2 is dropped when its ratio is below beta: its weight becomes 0. What stays is rescaled to the token's

@@ -6,12 +6,10 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import torch
 
-from . import plots
 from .checkpoints import load_model, load_tokenizer
 from .corpora import calibration_tokens
 from .evaluation import TINY_TASKS, evaluate, perplexity
@@ -25,6 +23,9 @@ from .skips import skipping
 from .streaming import trace_checkpoint
 from .traces import FORMAT, Trace, tokens_digest, trace
 from .training import PRESETS
+
+if TYPE_CHECKING:  # tables and figures load what they need when they are asked for: a GPU machine may lack it
+    import pandas as pd
 
 # The paper's eight tasks (Table 2), for models other than the tiny ones.
 PAPER_TASKS = ("arc_challenge", "arc_easy", "boolq", "hellaswag", "mmlu", "openbookqa", "rte", "winogrande")
@@ -85,8 +86,10 @@ class Run:
             return False
         return sum(path.stat().st_size for path in self.source.glob("*.safetensors")) > 0.8 * free_memory()
 
-    def preflight(self) -> pd.Series:
+    def preflight(self) -> "pd.Series":
         """What tracing and pruning this model takes, before anything is read: see `preflight.preflight`."""
+        import pandas as pd
+
         if self.model_name in PRESETS:
             return pd.Series({"access": "ships with the package", "download": "nothing"}, name="preflight")
         dtype = self.dtype and getattr(torch, self.dtype)
@@ -159,8 +162,9 @@ class Run:
             search_experts(self.trace(corpus), r, method=method, model=model, tokens=tokens, seed=seed).save(path)
         return PruningPlan.load(path)
 
-    def scores(self, plan: PruningPlan | None = None, betas: Sequence[float] | None = None) -> pd.DataFrame:
+    def scores(self, plan: PruningPlan | None = None, betas: Sequence[float] | None = None) -> "pd.DataFrame":
         """TASKS on the model, masked to a plan and skipping with betas where given; see `evaluation.evaluate`."""
+        import pandas as pd
 
         def compute():
             table = evaluate(self.model, self.tokenizer, self.tasks, limit=self.limit)
@@ -207,13 +211,17 @@ class Run:
 
         With the embedded model and corpora and the default folder it also lands in the checkout's `figures/`.
         """
+        from . import plots
+
         figure = plots.save_figure(name, data, self.folder / "figures")
         if self.default_folder and self.embedded:
             plots.save_figure(name, data, checkout() / "figures")
         return figure
 
-    def describe(self) -> pd.Series:
+    def describe(self) -> "pd.Series":
         """The parameters as resolved."""
+        import pandas as pd
+
         values = {key: value for key, value in asdict(self).items() if key != "folder"}
         return pd.Series(values, name="value")
 

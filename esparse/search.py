@@ -15,6 +15,7 @@ from .walk import Walk
 
 MAX_SUBSETS = 200_000
 MAX_TABLE = 2**24  # sums held at once, 128 MiB
+FAR = 60.0  # between logits, whose softmax float32 still holds to its last digits
 CLOSE = 4  # best subsets, whose losses are computed once more each by itself
 MAX_ROUTINGS = 5e9  # subsets times tokens: some ten minutes a layer on two cores
 SWEEPS = 20  # at most, over the removed experts
@@ -55,8 +56,9 @@ def subset_losses(layer: LayerTrace, r: int) -> tuple[list[tuple[int, ...]], tor
 
 def _by_choice(layer: LayerTrace) -> bool:
     """Whether `_losses_by_choice` gives this layer's losses, in little memory."""
-    # Choosing among r experts and among n rounds a softmax differently, by 1e-7: nothing beside a float32 Gram.
-    exact = layer.router.score != "softmax" or layer.gram.dtype == torch.float32
+    # Among r experts and among all n a float32 softmax rounds differently, by 1e-7: nothing beside such a Gram.
+    rounded = torch.float32 if layer.router.wide else layer.logits.dtype
+    exact = layer.router.score != "softmax" or (layer.gram.dtype, rounded) == (torch.float32, torch.float32)
     return layer.router.by_choice and exact and math.comb(layer.n, layer.k) << layer.n <= MAX_TABLE
 
 
@@ -75,7 +77,7 @@ def _losses_by_choice(layer: LayerTrace, subsets: Sequence[tuple[int, ...]]) -> 
     for tokens in torch.arange(len(layer.order), device=device).split(max(1, 4 * ROWS // len(ranks))):
         some = part(layer, tokens)
         chosen = some.order[:, ranks]  # [tokens, choices, k]
-        losses = some.token_losses(ranks.expand_as(chosen), some.router.weights(some.logits, chosen))
+        losses = some.token_losses(ranks.expand_as(chosen), _weights_of(some, chosen))
         bits = (1 << chosen).sum(2)
         passed = (1 << some.order).cumsum(1)[:, ranks[:, -1]] - bits
         table.index_add_(0, ((number[bits] << n) + passed).flatten(), losses.double().flatten())
@@ -87,6 +89,15 @@ def _losses_by_choice(layer: LayerTrace, subsets: Sequence[tuple[int, ...]]) -> 
     removed = (1 << n) - 1 - (1 << kept).sum(1, keepdim=True)
     chosen = number[(1 << kept[:, combinations(kept.shape[1])]).sum(2)]  # [subsets, choices]
     return table[(chosen << n) + removed].sum(1).clamp(min=0).sqrt()
+
+
+def _weights_of(layer: LayerTrace, chosen: torch.Tensor) -> torch.Tensor:
+    """Routing weights [tokens, choices, k] if these are all that is left to a token."""
+    weights = layer.router.weights(layer.logits, chosen)
+    spread = layer.logits.amax(1) - layer.logits.amin(1)
+    if layer.router.score == "softmax" and (far := spread > FAR).any():  # both would round to 0 beside the largest
+        weights = torch.where(far[:, None, None], layer.router.of_chosen.weights(layer.logits, chosen), weights)
+    return weights
 
 
 def best_subset(layer: LayerTrace, r: int) -> tuple[list[int], float, float]:

@@ -22,6 +22,8 @@ def skipping_forward(
     Dropped pairs are in no product. A token's pairs are then added in float32 (float64 for float64 models).
     """
     weights, order = top_k_weights.sort(dim=1, descending=True, stable=True)  # [tokens, k]
+    if experts.esparse_beta.device != weights.device:  # the model has moved
+        experts.esparse_beta = experts.esparse_beta.to(weights.device)
     keep, weights = skip_pairs(weights, experts.esparse_beta, experts.esparse_renormalise)
     expert = top_k_index.gather(1, order).masked_fill(~keep, experts.num_experts)
     outputs = pair_outputs(experts, hidden_states, expert)  # [tokens, k, d]
@@ -42,6 +44,12 @@ def _check_betas(model, betas: Sequence[float]) -> list[MoELayer]:
     return layers
 
 
+def _held_on(layer: MoELayer) -> torch.device | None:
+    """Where a layer's experts lie, but for those left on disk."""
+    device = layer.experts.down_proj.device
+    return None if device.type == "meta" else device
+
+
 def enable_skipping(model, betas: Sequence[float]) -> None:
     """Let the model skip experts from now on, until `disable_skipping`.
 
@@ -51,7 +59,8 @@ def enable_skipping(model, betas: Sequence[float]) -> None:
     """
     for layer, beta in zip(_check_betas(model, betas), betas, strict=True):
         ready(layer.experts)
-        layer.experts.esparse_beta = float(beta)
+        # A tensor: torch.compile makes one graph for all betas, and nothing is copied to a GPU step by step.
+        layer.experts.esparse_beta = torch.tensor(float(beta), dtype=torch.float64, device=_held_on(layer))
         layer.experts.esparse_renormalise = layer.router.normalises
     if model.config._experts_implementation != IMPLEMENTATION:
         model.esparse_former = model.config._experts_implementation
@@ -72,7 +81,7 @@ def skipping_betas(model) -> list[float] | None:
     """The betas the model skips with, or None when it does not skip."""
     if model.config._experts_implementation != IMPLEMENTATION:
         return None
-    return [layer.experts.esparse_beta for layer in moe_layers(model)]
+    return [layer.experts.esparse_beta.item() for layer in moe_layers(model)]
 
 
 @contextmanager

@@ -47,7 +47,7 @@ class Size:
 SIZES = {
     "small": Size({"vocab_size": 1000, "hidden_size": 512, "intermediate_size": 1792, "num_hidden_layers": 2}),
     "medium": Size({**FULL, "num_hidden_layers": 2, "vocab_size": 1000}, prompt=16, new_tokens=8, repeats=16, calibration=1024),
-    "full": Size(FULL, prompt=128, new_tokens=64, repeats=4, calibration=128 * 2048, minutes=8.0),
+    "full": Size(FULL, prompt=128, new_tokens=64, repeats=4, calibration=128 * 2048, minutes=7.0),
 }
 
 
@@ -74,7 +74,7 @@ def halving_betas(model, tries: int = 6, **options) -> list[float]:
     betas = [0.0] * len(moe_layers(model))
     for _ in range(tries):
         seen = routed(model, betas, **options)
-        if betas[0] and max(abs(share - 0.5) for share in seen["shares"]) < 0.02:
+        if betas[0] and abs(statistics.mean(seen["shares"]) - 0.5) < 0.02:
             break
         betas = seen["medians"]
     return betas
@@ -129,11 +129,12 @@ def decoding(model, batch: int, size: Size, bandwidth: float, compiled: bool = F
 
     gain: skipping over the faster of the two baselines, the median over rounds; its limit is the ratio of bytes read.
     """
-    options = {"batch_size": batch, "prompt": size.prompt, "new_tokens": size.new_tokens}
+    new_tokens = size.new_tokens if batch == 1 else min(size.new_tokens, 16)
+    options = {"batch_size": batch, "prompt": size.prompt, "new_tokens": new_tokens}
     betas = halving_betas(model, **options)
     runs = {"nothing skipped": routed(model, [0.0] * len(betas), **options), "skipping": routed(model, betas, **options)}
 
-    cache = StaticCache(model.config, max_cache_len=size.prompt + size.new_tokens) if compiled else None
+    cache = StaticCache(model.config, max_cache_len=size.prompt + new_tokens) if compiled else None
 
     def measure(context) -> dict:
         with context():
@@ -143,7 +144,7 @@ def decoding(model, batch: int, size: Size, bandwidth: float, compiled: bool = F
     measured = rounds({name: lambda c=c: measure(c) for name, c in variants(model, betas).items()}, repeats)
     of = lambda key: {name: [turn[key] for turn in turns] for name, turns in measured.items()}  # noqa: E731
     medians = lambda figures: {name: statistics.median(values) for name, values in figures.items()}  # noqa: E731
-    speeds, context = of("tokens_per_second"), size.prompt + size.new_tokens // 2
+    speeds, context = of("tokens_per_second"), size.prompt + new_tokens // 2
     faster = max(VARIANTS[:2], key=medians(speeds).get)
     read = {name: step_bytes(model, run["read"], context, batch) for name, run in runs.items()}
     share = statistics.mean(runs["skipping"]["shares"])
@@ -182,11 +183,12 @@ def protocol(model, size: Size, prompt: int = 128) -> dict:
 
 
 def host_seconds(size: Size, device: str, dtype: torch.dtype) -> float:
-    """Seconds a decoding step takes in a model as deep, but so narrow that nothing is left of it but the host's work."""
+    """Seconds a decoding step with nothing skipped takes in a model as deep, but so narrow that it is the host's work alone."""
     narrow = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 100}
     model = random_mixtral({**size.shape, **narrow}, 8, dtype, device)
-    measure_generation(model, new_tokens=4)
-    return 1 / statistics.median(measure_generation(model, new_tokens=32)["tokens_per_second"] for _ in range(5))
+    with skipping(model, [0.0] * len(moe_layers(model))):
+        measure_generation(model, new_tokens=4)
+        return 1 / statistics.median(measure_generation(model, new_tokens=32)["tokens_per_second"] for _ in range(5))
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------
@@ -258,43 +260,69 @@ def measure(size: Size, *, sizes: Sequence[int] = (8, 6, 4), out: Path | None = 
 
     def part(into: dict, key: str, name: str, compute: Callable[[], object]) -> None:
         if time.perf_counter() - started > 60 * size.minutes:
-            result["left_out"].append(name)
+            result["left_out"].append(f"{name}: no time")
         else:
-            into[key] = compute()
+            try:
+                into[key] = compute()
+            except RuntimeError as error:  # out of memory, no compiler: what else can be measured still is
+                result["left_out"].append(f"{name}: {str(error).strip().splitlines()[0]}")
         if out:
             write_json(out, result)
 
-    for r in sizes:
-        result["rows"].append({"r": r, "decoding": {}})
-        _one_size(random_mixtral(size.shape, r, dtype, device), result["rows"][-1], size, bandwidth, part)
-        torch._dynamo.reset()  # compiled code holds the model, and two do not fit
-        gc.collect()
-    part(result, "host_seconds", "the host's share", lambda: host_seconds(size, device, dtype))
     # A CPU multiplies many rows faster in float32.
     rate = torch.float32 if device == "cpu" else dtype
     part(result, "calibration", "calibration", lambda: calibration(size, device, rate))
+    part(result, "host_seconds", "the host's share", lambda: host_seconds(size, device, dtype))
+    rows = {r: {"r": r, "decoding": {}} for r in sizes}
+    result["rows"] = list(rows.values())
+    for some, parts in _stages(size, sizes, device):
+        for r in some:
+            _of_one_model(random_mixtral(size.shape, r, dtype, device), rows[r], parts, size, bandwidth, part)
+            torch._dynamo.reset()  # compiled code holds the model, and two do not fit
+            gc.collect()
+            if device == "cuda":
+                torch.cuda.empty_cache()
     return result
 
 
-def _one_size(model, row: dict, size: Size, bandwidth: float, part: Callable) -> None:
-    name = f"r = {row['r']}, "
-    part(row, "protocol", name + "the paper's protocol", lambda: protocol(model, size))
-    part(row, "memory", name + "memory", lambda: memory(model, 1, size.prompt + size.new_tokens))
-    for batch in size.batches:
-        part(row["decoding"], f"{batch}", f"{name}batch {batch}", partial(decoding, model, batch, size, bandwidth))
-    if model.device.type == "cuda":
-        part(row["decoding"], "1, compiled", f"{name}batch 1, compiled", lambda: decoding(model, 1, size, bandwidth, True))
+def _stages(size: Size, sizes: Sequence[int], device: str) -> list[tuple[Sequence[int], list[str]]]:
+    """Which models are made one after the other, and what is measured of each: where time is short, what matters most
+    comes first, and models are made again."""
+    first, rest = ["protocol", "memory", "1"], [f"{batch}" for batch in size.batches if batch > 1]
+    if device == "cpu":
+        return [(sizes, first + rest)]
+    return [(sizes, first), (sizes[:1], ["1, compiled"]), (sizes, rest), (sizes[1:], ["1, compiled"])]
+
+
+def _of_one_model(model, row: dict, parts: Sequence[str], size: Size, bandwidth: float, part: Callable) -> None:
+    others = {
+        "protocol": lambda: protocol(model, size),
+        "memory": lambda: memory(model, 1, size.prompt + size.new_tokens),
+        "1, compiled": lambda: decoding(model, 1, size, bandwidth, True),
+    }
+    for name in parts:
+        into = row if name in ("protocol", "memory") else row["decoding"]
+        compute = others.get(name) or partial(decoding, model, int(name), size, bandwidth)
+        part(into, name, f"r = {row['r']}, {'' if into is row else 'batch '}{name}", compute)
 
 
 def results() -> dict[str, dict]:
-    """What `bench` measured and `data/results/` keeps, by size; sizes that were not measured are absent."""
-    found = {name: data_folder() / "results" / f"speed_{name}.json" for name in SIZES}
-    return {name: read_json(path, "benchmark result") for name, path in found.items() if path.exists()}
+    """What `bench` measured and `data/results/` keeps, by size; sizes of which anything essential is missing are absent."""
+    paths = {name: data_folder() / "results" / f"speed_{name}.json" for name in SIZES}
+    found = {name: read_json(path, "benchmark result") for name, path in paths.items() if path.exists()}
+    return {name: result for name, result in found.items() if complete(result)}
+
+
+def complete(result: Mapping) -> bool:
+    """Whether a result has all that tables, figures and explanations stand on: batch 1 of every r, and what is beside it."""
+    whole = {"host_seconds", "calibration"} <= result.keys()
+    return whole and all({"protocol", "memory"} <= row.keys() and "1" in row["decoding"] for row in result["rows"])
 
 
 def fits_full() -> bool:
-    """Whether one GPU here has room for Mixtral 8x7B in bf16."""
-    return torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 100e9
+    """Whether one GPU here has room for Mixtral 8x7B in bf16, and for the weights that stock transformers gathers for a
+    batch of 32."""
+    return torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 120e9
 
 
 # --- tables, as rows of columns -------------------------------------------------------------------------------------
@@ -328,12 +356,13 @@ def memory_rows(result: Mapping) -> list[dict]:
 
 
 def protocol_rows(result: Mapping) -> list[dict]:
-    """The paper's protocol: tokens per second without and with skipping, and over the largest size without."""
+    """The paper's protocol: tokens per second without and with skipping, and over the largest size's second run without,
+    since only its first is cold."""
     runs = [(row["r"], row["protocol"]) for row in result["rows"] if "protocol" in row]
     rows = []
     for (r, run), name in itertools.product(runs, ("stock", "skipping")):
         rows.append({"r": r, "skipping": name == "skipping", "tokens/s": run["new_tokens"] / run[name]})
-        rows[-1] |= {"speed-up": runs[0][1]["stock"] / run[name]}
+        rows[-1] |= {"speed-up": runs[0][1]["again"] / run[name]}
     return rows
 
 
@@ -372,13 +401,13 @@ TABLES = {
 
 def bench(name: str, out: Path | None = None) -> str:
     """Measure one of `SIZES` and return its tables: "small" takes a minute on a laptop's CPU, "medium" minutes on any GPU
-    with 8 GB, "full" is Mixtral 8x7B and takes 9 minutes on one GPU with 100 GB free.
+    with 8 GB, "full" is Mixtral 8x7B and takes 9 minutes on one GPU with 120 GB free.
 
     Raises RuntimeError where the full size does not fit.
     """
     if name == "full" and not fits_full():
-        raise RuntimeError("The full size needs one GPU with 100 GB of free memory: run `bench small` or `bench medium` here.")
+        raise RuntimeError("The full size needs one GPU with 120 GB of free memory: run `bench small` or `bench medium` here.")
     result = measure(SIZES[name], out=out)
     head = f"{result['device']}, {result['dtype']}, random weights, {result['bandwidth'] / 1e9:.0f} GB/s read"
     tables = [f"{title}\n{aligned(rows(result))}" for title, rows in TABLES.items()]
-    return "\n\n".join([head, *tables, *(f"left out, for time: {name}" for name in result["left_out"])])
+    return "\n\n".join([head, *tables, *(f"left out: {name}" for name in result["left_out"])])

@@ -322,7 +322,7 @@ def explanations(result: dict, paper: Sequence[dict]) -> list[dict]:
         _explained(
             "decoding waits for the host",
             f"{idle / (1 + idle):.0%} of a step at their gain from skipping",
-            f"{result['host_seconds'] / step:.0%} of a step",
+            f"{result['host_seconds'] / step:.0%} of a step's time",
             gain,
         ),
         _explained(

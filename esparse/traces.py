@@ -407,13 +407,14 @@ class Recorder:
                 there = None if target is None else target[part]
                 result[part] = self._run(hidden_states[part], self.order[-1][part], weights[part], there)
                 start = part.stop
+                continue
             except (MemoryError, RuntimeError) as error:
                 if not _out_of_memory(error) or self.chunk == 1:
                     raise
-                self.chunk //= 2
-                self.scratch.held.clear()
-                if hidden_states.is_cuda:
-                    torch.cuda.empty_cache()
+            self.chunk //= 2  # the error is gone, and with it what it held
+            self.scratch.held.clear()
+            if hidden_states.is_cuda:
+                torch.cuda.empty_cache()
         if not torch.stack([gram.isfinite().all() for gram in self.gram[first:]]).all():
             raise ValueError(
                 f"{self.layer.name}: expert outputs are not finite; the model or its dtype overflows on this text."
@@ -425,8 +426,9 @@ class Recorder:
         outputs = pair_outputs(self.layer.experts, hidden_states, order, self.scratch)  # [chunk, m, d]
         outputs = outputs if outputs.dtype == torch.float64 else outputs.float()
         mixed = weights[:, None].to(outputs.dtype) @ outputs[:, : self.layer.k]  # [chunk, 1, d]
-        self._accumulate(leaving(self.layer, outputs), target)
-        return mixed[:, 0].to(hidden_states.dtype)
+        mixed = mixed[:, 0].to(hidden_states.dtype)
+        self._accumulate(leaving(self.layer, outputs), target)  # last: after it nothing can fail, and be tried again
+        return mixed
 
     def _accumulate(self, outputs: torch.Tensor, target: torch.Tensor | None) -> None:
         i, j = torch.triu_indices(self.m, self.m, device=outputs.device)

@@ -1,6 +1,8 @@
 """The benchmarks measure what they say; ratios are theirs to print, never asserted as times here."""
 
 import json
+import subprocess
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -175,11 +177,46 @@ def test_the_small_benchmark_guards_against_getting_slower(tmp_path):
 def test_what_time_does_not_suffice_for_is_left_out_and_said(tmp_path):
     size = speed.Size(TINY, batches=(1,), new_tokens=4, repeats=4, calibration=64, protocol=4, minutes=0)
     result = speed.measure(size, sizes=(8,), out=tmp_path / "speed.json")
-    parts = ["r = 8, the paper's protocol", "r = 8, memory", "r = 8, batch 1", "the host's share", "calibration"]
-    assert result["left_out"] == parts and json.loads((tmp_path / "speed.json").read_text())["left_out"] == parts
+    names = ["calibration", "the host's share", "r = 8, protocol", "r = 8, memory", "r = 8, batch 1"]
+    parts = [f"{name}: no time" for name in names]
+    assert (
+        not speed.complete(result)
+        and result["left_out"] == parts
+        and json.loads((tmp_path / "speed.json").read_text())["left_out"] == parts
+    )
     assert speed.aligned(speed.decoding_rows(result)) == ""
 
 
+def test_what_fails_for_memory_is_said_and_the_rest_measured(tmp_path, monkeypatch):
+    def fails(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate more")
+
+    monkeypatch.setattr(speed, "protocol", fails)
+    size = speed.Size(TINY, batches=(1,), new_tokens=4, repeats=4, calibration=64)
+    result = speed.measure(size, sizes=(8,), out=tmp_path / "speed.json")
+    assert result["left_out"] == ["r = 8, protocol: CUDA out of memory."] and not speed.complete(result)
+    assert result["calibration"] and result["rows"][0]["decoding"]["1"]["gain"] > 0
+
+
+def test_where_time_is_short_what_matters_most_comes_first():
+    stages = speed._stages(speed.SIZES["full"], (8, 6, 4), "cuda")
+    assert [(r, name) for some, parts in stages for r in some for name in parts] == [
+        *((r, name) for r in (8, 6, 4) for name in ("protocol", "memory", "1")),
+        (8, "1, compiled"),
+        *((r, name) for r in (8, 6, 4) for name in ("8", "32")),
+        (6, "1, compiled"),
+        (4, "1, compiled"),
+    ]
+
+
+def test_a_gpu_machine_needs_neither_pandas_nor_what_evaluates():
+    absent = ("pandas", "datasets", "lm_eval", "ipywidgets", "seaborn", "IPython")
+    script = f"import sys\nfor name in {absent}: sys.modules[name] = None\n"
+    script += "import esparse, esparse.speed, esparse.__main__ as main; main.main(['bench', 'full'])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stderr.strip().endswith("run `bench small` or `bench medium` here."), done.stderr
+
+
 def test_the_full_size_says_what_it_needs():
-    with pytest.raises(RuntimeError, match="needs one GPU with 100 GB of free memory"):
+    with pytest.raises(RuntimeError, match="needs one GPU with 120 GB of free memory"):
         speed.bench("full")

@@ -330,6 +330,16 @@ def test_losses_by_choice_of_a_progressive_trace_and_of_all_experts():
 
 
 @torch.no_grad()
+@torch.no_grad()
+def test_losses_by_choice_stand_logits_far_apart():
+    """Beside the best expert's logit a softmax over all rounds the others' to 0: among those left they still differ."""
+    model = random_model("mixtral", 6, 2, dtype=torch.float32)
+    layer = esparse.trace(model, random_tokens(), keep=3).layers[1]
+    layer.logits[0, layer.order[0, 0]] += 150
+    subsets, found = esparse.subset_losses(layer, 3)
+    assert torch.allclose(found, layer.losses(subsets), rtol=1e-5)
+
+
 def test_out_of_memory_halves_the_chunk_and_goes_on(monkeypatch):
     model, tokens = random_model("mixtral", 8, 2), random_tokens()
     expected, run, tried = esparse.trace(model, tokens, keep=6), traces.pair_outputs, []

@@ -41,7 +41,7 @@ from esparse import kernels
 names = kernels._product.arg_names
 for capability, dtype, rows in [(75, "fp16", 2), (80, "bf16", 2), (80, "bf16", 4096), (90, "bf16", 2), (90, "fp32", 4096)]:
     kind = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
-    sizes = kernels.blocking(rows, 8, kind)
+    sizes = kernels.blocking(rows, 8, 4096, kind)
     options = {name: sizes.pop(name) for name in ("num_warps", "num_stages")}
     constants = {"SIZE": 4096, **sizes}
     types = {name: "*" + dtype for name in ("x", "w", "out")} | {"ends": "*i32"} | dict.fromkeys(constants, "constexpr")
@@ -63,7 +63,7 @@ def test_there_is_a_block_for_every_row():
     generator = torch.Generator().manual_seed(0)
     for _ in range(200):
         n, count = int(torch.randint(1, 65, (), generator=generator)), int(torch.randint(1, 3000, (), generator=generator))
-        rows = kernels.blocking(count, n, torch.bfloat16)["ROWS"]
+        rows = kernels.blocking(count, n, 64, torch.bfloat16)["ROWS"]
         counts = torch.bincount(torch.randint(0, n, (count,), generator=generator), minlength=n)
         assert -(-counts // rows).sum() <= min(count, -(-count // rows) + n)
 
@@ -90,16 +90,19 @@ class _Device:
     def __init__(self, kind: str, dtype: torch.dtype):
         self.down_proj = type("Weight", (), {"device": torch.device(kind), "dtype": dtype, "requires_grad": True})
 
+    def parameters(self):
+        return [torch.empty(4, 32, 24, dtype=torch.bfloat16)]
+
 
 @pytest.mark.parametrize(
     ("kind", "dtype", "capability", "pairs", "works", "expected"),
     [
-        ("cuda", torch.bfloat16, (9, 0), 2, True, kernels.product),
+        ("cuda", torch.bfloat16, (9, 0), 2, True, kernels.launch),
         ("cuda", torch.bfloat16, (9, 0), 8192, True, experts.grouped_mm),
         ("cuda", torch.bfloat16, (9, 0), 2, False, experts.grouped_mm),
-        ("cuda", torch.float32, (9, 0), 8192, True, kernels.product),
-        ("cuda", torch.bfloat16, (8, 0), 8192, True, kernels.product),
-        ("cuda", torch.float16, (7, 5), 2, True, kernels.product),
+        ("cuda", torch.float32, (9, 0), 8192, True, kernels.launch),
+        ("cuda", torch.bfloat16, (8, 0), 8192, True, kernels.launch),
+        ("cuda", torch.float16, (7, 5), 2, True, kernels.launch),
         ("cuda", torch.float16, (7, 5), 2, False, None),
         ("mps", torch.float16, None, 2, False, None),
         ("cpu", torch.bfloat16, None, 2, False, experts.grouped_mm),
@@ -110,7 +113,7 @@ def test_the_path_is_chosen_by_device_dtype_and_batch(monkeypatch, kind, dtype, 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: capability)
     monkeypatch.setattr(kernels, "works", lambda *_: works)
     with torch.no_grad():
-        assert experts._product(_Device(kind, dtype), pairs, False) is expected
+        assert experts._product(_Device(kind, dtype), torch.empty(1), pairs, False) is expected
 
 
 KINDS = ["mixtral", "olmoe", "gpt_oss", "deepseek_v3", "phimoe", "minimax_m2"]
@@ -150,12 +153,70 @@ def test_generation_with_static_caches_and_compiled_gives_the_same_tokens(tiny):
     del model._compiled_call
 
 
-def test_gradients_pass_a_grouped_product_with_dropped_pairs():
-    """Rows that are not computed hold whatever was in memory; no gradient may come from them."""
-    model = random_model("mixtral", 4, 2, dtype=torch.float32)
-    layer, x = moe_layers(model)[0].experts, torch.randn(9, 32, requires_grad=True)
+class _Uncomputed(torch.autograd.Function):
+    """A grouped product whose rows behind the last end, and their gradients, hold what was in memory."""
+
+    @staticmethod
+    def forward(ctx, rows, weight, ends):
+        ctx.save_for_backward(rows, weight, ends)
+        out = experts.grouped_mm(rows, weight, ends)
+        out[ends[-1] :] = 1e3
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient):
+        rows, weight, ends = ctx.saved_tensors
+        with torch.enable_grad():
+            rows, weight = rows.detach().requires_grad_(), weight.detach().requires_grad_()
+            out = experts.grouped_mm(rows, weight, ends)
+        left, right = torch.autograd.grad(out, (rows, weight), gradient)
+        left[ends[-1] :] = 1e3
+        return left, right, None
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_gradients_pass_a_grouped_product_with_dropped_pairs(family):
+    """Rows that are not computed hold whatever was in memory; no gradient may come from them, biases included."""
+    layer, x = moe_layers(family_model(family))[0].experts, torch.randn(9, 32, requires_grad=True)
+    expert = torch.randint(0, 8, (9, 2), generator=torch.Generator().manual_seed(0))
+    expert[::2, 1] = 8
+    wanted = [x, *layer.parameters()]
+    ours = torch.autograd.grad(experts._grouped(layer, x, expert, _Uncomputed.apply).square().sum(), wanted)
+    expected = torch.autograd.grad(experts._one_after_another(layer, x, expert, None).square().sum(), wanted)
+    for one, other in zip(ours, expected, strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-5 * other.abs().max().item())
+
+
+def test_frozen_experts_hand_gradients_on():
+    """What is trained may lie elsewhere: then no operator without a gradient may run them."""
+    layer, x = moe_layers(family_model("mixtral"))[0].experts, torch.randn(9, 32, requires_grad=True)
+    layer.requires_grad_(False)
+    expert = torch.randint(0, 8, (9, 2), generator=torch.Generator().manual_seed(0))
+    assert torch.autograd.grad(experts.pair_outputs(layer, x, expert).sum(), x)[0].abs().sum() > 0
+
+
+def test_odd_widths_run_too():
+    """torch's grouped product refuses rows that are no multiple of 16 bytes."""
+    layer = moe_layers(random_model("mixtral", 4, 2, dtype=torch.float32))[0].experts
+    layer.gate_up_proj, layer.down_proj = torch.nn.Parameter(torch.randn(4, 12, 32)), torch.nn.Parameter(torch.randn(4, 32, 6))
     expert = torch.randint(0, 4, (9, 2), generator=torch.Generator().manual_seed(0))
-    expert[::2, 1] = 4
-    (one,) = torch.autograd.grad(experts._grouped(layer, x, expert, experts.grouped_mm).square().sum(), x)
-    (other,) = torch.autograd.grad(experts._one_after_another(layer, x, expert, None).square().sum(), x)
-    assert torch.allclose(one, other, rtol=1e-4, atol=1e-6)
+    with torch.no_grad():
+        x = torch.randn(9, 32)
+        assert torch.equal(experts.pair_outputs(layer, x, expert), experts._one_after_another(layer, x, expert, None))
+
+
+@torch.no_grad()
+def test_other_betas_need_no_other_graph():
+    model, graphs = family_model("mixtral"), []
+
+    def backend(graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    block, x = moe_layers(model)[0].block, torch.randn(2, 5, model.config.hidden_size)
+    torch._dynamo.reset()
+    compiled = torch.compile(block, fullgraph=True, backend=backend)
+    for beta in (0.0, 0.4, 0.9):
+        with esparse.skipping(model, [beta] * 3):
+            assert torch.allclose(compiled(x), block(x), rtol=1e-5, atol=1e-6)
+    assert len(graphs) == 1
