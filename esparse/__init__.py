@@ -16,10 +16,11 @@ from .files import measured, paper, versions
 from .models import moe_layers
 from .preflight import preflight
 from .pruning import PruningPlan, masked, prune
+from .recovery import choose_by_output, expert_scales, recover, scale_experts
 from .runs import Run
 from .search import expert_scores, search_experts, subset_losses
 from .skips import disable_skipping, enable_skipping, skipped_shares, skipping
-from .streaming import prune_checkpoint, trace_checkpoint
+from .streaming import prune_checkpoint, prune_weights_checkpoint, trace_checkpoint
 from .traces import (
     LayerTrace,
     Trace,
@@ -30,5 +31,6 @@ from .traces import (
     selection_frequency,
     trace,
 )
+from .weights import prune_weights
 
 __version__ = "0.1.0"

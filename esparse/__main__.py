@@ -1,6 +1,7 @@
 """The command line, `python -m esparse COMMAND`: each command is one function of the package."""
 
 import argparse
+import os
 import sys
 import time
 from functools import partial
@@ -64,6 +65,68 @@ def _prune(arguments) -> None:
         )
 
 
+def _weights(arguments) -> None:
+    from .streaming import join_ranks, prune_weights_checkpoint, rank
+
+    join_ranks()
+    options = {"method": arguments.method, "scope": arguments.scope, "dense": arguments.dense, "device": arguments.device}
+    options |= {"calibration": arguments.calibration, "sequences": arguments.sequences, "length": arguments.length}
+    options |= {"seed": arguments.seed, "dtype": arguments.dtype, "batch_size": arguments.batch_size}
+    options |= {"revision": arguments.revision}
+    report = prune_weights_checkpoint(arguments.source, arguments.destination, arguments.sparsity, **options)
+    if rank() == 0:
+        share = report["removed"] / report["weights"]
+        print(f"{arguments.destination}: {share:.1%} of {report['weights']} weights are zero, in {report['seconds']:.0f} s")
+        for layer, experts in report["unrouted"].items():
+            print(f"layer {layer}: no token reached the experts {experts}, which were pruned by magnitude")
+
+
+def _evaluate(arguments) -> None:
+    from .evaluation import task_names
+    from .files import read_json
+    from .pruning import PruningPlan
+    from .runs import Run
+
+    tasks = [name for asked in arguments.tasks or () for name in task_names(asked)]
+    run = Run(
+        arguments.model,
+        arguments.revision,
+        device_map=arguments.device_map,
+        tasks=tasks or None,
+        limit=arguments.limit,
+        folder=arguments.run_dir,
+    )
+    betas = read_json(arguments.betas, "file of betas") if arguments.betas else None
+    betas = betas["betas"] if isinstance(betas, dict) else betas
+    table = run.scores(PruningPlan.load(arguments.plan) if arguments.plan else None, betas)
+    print(table.to_string())
+    if len(table) > 1 and table.metric.nunique() == 1:
+        print(f"average {100 * table.value.mean():.2f}")
+
+
+def _recover(arguments) -> None:
+    from .checkpoints import load_model, save_model
+    from .corpora import calibration_tokens
+    from .files import refuse_existing
+    from .pruning import PruningPlan
+    from .recovery import recover
+
+    refuse_existing(arguments.destination)
+    model, tokenizer = load_model(arguments.source, dtype=arguments.dtype)
+    teacher = load_model(arguments.teacher, dtype=arguments.dtype)[0] if arguments.teacher else None
+    plan = PruningPlan.load(arguments.plan) if arguments.plan else None
+    shape = {"sequences": arguments.sequences, "length": arguments.length, "seed": arguments.seed}
+    tokens = calibration_tokens(arguments.corpus, tokenizer, **shape)
+    options = {"steps": arguments.steps, "learning_rate": arguments.learning_rate, "batch_size": arguments.batch_size}
+    found = recover(model, tokens, arguments.rung, teacher=teacher, plan=plan, seed=arguments.seed, **options)
+    if int(os.environ.get("RANK", 0)) == 0:
+        save_model(model, tokenizer, arguments.destination)
+        print(
+            f"{arguments.destination}: {found['trained']} parameters trained in {found['seconds']:.0f} s, "
+            f"loss {found['losses'][0]:.3f} to {found['losses'][-1]:.3f}"
+        )
+
+
 def _acceptance(arguments) -> None:
     import pandas as pd
 
@@ -97,6 +160,19 @@ def _bench(arguments) -> None:
     print(call(arguments.out))
 
 
+def _add_calibration(command: argparse.ArgumentParser) -> None:
+    """What commands that calibrate from disk ask for alike."""
+    corpora = "c4, math, gsm8k, web, arithmetic, two of them as web+arithmetic, or a path (c4)"
+    command.add_argument("--calibration", default="c4", metavar="CORPUS", help=corpora)
+    command.add_argument("--sequences", type=int, default=128, metavar="N", help="sequences of the calibration set (128)")
+    command.add_argument("--length", type=int, default=2048, metavar="L", help="tokens of each (2048)")
+    command.add_argument("--seed", type=int, default=42, metavar="S", help="which documents are drawn (42)")
+    command.add_argument("--dtype", type=_dtype, help="what to compute in (what most weights are of)")
+    command.add_argument("--device", help="where to compute (cpu), such as cuda")
+    command.add_argument("--batch-size", type=int, default=8, metavar="B", help="sequences a forward pass (8)")
+    command.add_argument("--revision", help="of the hub id")
+
+
 def _parser() -> argparse.ArgumentParser:
     from pathlib import Path
 
@@ -120,18 +196,45 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument("source", help="a local folder of safetensors, or a hub id")
     prune.add_argument("destination", help="the folder to write; absent until it is complete")
     prune.add_argument("--experts", type=int, required=True, metavar="R", help="experts to keep in each layer")
-    prune.add_argument("--calibration", default="c4", metavar="CORPUS", help="c4, math, gsm8k, web, arithmetic or a path (c4)")
-    prune.add_argument("--sequences", type=int, default=128, metavar="N", help="sequences of the calibration set (128)")
-    prune.add_argument("--length", type=int, default=2048, metavar="L", help="tokens of each (2048)")
-    prune.add_argument("--seed", type=int, default=42, metavar="S", help="which documents are drawn (42)")
     prune.add_argument("--method", default="enumerate", help="enumerate, greedy, progressive, reap, ... (enumerate)")
-    prune.add_argument("--dtype", type=_dtype, help="what to compute in (what most weights are of)")
-    prune.add_argument("--device", help="where to compute (cpu), such as cuda")
-    prune.add_argument("--batch-size", type=int, default=8, metavar="B", help="sequences a forward pass (8)")
+    _add_calibration(prune)
     prune.add_argument("--chunk-tokens", type=int, metavar="T", help="tokens whose expert outputs are held (as fit)")
-    prune.add_argument("--revision", help="of the hub id")
     prune.add_argument("--dry-run", action="store_true", help="only say what it would take")
     prune.set_defaults(call=_prune)
+    weights = commands.add_parser("weights", help="prune weights instead of experts, from disk to disk")
+    weights.add_argument("source", help="a local folder of safetensors, or a hub id")
+    weights.add_argument("destination", help="the folder to write; absent until it is complete")
+    weights.add_argument("--sparsity", required=True, metavar="S", help="a share such as 0.5, or N:M such as 2:4")
+    weights.add_argument("--method", default="moe-pruner", help="magnitude, wanda or moe-pruner (moe-pruner)")
+    weights.add_argument("--scope", default="experts", help="experts, or linear: every linear map of the layers (experts)")
+    weights.add_argument("--dense", action="store_true", help="score on what the dense layers give out")
+    _add_calibration(weights)
+    weights.set_defaults(call=_weights)
+    evaluate = commands.add_parser("evaluate", help="score a model through lm-eval, pruned to a plan and skipping if asked")
+    evaluate.add_argument("model", help="tiny, a local folder or a hub id")
+    evaluate.add_argument("--tasks", nargs="*", metavar="TASK", help="tiny, paper, domain, perplexity, or lm-eval's names")
+    evaluate.add_argument("--plan", metavar="FILE", help="a pruning plan, as prune and search_experts save it")
+    evaluate.add_argument("--betas", metavar="FILE", help="JSON with one beta per MoE layer, or such a list under 'betas'")
+    evaluate.add_argument("--limit", type=int, metavar="N", help="items of each task (all; 100 for the tiny model)")
+    evaluate.add_argument("--device-map", metavar="MAP", help="such as auto")
+    evaluate.add_argument("--revision", help="of the hub id")
+    evaluate.add_argument("--run-dir", metavar="DIR", help="where scores are kept, so that nothing is computed twice")
+    evaluate.set_defaults(call=_evaluate)
+    recover = commands.add_parser("recover", help="train a pruned model; by default in the paper's setting (Table 4)")
+    recover.add_argument("source", help="a pruned folder")
+    recover.add_argument("destination", help="the folder to write")
+    recover.add_argument("--rung", default="tune", help="router, experts or tune (tune)")
+    recover.add_argument("--teacher", metavar="MODEL", help="the full model, for router and experts")
+    recover.add_argument("--plan", metavar="FILE", help="the pruning plan, where the teacher has more experts")
+    recover.add_argument("--corpus", default="metamath", help="metamath, or any corpus or path (metamath)")
+    recover.add_argument("--sequences", type=int, default=8192, metavar="N", help="sequences to train on (8192)")
+    recover.add_argument("--length", type=int, default=2048, metavar="L", help="tokens of each (2048)")
+    recover.add_argument("--steps", type=int, default=900, metavar="N", help="of the optimiser (900)")
+    recover.add_argument("--learning-rate", type=float, default=2e-5, metavar="R", help="at its highest (2e-5)")
+    recover.add_argument("--batch-size", type=int, default=8, metavar="B", help="sequences a process and step (8)")
+    recover.add_argument("--dtype", type=_dtype, help="of the weights while training (the checkpoint's)")
+    recover.add_argument("--seed", type=int, default=42, metavar="S", help="of the order of the data (42)")
+    recover.set_defaults(call=_recover)
     acceptance = commands.add_parser("acceptance", help="set a real Mixtral 8x7B beside what the paper prints for it")
     acceptance.add_argument("model", help="a local folder, or mistralai/Mixtral-8x7B-v0.1")
     acceptance.add_argument(

@@ -12,7 +12,7 @@ import torch
 
 from .files import data_folder
 
-HUB = {"c4": "allenai/c4", "math": "EleutherAI/hendrycks_math", "gsm8k": "openai/gsm8k"}
+HUB = {"c4": "allenai/c4", "math": "EleutherAI/hendrycks_math", "gsm8k": "openai/gsm8k", "metamath": "meta-math/MetaMathQA"}
 SYNTHETIC = ("web", "arithmetic")
 _MATH_SUBJECTS = (
     "algebra",
@@ -25,7 +25,7 @@ _MATH_SUBJECTS = (
 )
 _C4_FILES = {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"}
 # What a record may hold, in the order tried; two fields are joined by a space, as the paper does for MATH.
-_FIELDS = (("text",), ("problem", "solution"), ("question", "answer"))
+_FIELDS = (("text",), ("problem", "solution"), ("question", "answer"), ("query", "response"))
 
 
 def calibration_tokens(
@@ -33,9 +33,10 @@ def calibration_tokens(
 ) -> torch.Tensor:
     """A calibration set: int64 token ids [sequences, length].
 
-    corpus: "c4", "math" or "gsm8k" (from the hub, or its local cache), "web" or "arithmetic" (synthetic, offline), each
-    with an optional split as in "gsm8k/test", "c4/validation" or "web/heldout"; or a path to a .txt, .json(.gz) or
-    .jsonl(.gz) file. Records may have `text`, `problem` and `solution`, or `question` and `answer`.
+    corpus: "c4", "math", "gsm8k" or "metamath" (from the hub, or its local cache), "web" or "arithmetic" (synthetic,
+    offline), each with an optional split as in "gsm8k/test", "c4/validation" or "web/heldout"; or a path to a .txt,
+    .json(.gz) or .jsonl(.gz) file; or several with plus signs between them, whose sequences then take turns. Records may
+    have `text`, `problem` and `solution`, `question` and `answer`, or `query` and `response`.
     protocol "paper" (A.7): shuffle with the seed, take the first 16 x sequences documents, tokenise one by one with BOS,
     pack each batch of 1,000 documents, drop its remainder, cut to length.
     Raises ValueError for an unknown corpus or protocol, a malformed line, or too little text; FileNotFoundError for a
@@ -45,6 +46,11 @@ def calibration_tokens(
         raise ValueError(f"Unknown protocol {protocol!r}: there is 'paper'.")
     if sequences < 1 or length < 1:
         raise ValueError(f"sequences and length must be at least 1, got {sequences} and {length}.")
+    if "+" in corpus and not Path(corpus).exists():
+        names = corpus.split("+")
+        share = -(-sequences // len(names))
+        parts = [calibration_tokens(name, tokenizer, sequences=share, length=length, seed=seed) for name in names]
+        return torch.stack(parts, 1).flatten(0, 1)[:sequences]
     texts = documents(corpus)
     order = list(range(len(texts)))
     random.Random(seed).shuffle(order)
@@ -128,11 +134,11 @@ def _parse(text: str, where: str):
 
 
 def record_text(record: Mapping, where: str = "record") -> str:
-    """The text of a record: `text`, or `problem` and `solution`, or `question` and `answer`, joined by a space."""
+    """The text of a record: `text`, or a question and its answer by one of their names, joined by a space."""
     for fields in _FIELDS:
         if isinstance(record, Mapping) and all(isinstance(record.get(field), str) for field in fields):
             return " ".join(record[field] for field in fields)
-    raise ValueError(f"{where} has neither 'text' nor 'problem' and 'solution' nor 'question' and 'answer'.")
+    raise ValueError(f"{where} has neither 'text' nor a question and its answer ('problem' and 'solution', ...).")
 
 
 class _Texts(Sequence):
@@ -156,7 +162,7 @@ def _from_hub(name: str, split: str):
             return load_dataset(HUB[name], data_files={split: _C4_FILES[split]}, split=split)
         if name == "math":
             return concatenate_datasets([load_dataset(HUB[name], subject, split=split) for subject in _MATH_SUBJECTS])
-        return load_dataset(HUB[name], "main", split=split)
+        return load_dataset(HUB[name], "main" if name == "gsm8k" else None, split=split)
 
     if name == "c4" and split not in _C4_FILES:
         raise ValueError(f"The corpus 'c4' has no split {split!r}: there are {', '.join(_C4_FILES)}.")

@@ -1,20 +1,27 @@
 """Quality: perplexity on held-out tokens, and tasks through EleutherAI's lm-eval."""
 
 import logging
+import os
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from tqdm.auto import tqdm
 
-from .files import data_folder
+from .files import data_folder, digest
 from .models import check_tokens
 
 if TYPE_CHECKING:
     import pandas as pd
 
 TINY_TASKS = ("web_facts", "web_walks", "web_reference", "web_yes_no", "arithmetic_result", "arithmetic_problems")
+# The paper's eight tasks (Table 2), zero-shot accuracy.
+PAPER_TASKS = ("arc_challenge", "arc_easy", "boolq", "hellaswag", "mmlu", "openbookqa", "rte", "winogrande")
+# GSM8K comes with its five examples; MATH is lm-eval's group over the seven subjects.
+SUITES = {"tiny": TINY_TASKS, "paper": PAPER_TASKS, "domain": ("gsm8k", "hendrycks_math"), "perplexity": ("wikitext",)}
+METRICS = ("acc,none", "exact_match,strict-match", "exact_match,none", "word_perplexity,none")  # in this order, where there
 
 
 @torch.no_grad()
@@ -32,37 +39,38 @@ def perplexity(model, tokens: torch.Tensor, batch_size: int = 16) -> float:
 def evaluate(
     model,
     tokenizer,
-    tasks: Sequence[str] = TINY_TASKS,
+    tasks: str | Sequence[str] = "tiny",
     *,
     limit: int | None = None,
     num_fewshot: int | None = None,
     batch_size: int = 64,
     seed: int = 1234,
 ) -> "pd.DataFrame":
-    """Score a model on lm-eval tasks: those shipped in `data/tasks/` and any of lm-eval's own, by name.
+    """Score a model on lm-eval tasks: those shipped in `data/tasks/` and any of lm-eval's own, by name, or a suite.
 
         esparse.evaluate(model, tokenizer, ["web_facts", "arithmetic_problems"], limit=100)
+        esparse.evaluate(model, tokenizer, "paper").value.mean()
 
-    limit: the first so many items of each task (None: all). num_fewshot: None takes each task's own. Works inside
-    `masked` and `skipping`. Returns a table indexed by task with `metric`, `value` (a share), `stderr` and `items`.
+    tasks: "tiny" (the embedded six), "paper" (its eight, zero-shot `acc`), "domain" (GSM8K 5-shot strict match, MATH),
+    "perplexity" (WikiText, per word), a task or several. limit: the first so many items of each task (None: all).
+    num_fewshot: None takes each task's own. Works inside `masked` and `skipping`, and under `accelerate launch`, where each
+    process takes its share of the items. Returns a table indexed by task with `metric`, `value` (a share, or a perplexity),
+    `stderr` and `items`.
     Raises ValueError for an unknown task; ConnectionError where a task's data must come from the hub and cannot.
     """
     import lm_eval
-    from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
     _quiet()
-    if isinstance(tasks, str):
-        tasks = [tasks]
+    tasks = task_names(tasks)
     own = [task for task in tasks if _task_file(task).exists()]
     manager = TaskManager(include_defaults=len(own) < len(tasks))
     unknown = [task for task in tasks if task not in own and task not in manager.all_tasks]
     if unknown:
         raise ValueError(f"Unknown task {unknown[0]!r}: take one of {', '.join(TINY_TASKS)} or one of lm-eval's own.")
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=_max_length(model))
     try:
         results = lm_eval.simple_evaluate(
-            lm,
+            _language_model(model, tokenizer, batch_size),
             tasks=[_task_config(task) if task in own else task for task in tasks],
             num_fewshot=num_fewshot,
             limit=limit,
@@ -78,7 +86,41 @@ def evaluate(
         raise ConnectionError(
             f"The data of {', '.join(tasks)} could not be read ({error}): offline, take tasks among {', '.join(TINY_TASKS)}."
         ) from error
-    return _table(results)
+    return _table(_of_first_process(results), tasks)
+
+
+def task_names(tasks: str | Sequence[str]) -> list[str]:
+    """The tasks of a suite, or those named."""
+    return list(SUITES.get(tasks, [tasks])) if isinstance(tasks, str) else list(tasks)
+
+
+def task_version(task: str) -> str:
+    """What a cached score of a task depends on: the items and form of a shipped one, else lm-eval's version."""
+    if not _task_file(task).exists():
+        return f"lm-eval {metadata.version('lm_eval')}"
+    return digest(*(path.read_text(encoding="utf-8") for path in sorted(_task_file(task).parent.glob(f"{task}.*"))))
+
+
+def _language_model(model, tokenizer, batch_size: int):
+    """lm-eval's own Hugging Face model around ours, which under `accelerate launch` knows of the other processes."""
+    from lm_eval.models.huggingface import HFLM
+
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=_max_length(model))
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        from accelerate import Accelerator
+
+        lm.accelerator = Accelerator()
+        lm._rank, lm._world_size = lm.accelerator.process_index, lm.accelerator.num_processes
+    return lm
+
+
+def _of_first_process(results: dict | None) -> dict:
+    """lm-eval's results, which only the first process has."""
+    if not torch.distributed.is_initialized():
+        return results
+    held = [None if results is None else {key: results[key] for key in ("results", "n-samples", "group_subtasks")}]
+    torch.distributed.broadcast_object_list(held)
+    return held[0]
 
 
 def _quiet() -> None:
@@ -108,18 +150,24 @@ def _max_length(model) -> int:
     return min(2048, getattr(model.config, "max_position_embeddings", 2048))
 
 
-def _table(results: dict) -> "pd.DataFrame":
-    """The first metric of each task that lm-eval reports a standard error with."""
+def _table(results: dict, tasks: Sequence[str]) -> "pd.DataFrame":
+    """One row a task: the metric of it that the literature reports, see `METRICS`, or its first."""
     import pandas as pd
 
     rows = []
-    for task, scores in results["results"].items():
+    for task in tasks:
+        scores = results["results"][task]
         names = [key for key in scores if "," in key and "_stderr" not in key]
-        if not names:
-            continue
-        metric, _, filtered = names[0].partition(",")
+        name = next((metric for metric in METRICS if metric in names), names[0])
+        metric, _, filtered = name.partition(",")
         stderr = scores.get(f"{metric}_stderr,{filtered}")
-        items = results["n-samples"][task]["effective"] if task in results["n-samples"] else None
         stderr = float(stderr) if isinstance(stderr, int | float) else None
-        rows.append({"task": task, "metric": metric, "value": scores[names[0]], "stderr": stderr, "items": items})
+        rows.append({"task": task, "metric": metric, "value": scores[name], "stderr": stderr, "items": _items(results, task)})
     return pd.DataFrame(rows).set_index("task")
+
+
+def _items(results: dict, task: str) -> int:
+    """How many items a task, or all tasks of a group, had."""
+    if task in results["n-samples"]:
+        return results["n-samples"][task]["effective"]
+    return sum(_items(results, sub) for sub in results["group_subtasks"][task])

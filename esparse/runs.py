@@ -1,6 +1,7 @@
 """A run: one model, two corpora, one folder in which traces, scores and figures are made once and shared by notebooks."""
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -9,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from tqdm.auto import tqdm
 
 from .checkpoints import load_model, load_tokenizer
 from .corpora import calibration_tokens
-from .evaluation import TINY_TASKS, evaluate, perplexity
+from .evaluation import evaluate, perplexity, task_names, task_version
 from .files import checkout, data_folder, digest, read_json, write_json
 from .models import fingerprint, free_memory, moe_layers
 from .preflight import expert_counts, preflight
@@ -27,8 +29,6 @@ from .training import PRESETS
 if TYPE_CHECKING:  # tables and figures load what they need when they are asked for: a GPU machine may lack it
     import pandas as pd
 
-# The paper's eight tasks (Table 2), for models other than the tiny ones.
-PAPER_TASKS = ("arc_challenge", "arc_easy", "boolq", "hellaswag", "mmlu", "openbookqa", "rte", "winogrande")
 LABELS = {"web": "web (synthetic)", "arithmetic": "arithmetic (synthetic)", "c4": "C4", "math": "MATH", "gsm8k": "GSM8K"}
 # The split a corpus is held out by, where it has one.
 HELD_OUT = {"web": "heldout", "arithmetic": "heldout", "c4": "validation", "math": "test", "gsm8k": "test"}
@@ -63,7 +63,7 @@ class Run:
         self.domain = self.domain or ("arithmetic" if tiny else "math")
         self.sequences = self.sequences or (64 if tiny else 128)
         self.length = self.length or (256 if tiny else 2048)
-        self.tasks = tuple(self.tasks or (TINY_TASKS if tiny else PAPER_TASKS))
+        self.tasks = tuple(task_names(self.tasks or ("tiny" if tiny else "paper")))
         self.limit = self.limit or (100 if tiny else None)
         self.default_folder = self.folder is None
         self.folder = Path(self.folder) if self.folder else default_folder(self.model_name)
@@ -71,7 +71,10 @@ class Run:
     @cached_property
     def _loaded(self):
         device_map = self.device_map or ("auto" if self.streamed else None)
-        return load_model(self.model_name, dtype=self.dtype, device_map=device_map, revision=self.revision)
+        # Of several processes with a GPU each, this one's holds the whole model.
+        mine = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ and torch.cuda.is_available() else None
+        device = None if device_map else mine
+        return load_model(self.model_name, dtype=self.dtype, device=device, device_map=device_map, revision=self.revision)
 
     @cached_property
     def source(self) -> Path:
@@ -163,14 +166,19 @@ class Run:
         return PruningPlan.load(path)
 
     def scores(self, plan: PruningPlan | None = None, betas: Sequence[float] | None = None) -> "pd.DataFrame":
-        """TASKS on the model, masked to a plan and skipping with betas where given; see `evaluation.evaluate`."""
+        """TASKS on the model, masked to a plan and skipping with betas where given; see `evaluation.evaluate`. Each task is
+        kept by itself: what was interrupted goes on with the next."""
         import pandas as pd
 
-        def compute():
-            table = evaluate(self.model, self.tokenizer, self.tasks, limit=self.limit)
-            return json.loads(table.reset_index().to_json(orient="records", double_precision=15))
+        def row(task: str) -> dict:
+            table = evaluate(self.model, self.tokenizer, [task], limit=self.limit)
+            return json.loads(table.reset_index().to_json(orient="records", double_precision=15))[0]
 
-        return pd.DataFrame(self.as_if(plan, betas, ["scores", self.tasks, self.limit], compute)).set_index("task")
+        rows = [
+            self.as_if(plan, betas, ["score", task, task_version(task), self.limit], lambda task=task: row(task))
+            for task in tqdm(self.tasks, desc="tasks", unit="task", leave=False)
+        ]
+        return pd.DataFrame(rows).set_index("task")
 
     def perplexity(self, corpus: str, plan: PruningPlan | None = None, betas: Sequence[float] | None = None) -> float:
         """Perplexity on the held-out tokens of a corpus."""

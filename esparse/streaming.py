@@ -17,16 +17,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import distributed, nn
 from tqdm.auto import tqdm
+from transformers.core_model_loading import revert_weight_conversion
 
 from .checkpoints import card, load_tokenizer
 from .corpora import calibration_tokens
 from .files import digest, read_json, refuse_existing, versions, write_json, write_text
 from .models import COUNT_NAMES, check_tokens, decoder_layers, find_moe, gate_digest, moe_layers
+from .preflight import expert_counts
 from .pruning import PruningPlan
 from .search import check_method, make_plan, search_layer
-from .shards import INDEX, Layout, Source, count_experts, fetch, skeleton, with_experts
+from .shards import INDEX, Layout, Source, count_experts, fetch, layer_number, skeleton, with_experts
 from .traces import LayerTrace, Trace, about_layer, layer_file, median_betas, save_layer, tokens_digest, write_about
 from .walk import BATCH, FileStream, Passing, Walk
+from .weights import Sparsity, Weigher, check_model, check_options, summary
 
 PRIVATE = ("streams", "gate", "n", "k")  # of a layer's record: not for the report
 REPORT = "pruning_report.json"
@@ -77,9 +80,9 @@ class Streamed:
         self.config.tie_word_embeddings = False  # no output layer is held that could share the embeddings
         self.config.get_text_config().tie_word_embeddings = False
         self.dtype = dtype or _usual_dtype(source)
-        whole = skeleton(self.config)
-        moe_layers(whole)  # or a sentence on why not
-        self.kind = type(whole)
+        self.whole = skeleton(self.config)
+        moe_layers(self.whole)  # or a sentence on why not
+        self.kind = type(self.whole)
         self.model = self._load(None, source.rest())
 
     def _load(self, number: int | None, names: list[str]) -> nn.Module:
@@ -92,6 +95,13 @@ class Streamed:
 
     def __len__(self) -> int:
         return len(decoder_layers(self.model))
+
+    def state(self, number: int) -> dict[str, torch.Tensor]:
+        """The tensors of the decoder layer in its place, under the names and in the dtypes of the source."""
+        held = {name: tensor for name, tensor in self.model.state_dict().items() if layer_number(name) == number}
+        entries = self.source.entries
+        state = revert_weight_conversion(self.whole, held)
+        return {name: tensor.to(entries[name].dtype, copy=True).cpu() for name, tensor in state.items()}
 
     @contextmanager
     def layer(self, number: int) -> Iterator[nn.Module]:
@@ -195,11 +205,11 @@ def together() -> None:
 class CheckpointWalk:
     """A walk through a source whose streams lie in files, which goes on after the last finished layer."""
 
-    def __init__(self, streamed: Streamed, tokens: torch.Tensor, progress: Progress, **options):
+    def __init__(self, streamed: Streamed, tokens: torch.Tensor, progress: Progress, kind: type = Walk, **options):
         self.streamed, self.progress = streamed, progress
         mine = tokens.tensor_split(ranks())[rank()]
         self.sizes = [len(batch) for batch in mine.split(options["batch_size"])]
-        self.walk = Walk(streamed.model, mine, stream=self._stream, **options)
+        self.walk = kind(streamed.model, mine, stream=self._stream, **options)
         self.done = progress.records()
         if self.done:
             for name, about in self.done[-1]["streams"].items():
@@ -215,12 +225,12 @@ class CheckpointWalk:
         return FileStream(self._path(name, number), self.sizes, about["shape"], getattr(torch, about["dtype"]))
 
     def run(
-        self, keep: int | None, choose: Callable[[int, LayerTrace], dict], write: Callable[[int, dict], None]
+        self, visit: Callable[[int, nn.Module], dict], write: Callable[[int, dict], None] = lambda number, answer: None
     ) -> list[dict]:
         """Take every decoder layer that is not done past the calibration set; the records of all.
 
-        choose(number, traced) answers for an MoE layer with a dict while its weights are there, write(number, answer) puts
-        down what comes of any layer once they are gone; "kept" in the answer is what a progressive walk goes on with.
+        visit(number, decoder) answers with a dict while the layer's weights are there, write(number, answer) puts down what
+        comes of it once they are gone.
         """
         numbers = range(len(self.done), len(self.streamed))
         for number in tqdm(numbers, desc="layers", unit="layer", initial=len(self.done), total=len(self.streamed)):
@@ -229,17 +239,26 @@ class CheckpointWalk:
                 times.append(time.perf_counter())
                 if number + 1 < len(self.streamed):
                     self.streamed.source.announce(self.streamed.source.layer(number + 1))
-                traced, record = self.walk.trace_layer(number, keep), {}
-                times.append(time.perf_counter())
-                if traced is not None:
-                    record = self._choose(number, decoder, traced, choose)
-                del decoder, traced
+                record = visit(number, decoder)
+                del decoder
             times.append(time.perf_counter())
             write(number, record)
             times.append(time.perf_counter())
-            steps = dict(zip(("read", "run", "search", "write"), (b - a for a, b in itertools.pairwise(times)), strict=True))
-            self._finish(number, {**record, "seconds": steps, "peak_gb": peak_gb()})
+            steps = dict(zip(("read", "run", "write"), (b - a for a, b in itertools.pairwise(times)), strict=True))
+            steps["run"] -= (search := record.pop("search", 0.0))
+            self._finish(number, {**record, "seconds": steps | {"search": search}, "peak_gb": peak_gb()})
         return self.progress.records()
+
+    def tracing(self, keep: int | None, choose: Callable[[int, LayerTrace], dict]) -> Callable[[int, nn.Module], dict]:
+        """A visit that traces; choose(number, traced) answers for an MoE layer, "kept" in the answer is what a progressive
+        walk goes on with."""
+
+        def visit(number: int, decoder: nn.Module) -> dict:
+            traced, started = self.walk.trace_layer(number, keep), time.perf_counter()
+            record = {} if traced is None else self._choose(number, decoder, traced, choose)
+            return record | {"search": time.perf_counter() - started}
+
+        return visit
 
     def _choose(self, number: int, decoder: nn.Module, traced: LayerTrace, choose) -> dict:
         layer = find_moe(decoder)
@@ -252,7 +271,8 @@ class CheckpointWalk:
         return record
 
     def _finish(self, number: int, record: dict) -> None:
-        streams = {name: getattr(self.walk, name) for name in ("original", "pruned") if getattr(self.walk, name) is not None}
+        found = {name: getattr(self.walk, name, None) for name in ("original", "pruned")}
+        streams = {name: stream for name, stream in found.items() if stream is not None}
         record["streams"] = {name: everyone(stream.about()) for name, stream in streams.items()}
         self.progress.finish_layer(number, record, [stream.path for stream in streams.values()])
 
@@ -307,7 +327,8 @@ def trace_checkpoint(
         return {"about": about_layer(traced)}
 
     with torch.no_grad():
-        records = CheckpointWalk(streamed, tokens, progress, **options).run(keep, choose, lambda number, record: None)
+        walk = CheckpointWalk(streamed, tokens, progress, **options)
+        records = walk.run(walk.tracing(keep, choose))
     found = [(number, record) for number, record in enumerate(records) if "about" in record]
     for place, (number, _) in enumerate(found):
         os.replace(progress.out / f"of_decoder_layer_{number:05d}", progress.out / layer_file(place))
@@ -354,9 +375,7 @@ def prune_checkpoint(
     tokens = _calibration_set(opened, calibration, sequences, length, seed)
     streamed = Streamed(opened, dtype, device)
     check_tokens(streamed.model, tokens)
-    about = {"calibration": calibration if isinstance(calibration, str) else "token ids", "seed": seed}
-    about |= {"calibration set": tokens_digest(tokens), "sequences": len(tokens), "length": tokens.shape[1]}
-    about |= {"r": r, "method": method, "dtype": str(streamed.dtype), "ranks": ranks()}
+    about = _about(calibration, tokens, seed, streamed) | {"r": r, "method": method}
     options = {"batch_size": batch_size, "chunk_tokens": chunk_tokens, "progressive": method == "progressive"}
     progress = Progress(destination, {"source": opened.fingerprint, **about, **options})
     checking = time.perf_counter()
@@ -367,12 +386,77 @@ def prune_checkpoint(
     writer = ShardWriter(opened, layout, progress.out)
     with torch.no_grad():
         walk = CheckpointWalk(streamed, tokens, progress, **options)
-        records = walk.run(r, _chooser(r, method, seed, layout.layers), writer.write_layer)
+        records = walk.run(walk.tracing(r, _chooser(r, method, seed, layout.layers)), writer.write_layer)
     report = _report(about, records)
     if rank() == 0:
-        writer.finish(_plan_of(report, records), report)
+        write_json(progress.out / "plan.json", asdict(_plan_of(report, records)))
+        writer.finish(r, report, f"method: {method}, r = {r}")
     progress.finish()
     return report
+
+
+def prune_weights_checkpoint(
+    source: str | Path,
+    destination: str | Path,
+    sparsity: float | str,
+    *,
+    method: str = "moe-pruner",
+    scope: str = "experts",
+    dense: bool = False,
+    calibration: str | torch.Tensor = "c4",
+    sequences: int = 128,
+    length: int = 2048,
+    seed: int = 42,
+    revision: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    batch_size: int = BATCH,
+) -> dict:
+    """`prune_weights` from disk to disk, one decoder layer and the hidden states at a time, as `prune_checkpoint` does it.
+
+    The destination has the source's tensors, those in scope with zeros; zeros are written out, so it is no smaller.
+    Returns the report, which is also written. Raises what `prune_weights` and `prune_checkpoint` raise.
+    """
+    refuse_existing(destination)
+    check_options(method, scope)
+    asked = Sparsity.read(sparsity)
+    opened = Source(fetch(str(source), revision))
+    layout = Layout(opened.config, count_experts(opened.config))
+    left_out = layout.check(opened)
+    check_model(skeleton(with_experts(opened.config, layout.n)), asked, scope)
+    tokens = _calibration_set(opened, calibration, sequences, length, seed)
+    streamed = Streamed(opened, dtype, device)
+    check_tokens(streamed.model, tokens)
+    about = _about(calibration, tokens, seed, streamed)
+    about |= {"sparsity": str(asked), "method": method, "scope": scope, "dense": dense}
+    progress = Progress(destination, {"source": opened.fingerprint, **about, "batch_size": batch_size})
+    if not progress.records() and rank() == 0:
+        opened.check_finite()
+    writer = ShardWriter(opened, layout, progress.out)
+    options = {"sparsity": asked, "method": method, "scope": scope, "dense": dense, "batch_size": batch_size}
+    walk = CheckpointWalk(streamed, tokens, progress, Weigher, **options)
+    walk.walk.together = summed
+
+    def visit(number: int, decoder: nn.Module) -> dict:
+        found = walk.walk.prune_layer(number)
+        writer.write(number, streamed.state(number))
+        return found
+
+    records = walk.run(visit)
+    about |= {"source": str(source), "revision": revision, "quantised": opened.method, "left_out": left_out}
+    about |= {**summary(asked, method, scope, records), "n": layout.n, "k": expert_counts(opened.config)[1]}
+    report = about | _costs(records)
+    if rank() == 0:
+        writer.finish(layout.n, report, f"weights by {method}, sparsity {asked} of {scope}")
+    progress.finish()
+    return report
+
+
+def summed(total: torch.Tensor) -> torch.Tensor:
+    """A sum over this process's tokens, made one over those of all."""
+    if ranks() > 1:
+        distributed.all_reduce(total)
+    return total
 
 
 def _calibration_set(source: Source, calibration: str | torch.Tensor, sequences: int, length: int, seed: int) -> torch.Tensor:
@@ -401,12 +485,26 @@ def _chooser(r: int, method: str, seed: int, layers: int) -> Callable[[int, Laye
     return choose
 
 
+def _about(calibration: str | torch.Tensor, tokens: torch.Tensor, seed: int, streamed: Streamed) -> dict:
+    """What a report, and unfinished work, say of the calibration set and of how it is computed on."""
+    return {
+        "calibration": calibration if isinstance(calibration, str) else "token ids",
+        "seed": seed,
+        "calibration set": tokens_digest(tokens),
+        "sequences": len(tokens),
+        "length": tokens.shape[1],
+        "dtype": str(streamed.dtype),
+        "ranks": ranks(),
+    }
+
+
 def _report(about: dict, records: list[dict]) -> dict:
     pruned = next(record for record in records if "kept" in record)
+    return {**about, "n": pruned["n"], "k": pruned["k"], **_costs(records)}
+
+
+def _costs(records: list[dict]) -> dict:
     return {
-        **about,
-        "n": pruned["n"],
-        "k": pruned["k"],
         "layers": [{key: value for key, value in record.items() if key not in PRIVATE} for record in records],
         "seconds": sum(sum(record["seconds"].values()) for record in records),
         "peak_gb": max(record["peak_gb"] for record in records),
@@ -430,11 +528,15 @@ class ShardWriter:
         return f"model-{number + 1:05d}-of-{self.layout.layers + 1:05d}.safetensors"
 
     def write_layer(self, number: int, record: dict) -> None:
-        if rank() == 0:
-            self._write(self._shard(number), self.source.layer(number), record.get("kept", []))
+        """The decoder layer's tensors as they are in the source, cut to the experts that the record keeps."""
+        names = [name for name in self.source.layer(number) if name in self.layout.full]
+        self.write(number, self.layout.pruned(self.source, names, record.get("kept", [])) if rank() == 0 else {})
 
-    def _write(self, file: str, names: list[str], kept: list[int]) -> None:
-        state = self.layout.pruned(self.source, [name for name in names if name in self.layout.full], kept)
+    def write(self, number: int, state: dict[str, torch.Tensor]) -> None:
+        """One shard, by the first process alone."""
+        if rank() > 0:
+            return
+        file = self._shard(number)
         temporary = self.folder / f".{file}"
         try:
             save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary, metadata={"format": "pt"})
@@ -444,19 +546,19 @@ class ShardWriter:
         finally:
             temporary.unlink(missing_ok=True)
 
-    def finish(self, plan: PruningPlan, report: dict) -> None:
-        """The rest of the weights, the index, and everything that is no weight."""
-        self._write(self._shard(self.layout.layers), self.source.rest(), [])
+    def finish(self, r: int, report: dict, what: str) -> None:
+        """The rest of the weights, the index, and everything that is no weight; `what` was done is for the model card."""
+        rest = [name for name in self.source.rest() if name in self.layout.full]
+        self.write(self.layout.layers, self.layout.pruned(self.source, rest, []))
         self._write_index()
         for path in self.source.folder.iterdir():
             if path.is_file() and path.suffix not in WEIGHTS and path.name not in (INDEX, "config.json", "README.md"):
                 shutil.copyfile(path, self.folder / path.name)
-        write_json(self.folder / "config.json", self._config(plan.r))
-        write_json(self.folder / "plan.json", asdict(plan))
+        write_json(self.folder / "config.json", self._config(r))
         write_json(self.folder / REPORT, report)
-        what = f" Pruned by esparse from {report['source']} (method: {plan.method}, r = {plan.r}, calibrated on "
-        what += f"{report['sequences']} x {report['length']} tokens of {report['calibration']}); see `{REPORT}`."
-        write_text(self.folder / "README.md", card(self.source.config, plan.r, report["k"], what))
+        made = f" Pruned by esparse from {report['source']} ({what}, calibrated on {report['sequences']} x {report['length']} "
+        made += f"tokens of {report['calibration']}); see `{REPORT}`."
+        write_text(self.folder / "README.md", card(self.source.config, r, report["k"], made))
 
     def _write_index(self) -> None:
         places, size = {}, 0

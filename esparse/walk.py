@@ -155,13 +155,13 @@ class Walk:
         return recorder and recorder.finish()
 
     def _one_batch(self, decoder, layer: MoELayer | None, recorder: Recorder | None, b: int, batch: torch.Tensor):
-        states = _at(self.original, b, batch)
+        states = at(self.original, b, batch)
         if layer is None:
             return through(self.model, decoder, batch, states)
         if not self.progressive:
             with recording([recorder]):
                 return through(self.model, decoder, batch, states)
-        entering = _at(self.pruned, b, batch)
+        entering = at(self.pruned, b, batch)
         with outputs(layer) as target:
             after = through(self.model, decoder, batch, states)
         if layer.linear and layer.shared:  # what shared experts add on the pruned stream, nobody else must make up for
@@ -182,11 +182,11 @@ class Walk:
         after = self.stream("pruned", number)
         for b, batch in enumerate(self.batches):
             batch = batch.to(self.model.device)
-            after[b] = through(self.model, decoder, batch, _at(self.pruned, b, batch))
+            after[b] = through(self.model, decoder, batch, at(self.pruned, b, batch))
         self.pruned = after
 
 
-def _at(stream: MutableSequence | None, number: int, like: torch.Tensor) -> torch.Tensor | None:
+def at(stream: MutableSequence | None, number: int, like: torch.Tensor) -> torch.Tensor | None:
     return None if stream is None else stream[number].to(like.device)
 
 

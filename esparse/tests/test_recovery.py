@@ -1,0 +1,232 @@
+"""Recovery against independent computations: least squares, brute force, gradients of the written-out loss."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+
+import esparse
+from esparse import recovery, weights
+from esparse.models import moe_layers
+from esparse.pruning import masked_layer
+from esparse.tests.conftest import block_input, random_model, random_tokens
+from esparse.tests.families import family_model
+from esparse.traces import Trace
+
+TOKENS = random_tokens()
+OTHER = random_tokens(seed=5)
+
+
+def pruned_to(model, r: int, method: str = "enumerate"):
+    """A copy of a model pruned to r experts, its trace and its plan."""
+    trace = esparse.trace(model, TOKENS, keep=r)
+    plan = esparse.search_experts(trace, r, method=method)
+    return esparse.prune(copy.deepcopy(model), plan), trace, plan
+
+
+@pytest.mark.parametrize(("family", "n", "k", "r"), [("mixtral", 8, 2, 5), ("qwen3", 6, 3, 4), ("olmoe", 8, 2, 4)])
+@torch.no_grad()
+def test_scales_are_the_least_squares_solution(family, n, k, r):
+    """Against lstsq on the experts' outputs themselves, [tokens * d, r]."""
+    model = random_model(family, n, k)
+    trace = esparse.trace(model, TOKENS, keep=r)
+    layer, kept = moe_layers(model)[1], list(range(r))
+    x = block_input(model, 1, TOKENS)
+    target, columns = layer.block(x), []
+    with masked_layer(layer, kept):
+        for expert in kept:
+            others = layer.experts.down_proj.clone()
+            layer.experts.down_proj.zero_()
+            layer.experts.down_proj[expert] = others[expert]
+            columns.append(layer.block(x).flatten())
+            layer.experts.down_proj.copy_(others)
+    expected = torch.linalg.lstsq(torch.stack(columns, 1), target.flatten()[:, None]).solution[:, 0]
+    torch.testing.assert_close(esparse.expert_scales(trace.layers[1], kept), expected, rtol=1e-6, atol=1e-8)
+
+
+@torch.no_grad()
+def test_scaled_experts_come_nearer_and_an_unused_one_stays():
+    model = random_model("mixtral", 8, 2)
+    pruned, trace, plan = pruned_to(model, 5)
+    x = block_input(model, 0, TOKENS)
+    target, before = moe_layers(model)[0].block(x), moe_layers(pruned)[0].block(x)
+    scales = esparse.scale_experts(pruned, trace, plan)
+    after = moe_layers(pruned)[0].block(x)
+    assert (after - target).norm() < (before - target).norm() == pytest.approx(plan.losses[0], rel=1e-6)
+    assert all(len(layer) == 5 for layer in scales)
+    few = esparse.trace(model, TOKENS[:1, :2], keep=5).layers[0]  # two tokens cannot use five experts
+    found = esparse.expert_scales(few, plan.kept[0])
+    used = set(few.order.gather(1, few.routing(plan.kept[0])[0]).flatten().tolist())
+    for scale, expert in zip(found.tolist(), plan.kept[0], strict=True):
+        assert expert in used or scale == pytest.approx(1)
+
+
+@torch.no_grad()
+def test_scales_reach_biases_too():
+    model = family_model("gpt_oss")
+    pruned, trace, plan = pruned_to(model, 5)
+    before = copy.deepcopy(moe_layers(pruned)[1].experts)
+    scales = torch.tensor(esparse.scale_experts(pruned, trace, plan)[1])
+    after = moe_layers(pruned)[1].experts
+    torch.testing.assert_close(after.down_proj_bias, before.down_proj_bias * scales[:, None])
+    torch.testing.assert_close(after.down_proj, before.down_proj * scales[:, None, None])
+
+
+def test_scales_refuse_what_does_not_belong_together():
+    model = random_model("mixtral", 8, 2)
+    pruned, trace, plan = pruned_to(model, 5)
+    with pytest.raises(ValueError, match="not pruned to this plan: its layers must have 5 experts"):
+        esparse.scale_experts(model, trace, plan)
+    with pytest.raises(ValueError, match="made with another model"):
+        esparse.scale_experts(pruned, Trace(trace.layers, "another", trace.tokens), plan)
+
+
+@torch.no_grad()
+def test_the_choice_by_output_is_the_best_of_each_layer_in_turn():
+    model = random_model("mixtral", 5, 2)
+    trace = esparse.trace(model, TOKENS, keep=3)
+    expected = model(OTHER).logits.log_softmax(-1)
+
+    def kl(kept):
+        plan = esparse.PruningPlan("", 3, kept, [0.0] * 3, trace.model, trace.tokens)
+        with esparse.masked(model, plan):
+            mine = model(OTHER).logits.log_softmax(-1)
+        return (expected.exp() * (expected - mine)).sum(-1).mean().item()
+
+    close = []
+    for layer in trace.layers:
+        subsets, losses = esparse.subset_losses(layer, 3)
+        close.append([list(subsets[i]) for i in losses.argsort()[:4].tolist()])
+    kept = [options[0] for options in close]
+    first = kl(kept)
+    for number, options in enumerate(close):
+        kept = min(([*kept[:number], option, *kept[number + 1 :]] for option in options), key=kl)
+    plan, found = esparse.choose_by_output(model, trace, 3, OTHER, candidates=4, batch_size=3)
+    assert plan.kept == kept and plan.method == "output"
+    assert (found["before"], found["after"]) == (pytest.approx(first, rel=1e-5), pytest.approx(kl(kept), rel=1e-5))
+    assert plan.losses == [pytest.approx(esparse.reconstruction_loss(*pair), rel=1e-5)
+                           for pair in zip(trace.layers, kept, strict=True)]  # fmt: skip
+
+
+def plain_differences(student, teacher, kept, tokens) -> list[list[float]]:
+    """Mean squared differences of experts' outputs, expert by expert and token by token."""
+    found = []
+    for mine, theirs, keep in zip(moe_layers(student), moe_layers(teacher), kept, strict=True):
+        inputs = []
+        for model, layer in ((student, mine), (teacher, theirs)):
+            seen = []
+            hook = layer.experts.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args))
+            with torch.no_grad():
+                model(tokens)
+            hook.remove()
+            inputs.append(seen[0])
+        row = []
+        for place, expert in enumerate(keep):
+            values = []
+            for token in range(tokens.numel()):
+                if expert in inputs[1][1][token]:
+                    outputs = [
+                        layer.experts(x[0][token : token + 1], torch.full((1, 1), number), torch.ones(1, 1, dtype=x[0].dtype))
+                        for layer, x, number in ((mine, inputs[0], place), (theirs, inputs[1], expert))
+                    ]
+                    values.append((outputs[0] - outputs[1]).square().mean().item())
+            row.append(sum(values) / len(values) if values else 0.0)
+        found.append(row)
+    return found
+
+
+def test_expert_differences_are_those_of_every_token_by_itself():
+    teacher = random_model("mixtral", 6, 2)
+    student, _, plan = pruned_to(teacher, 4)
+    with torch.no_grad(), recovery.entering(moe_layers(student)) as now, recovery.entering(moe_layers(teacher)) as before:
+        student(OTHER)
+        teacher(OTHER)
+    expected = plain_differences(student, teacher, plan.kept, OTHER)
+    with torch.no_grad():
+        for i, pair in enumerate(zip(moe_layers(student), moe_layers(teacher), strict=True)):
+            found = recovery.expert_differences(*pair, now[i], before[i], plan.kept[i])
+            torch.testing.assert_close(found.double(), torch.tensor(expected[i], dtype=torch.float64), rtol=1e-4, atol=1e-6)
+    assert sum(expected[0]) < 1e-9 < sum(expected[1])  # the first layer hears the same; later ones do not
+
+
+def test_lambda_makes_both_losses_alike_in_the_first_batch():
+    teacher = family_model("mixtral")
+    student, _, plan = pruned_to(teacher, 5)
+    measure = recovery._Experts(student, teacher, plan)
+    inputs = {"input_ids": OTHER, "labels": OTHER}
+    loss, output = measure(student, inputs)
+    assert loss.item() == pytest.approx(2 * output.loss.item(), rel=1e-5)
+    apart = sum(itertools.chain(*plain_differences(student, teacher, plan.kept, OTHER)))
+    assert measure.balance == pytest.approx(output.loss.item() / apart, rel=1e-3)
+    loss.backward()
+    assert all(layer.experts.down_proj.grad.abs().sum() > 0 for layer in moe_layers(student))
+
+
+def agreement(student, teacher) -> float:
+    expected = teacher(OTHER).logits.log_softmax(-1)
+    return recovery._kl(expected, student(OTHER).logits).item() / OTHER.numel()
+
+
+@pytest.mark.parametrize("rung", recovery.RUNGS)
+def test_every_rung_trains_what_it_says_and_keeps_zeros(rung):
+    teacher = family_model("mixtral")
+    student, _, plan = pruned_to(teacher, 5)
+    weights.prune_weights(student, TOKENS, 0.5)
+    present, before = weights.zeros(student), copy.deepcopy(student.state_dict())
+    with torch.no_grad():
+        first = agreement(student, teacher)
+    options = {"teacher": teacher, "plan": plan, "steps": 30, "learning_rate": 3e-3, "batch_size": 2}
+    report = esparse.recover(student, OTHER, rung, **options)
+    changed = {name for name, tensor in student.state_dict().items() if not torch.equal(tensor, before[name])}
+    gates = {name for name in before if name.endswith("gate.weight")}
+    assert changed == gates if rung == "router" else changed > gates
+    assert report["trained"] == sum(p.numel() for n, p in student.named_parameters() if n in changed or rung != "router")
+    assert len(report["losses"]) == 30 and report["losses"][-1] < report["losses"][0]
+    assert all((dict(student.named_parameters())[name][~mask] == 0).all() for name, mask in present.items()) and present
+    assert not student.training and all(p.requires_grad and p.grad is None for p in student.parameters())
+    assert (report["balance"] is not None) == (rung == "experts")
+    if rung == "router":
+        with torch.no_grad():
+            assert agreement(student, teacher) < first
+
+
+def test_the_same_seed_trains_the_same_model():
+    runs = []
+    for _ in range(2):
+        student, _, _ = pruned_to(family_model("mixtral"), 5)
+        runs.append(esparse.recover(student, TOKENS, "tune", steps=5, batch_size=2)["losses"])
+    assert runs[0] == runs[1]
+
+
+def test_plain_tuning_is_adamw_on_the_cross_entropy():
+    """The first loss is the model's own on the batch that the seed draws; all batches together hold all rows."""
+    student = family_model("mixtral")
+    report = esparse.recover(copy.deepcopy(student), TOKENS, "tune", steps=1, batch_size=4)
+    with torch.no_grad():
+        assert report["losses"][0] == pytest.approx(student(TOKENS, labels=TOKENS).loss.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("rung", "change", "message"),
+    [
+        ("lora", {}, "Unknown rung 'lora': choose from router, experts, tune"),
+        ("experts", {"teacher": None}, "learns from the full model: give it as teacher="),
+        ("experts", {"plan": None}, "has 5 experts, the teacher 8: give the pruning plan"),
+        ("router", {"teacher": family_model("mixtral", num_hidden_layers=2)}, "the teacher has 2 MoE layers, the student 3"),
+        ("experts", {"teacher": family_model("mixtral", intermediate_size=16)}, "are of another shape than the teacher's"),
+        ("experts", {"teacher": family_model("mixtral", 4)}, "the teacher 4, and the plan keeps 5"),
+    ],
+)
+def test_models_that_do_not_match_are_refused(rung, change, message):
+    teacher = family_model("mixtral")
+    student, _, plan = pruned_to(teacher, 5)
+    plan.kept[0] = [3, 4, 5, 6, 7]
+    with pytest.raises(ValueError, match=message):
+        esparse.recover(student, TOKENS, rung, **{"teacher": teacher, "plan": plan} | change)
+
+
+def test_equal_experts_have_nothing_to_teach():
+    teacher = family_model("mixtral")
+    with pytest.raises(ValueError, match="there is nothing to distil"):
+        esparse.recover(copy.deepcopy(teacher), TOKENS, "experts", teacher=teacher, steps=1)
