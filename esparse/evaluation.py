@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Sequence
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -59,12 +60,11 @@ def evaluate(
     Raises ValueError for an unknown task; ConnectionError where a task's data must come from the hub and cannot.
     """
     import lm_eval
-    from lm_eval.tasks import TaskManager
 
     _quiet()
     tasks = task_names(tasks)
     own = [task for task in tasks if _task_file(task).exists()]
-    manager = TaskManager(include_defaults=len(own) < len(tasks))
+    manager = _task_manager(len(own) < len(tasks))
     unknown = [task for task in tasks if task not in own and task not in manager.all_tasks]
     if unknown:
         raise ValueError(f"Unknown task {unknown[0]!r}: take one of {', '.join(TINY_TASKS)} or one of lm-eval's own.")
@@ -99,6 +99,14 @@ def task_version(task: str) -> str:
     if not _task_file(task).exists():
         return f"lm-eval {metadata.version('lm_eval')}"
     return digest(*(path.read_text(encoding="utf-8") for path in sorted(_task_file(task).parent.glob(f"{task}.*"))))
+
+
+@cache
+def _task_manager(everything: bool):
+    """lm-eval's index of its own tasks, which takes it ten seconds, or of none."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_defaults=everything)
 
 
 def _language_model(model, tokenizer, batch_size: int):

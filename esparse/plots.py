@@ -464,6 +464,52 @@ def _roofline(data: dict) -> Figure:
     return figure
 
 
+# --- 07 to 09 -------------------------------------------------------------------------------------------------------
+
+
+def _panels(data: dict) -> Figure:
+    """Panels of lines with error bars over seeds (standard deviations), or of points; names of lines below all of them."""
+    panels = data["panels"]
+    columns = 2 if len(panels) == 4 else len(panels)
+    figure, grid = _canvas(3.2 * columns, 2.7 * (len(panels) // columns) + 0.3, len(panels) // columns, columns)
+    labels: dict = {}
+    for axes, panel in zip(grid.flatten(), panels, strict=True):
+        for i, line in enumerate(panel.get("lines", ())):
+            shown = _line(axes, i, line)
+            labels.setdefault(line["label"], shown)
+        for i, points in enumerate(panel.get("points", ())):
+            (shown,) = axes.plot(points["x"], points["y"], MARKERS[i], color=COLOURS[i], label=points["label"])
+            axes.set_xscale("symlog")
+            labels.setdefault(points["label"], shown)
+        axes.set(xlabel=panel["xlabel"], ylabel=panel["ylabel"], title=panel["title"])
+        if panel.get("log"):
+            _log(axes)
+        if panel.get("falling"):
+            axes.invert_xaxis()
+        if panel.get("paper"):
+            _paper(axes, panel["title"])
+            axes.legend(fontsize=7)
+    shared = {label: shown for label, shown in labels.items() if label in _names(panels[0])}
+    figure.legend(shared.values(), shared.keys(), loc="outside lower center", ncols=4)
+    return figure
+
+
+def _line(axes, i: int, line: dict):
+    """One line with its error bars; names in the place of numbers stand side by side."""
+    named = isinstance(line["x"][0], str)
+    order = range(len(line["x"])) if named else sorted(range(len(line["x"])), key=line["x"].__getitem__)
+    at = list(order) if named else [line["x"][j] for j in order]
+    means, deviations = [line["mean"][j] for j in order], [line["deviation"][j] for j in order]
+    style = {"marker": MARKERS[i], "color": COLOURS[i], "capsize": 2, "ls": ":" if named else "-"}
+    if named:
+        axes.set_xticks(range(len(line["x"])), line["x"], fontsize=7)
+    return axes.errorbar(at, means, deviations, label=line["label"], **style)
+
+
+def _names(panel: dict) -> list[str]:
+    return [one["label"] for one in panel.get("lines", panel.get("points"))]
+
+
 # --- 10 -------------------------------------------------------------------------------------------------------------
 
 
@@ -517,6 +563,12 @@ FIGURES: dict[str, Callable[[dict], Figure]] = {
     "05_tail_rule": _tail_rule,
     "06_memory_and_speed": _memory_and_speed,
     "06_roofline": _roofline,
+    "07_domain_specific": _panels,
+    "07_betas": _panels,
+    "08_recovery": _panels,
+    "08_fine_tuning": _panels,
+    "09_weight_pruning": _panels,
+    "09_equal_bytes": _panels,
     "10_searches": _searches,
     "10_search_costs": _search_costs,
 }

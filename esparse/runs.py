@@ -2,9 +2,10 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from .pruning import PruningPlan, masked
 from .search import search_experts
 from .shards import Source, fetch
 from .skips import skipping
-from .streaming import trace_checkpoint
+from .streaming import prune_weights_checkpoint, trace_checkpoint
 from .traces import FORMAT, Trace, tokens_digest, trace
 from .training import PRESETS
 
@@ -170,15 +171,16 @@ class Run:
         kept by itself: what was interrupted goes on with the next."""
         import pandas as pd
 
-        def row(task: str) -> dict:
-            table = evaluate(self.model, self.tokenizer, [task], limit=self.limit)
-            return json.loads(table.reset_index().to_json(orient="records", double_precision=15))[0]
-
-        rows = [
-            self.as_if(plan, betas, ["score", task, task_version(task), self.limit], lambda task=task: row(task))
-            for task in tqdm(self.tasks, desc="tasks", unit="task", leave=False)
-        ]
-        return pd.DataFrame(rows).set_index("task")
+        key = (self.model_key, plan and plan.kept, betas)
+        paths = {task: self._path(*key, ["score", task, task_version(task), self.limit]) for task in self.tasks}
+        missing = [task for task in self.tasks if not paths[task].exists()]
+        parts = [missing] if self.limit and missing else [[task] for task in missing]  # a few items each: all at once
+        for some in tqdm(parts, desc="tasks", leave=False):
+            with self._inside(plan, betas):
+                table = evaluate(self.model, self.tokenizer, some, limit=self.limit)
+            for row in json.loads(table.reset_index().to_json(orient="records", double_precision=15)):
+                write_json(paths[row["task"]], row)
+        return pd.DataFrame([read_json(paths[task], "result") for task in self.tasks]).set_index("task")
 
     def perplexity(self, corpus: str, plan: PruningPlan | None = None, betas: Sequence[float] | None = None) -> float:
         """Perplexity on the held-out tokens of a corpus."""
@@ -189,25 +191,53 @@ class Run:
         """What `compute` finds on the model as if pruned and skipping, made once, then read."""
 
         def inside():
-            with ExitStack() as stack:
-                if plan:
-                    stack.enter_context(masked(self.model, plan))
-                if betas:
-                    stack.enter_context(skipping(self.model, betas))
+            with self._inside(plan, betas):
                 return compute()
 
         return self.once(inside, self.model_key, plan and plan.kept, betas, what)
 
+    @contextmanager
+    def _inside(self, plan: PruningPlan | None, betas: Sequence[float] | None) -> Iterator[None]:
+        with ExitStack() as stack:
+            if plan:
+                stack.enter_context(masked(self.model, plan))
+            if betas:
+                stack.enter_context(skipping(self.model, betas))
+            yield
+
     def once(self, compute: Callable[[], Any], *key: Any) -> Any:
         """A value that JSON can hold, computed the first time and read from the run folder ever after."""
-        path = self.folder / "results" / f"{digest(*key)}.json"
+        path = self._path(*key)
         if not path.exists():
             write_json(path, compute())
         return read_json(path, "result")
 
+    def _path(self, *key: Any) -> Path:
+        return self.folder / "results" / f"{digest(*key)}.json"
+
+    def of(self, folder: Path) -> "Run":
+        """The same on a checkpoint made from this run's model; results go where this run's go."""
+        dtype = self.dtype or ("float32" if self.model_name in PRESETS else None)
+        return replace(self, model_name=str(folder), revision=None, dtype=dtype)
+
+    def sparse(self, corpus: str, sparsity: float | str, method: str, *, scope: str = "experts", dense: bool = False) -> "Run":
+        """A run of the model with pruned weights, calibrated on a corpus; made once, on disk. See `weights.prune_weights`."""
+        tokens, options = self.tokens(corpus), {"method": method, "scope": scope, "dense": dense}
+        folder = self.folder / "sparse" / digest(self.model_key, tokens_digest(tokens), str(sparsity), options)
+        if not folder.exists():
+            # The tiny models lie in bfloat16, which masks leave as they are, and are computed in float32.
+            dtype = torch.float32 if self.model_name in PRESETS else self.dtype and getattr(torch, self.dtype)
+            device = "cuda" if torch.cuda.is_available() else None
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # the report names the experts without tokens
+                prune_weights_checkpoint(
+                    self.source, folder, sparsity, calibration=tokens, dtype=dtype, device=device, **options
+                )
+        return self.of(folder)
+
     def label(self, corpus: str) -> str:
         """How figures name a corpus: synthetic ones are never called C4 or MATH."""
-        return LABELS.get(corpus, Path(corpus).name)
+        return LABELS.get(corpus) or " and ".join(Path(name).name for name in corpus.split("+"))
 
     @property
     def embedded(self) -> bool:

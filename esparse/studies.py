@@ -112,7 +112,7 @@ def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
     return float(pd.Series(one).corr(pd.Series(other), method="spearman"))
 
 
-def _quality(run: Run, plan=None, betas=None) -> dict:
+def quality(run: Run, plan=None, betas=None) -> dict:
     """Held-out perplexity on both corpora, the mean over tasks and its standard error, each task by itself."""
     scores = run.scores(plan, betas)
     stderr = math.sqrt((scores.stderr.fillna(0) ** 2).sum()) / len(scores)
@@ -126,13 +126,13 @@ def _quality(run: Run, plan=None, betas=None) -> dict:
 
 def methods(run: Run, r_random: int, draws: int = 10) -> dict:
     """Tables 2 and 6: every method at every r, and `draws` random plans at one r, calibrated on the general corpus."""
-    rows = [{"method": "none", "r": moe_experts(run), **_quality(run)}]
+    rows = [{"method": "none", "r": moe_experts(run), **quality(run)}]
     for r in run.sizes:
         for method in ("enumerate", "progressive", "frequency"):
-            rows.append({"method": method, "r": r, **_quality(run, run.plan(run.general, r, method))})
+            rows.append({"method": method, "r": r, **quality(run, run.plan(run.general, r, method))})
     for draw in range(draws):
         plan = run.plan(run.general, r_random, "random", seed=run.seed + draw)
-        rows.append({"method": "random", "r": r_random, **_quality(run, plan)})
+        rows.append({"method": "random", "r": r_random, **quality(run, plan)})
     return {"corpora": [run.label(run.general), run.label(run.domain)], "rows": rows}
 
 
@@ -227,7 +227,7 @@ def skipping_scores(run: Run, sizes: Sequence[int]) -> dict:
         plan = run.plan(run.general, r) if r < moe_experts(run) else None
         kept = plan and plan.kept
         variants = {"none": None, "median": median_betas(traced, kept), "top-1": quantile_betas(traced.layers, 1, kept)}
-        rows += [{"r": r, "skipping": name, **_quality(run, plan, chosen)} for name, chosen in variants.items()]
+        rows += [{"r": r, "skipping": name, **quality(run, plan, chosen)} for name, chosen in variants.items()]
     return {"corpora": [run.label(run.general), run.label(run.domain)], "rows": rows}
 
 

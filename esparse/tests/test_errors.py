@@ -52,7 +52,9 @@ def test_one_expert_cannot_skip():
 
 
 def test_corpus_that_is_not_there(tiny, tmp_path):
-    with pytest.raises(ValueError, match="Unknown corpus 'wiki': choose from c4, math, gsm8k, metamath, web, arithmetic, or give a path"):
+    with pytest.raises(
+        ValueError, match="Unknown corpus 'wiki': choose from c4, math, gsm8k, metamath, web, arithmetic, or give a path"
+    ):
         esparse.calibration_tokens("wiki", tiny[1])
     with pytest.raises(ValueError, match="no such split"):
         esparse.calibration_tokens("web/test", tiny[1])

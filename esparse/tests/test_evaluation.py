@@ -2,12 +2,18 @@
 
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 
+import pandas as pd
 import pytest
 import torch
 
 import esparse
+from esparse import runs
+from esparse.evaluation import PAPER_TASKS
 from esparse.files import data_folder
 
 
@@ -67,3 +73,131 @@ def test_evaluation_sees_masks_and_skipping(tiny, tiny_trace):
 def test_lm_evals_own_tasks_are_known_and_name_what_works_offline(tiny):
     with pytest.raises(ConnectionError, match="arc_easy .*offline, take tasks among web_facts"):
         esparse.evaluate(*tiny, ["arc_easy"], limit=2)
+
+
+# --- lm-eval's own tasks, on items of our own in the hub's form ---------------------------------------------------------
+
+LETTERS = ["A", "B", "C", "D"]
+
+
+def hub_items(path: str, name: str | None) -> list[dict]:
+    """Four items as the data set of that name holds them."""
+    texts = ["one", "two", "three", "four"]
+    options = {"text": texts, "label": LETTERS}
+    forms = {
+        "allenai/ai2_arc": lambda i: {"question": f"What is {i}?", "choices": options, "answerKey": LETTERS[i]},
+        "allenai/openbookqa": lambda i: {"question_stem": f"It is {i} and", "choices": options, "answerKey": LETTERS[i]},
+        "aps/super_glue": lambda i: {"passage": f"The {i}.", "question": f"is it {i}", "label": i % 2},
+        "nyu-mll/glue": lambda i: {"sentence1": f"A {i}.", "sentence2": f"B {i}.", "label": i % 2},
+        "Rowan/hellaswag": lambda i: {"activity_label": "Go", "ctx_a": "He", "ctx_b": "", "endings": texts, "label": f"{i}"},
+        "allenai/winogrande": lambda i: {"sentence": f"She saw _: {i}.", "option1": "a", "option2": "b", "answer": "12"[i % 2]},
+        "cais/mmlu": lambda i: {"question": f"What is {i}?", "choices": texts, "answer": i},
+        "openai/gsm8k": lambda i: {"question": f"What is {i} + 1?", "answer": f"It is {i + 1}\n#### {i + 1}"},
+        "EleutherAI/wikitext_document_level": lambda i: {"page": f"The page {i} has some words .\n" * 5},
+        "EleutherAI/hendrycks_math": lambda i: {"problem": f"Find {i}.", "solution": f"It is $\\boxed{{{i}}}$."},
+    }  # fmt: skip
+    return [forms[path](i) for i in range(8 if path == "openai/gsm8k" else 4)]  # of GSM8K five are examples
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """The hub's data sets, a few items each."""
+    import datasets
+
+    def load_dataset(path, name=None, **options):
+        if path == "json":
+            return real(path, name, **options)
+        split = datasets.Dataset.from_list(hub_items(path, name))
+        return datasets.DatasetDict(dict.fromkeys(("train", "validation", "test", "dev"), split))
+
+    real = datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+
+
+def test_the_papers_eight_tasks_in_one_call(tiny, hub):
+    """Zero-shot `acc` of each, the right answer being the likeliest of the choices as the task words them."""
+    table = esparse.evaluate(*tiny, "paper")
+    assert [*table.index] == [*PAPER_TASKS] and set(table.metric) == {"acc"}
+    assert dict(table["items"]) == {task: 4 * 57 if task == "mmlu" else 4 for task in PAPER_TASKS}
+    right = {"arc_easy": 0, "boolq": 0, "winogrande": 0}
+    for i in range(4):
+        arc = [
+            log_likelihood(*tiny, f"Question: What is {i}?\nAnswer:", f" {word}") for word in ("one", "two", "three", "four")
+        ]
+        right["arc_easy"] += arc.index(max(arc)) == i
+        said = [log_likelihood(*tiny, f"The {i}.\nQuestion: is it {i}?\nAnswer:", f" {word}") for word in ("no", "yes")]
+        right["boolq"] += said.index(max(said)) == i % 2
+        seen = [log_likelihood(*tiny, f"She saw {word}", f": {i}.") for word in "ab"]
+        right["winogrande"] += seen.index(max(seen)) == i % 2
+    assert {task: table.value[task] for task in right} == {task: count / 4 for task, count in right.items()}
+    average = sum(table.value) / 8
+    assert table.value.mean() == pytest.approx(average)
+
+
+def test_gsm8k_math_and_wikitext_report_the_literatures_metrics(tiny, hub):
+    table = pd.concat([esparse.evaluate(*tiny, suite) for suite in ("domain", "perplexity")])
+    assert dict(table.metric) == {"gsm8k": "exact_match", "hendrycks_math": "exact_match", "wikitext": "word_perplexity"}
+    page = hub_items("EleutherAI/wikitext_document_level", None)[0]["page"]
+    assert table.value["wikitext"] > 1 and len(page.split()) > 0 and table["items"]["hendrycks_math"] == 28
+
+
+# --- one call, one command, one library -----------------------------------------------------------------------------
+
+
+def run_command(*words: str, launcher: tuple[str, ...] = ()) -> str:
+    command = [sys.executable, "-m", *launcher, *(("-m",) if launcher else ()), *words]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=data_folder().parent, env=os.environ | {"TQDM_DISABLE": "1"}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_our_numbers_are_those_of_lm_evals_own_command(tiny, tmp_path):
+    tasks = ("web_facts", "arithmetic_problems")
+    run_command(
+        "lm_eval", "--model", "hf", "--model_args", f"pretrained={data_folder() / 'tiny'},dtype=float32,max_length=1024",
+        "--tasks", ",".join(tasks), "--include_path", str(data_folder() / "tasks"), "--limit", "20", "--device", "cpu",
+        "--batch_size", "64", "--output_path", str(tmp_path), "--seed", "1234",
+    )  # fmt: skip
+    (found,) = tmp_path.rglob("results*.json")
+    theirs = json.loads(found.read_text())["results"]
+    ours = esparse.evaluate(*tiny, tasks, limit=20)
+    assert ours.value["web_facts"] == theirs["web_facts"]["acc,none"]
+    assert ours.value["arithmetic_problems"] == theirs["arithmetic_problems"]["exact_match,strict-match"]
+
+
+def test_the_command_scores_plans_and_betas_keeps_what_it_has_and_runs_in_parallel(tiny, tiny_trace, tmp_path):
+    plan = esparse.search_experts(tiny_trace, 6)
+    plan.save(tmp_path / "plan.json")
+    (tmp_path / "betas.json").write_text(json.dumps({"betas": [0.4] * 6}))
+    files = ("--plan", str(tmp_path / "plan.json"), "--betas", str(tmp_path / "betas.json"))
+    words = ("esparse", "evaluate", "tiny", "--tasks", "web_facts", "web_walks", "--limit", "16", *files, "--run-dir")
+    with esparse.masked(tiny[0], plan), esparse.skipping(tiny[0], [0.4] * 6):
+        table = esparse.evaluate(*tiny, ["web_facts", "web_walks"], limit=16)
+    said = run_command(*words, str(tmp_path / "one"))
+    assert f"average {100 * table.value.mean():.2f}" in said
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "one" / "results").iterdir()}
+    assert len(kept) == 2 and run_command(*words, str(tmp_path / "one")) == said
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    launcher = ("accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no")
+    assert f"average {100 * table.value.mean():.2f}" in run_command(
+        *words, str(tmp_path / "two"), launcher=(*launcher, "--dynamo_backend", "no")
+    )
+
+
+def test_an_interrupted_run_goes_on_with_the_next_task(tmp_path, monkeypatch):
+    run, seen = esparse.Run(tasks=("web_facts", "web_walks"), folder=tmp_path), []
+    run.limit = None  # whole tasks, which are kept one by one
+    real = runs.evaluate
+
+    def dies(model, tokenizer, tasks, limit):
+        seen.append(*tasks)
+        if seen == ["web_facts", "web_walks"]:
+            raise KeyboardInterrupt
+        return real(model, tokenizer, tasks, limit=4)
+
+    monkeypatch.setattr(runs, "evaluate", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run.scores()
+    assert [*run.scores().index] == ["web_facts", "web_walks"] and seen == ["web_facts", "web_walks", "web_walks"]

@@ -1,0 +1,394 @@
+"""The studies of notebooks 07 to 09, on one run, and over models that differ by their training seed alone.
+
+Each function of a run gives rows that JSON can hold; `bench_*` takes them over the seeds and keeps them in
+`data/results/`, from where the notebooks read them. Traces, pruned models and scores are kept in the runs' folders: what
+was interrupted goes on.
+"""
+
+import itertools
+import math
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from .benchmark import machine
+from .checkpoints import load_model, save_model, weight_bytes
+from .files import checkout, digest, read_json, write_json
+from .pruning import PruningPlan, prune
+from .recovery import RUNGS, choose_by_output, recover, scale_experts
+from .runs import Run
+from .speed import aligned
+from .studies import moe_experts, quality
+from .traces import Trace, median_betas
+from .training import train_model
+from .weights import METHODS, SCOPES, equal_share
+
+SEEDS = (0, 1, 2)  # of training; 0 ships
+STEPS = 150  # of recovery on the tiny model
+RATE = 1e-3
+DRAWS = 5  # of random plans
+LADDER = ("scales", "output", *RUNGS)
+
+
+def seed_run(seed: int) -> Run:
+    """A run of the tiny model of a training seed on the synthetic corpora; other seeds than 0 are trained first, in about
+    20 minutes on two quiet cores."""
+    if seed == 0:
+        return Run()
+    folder = checkout() / ".runs" / "trained" / f"tiny-seed-{seed}"
+    if not folder.exists():
+        tokenizer = load_model("tiny")[1]
+        save_model(train_model(tokenizer, "tiny", seed=seed).to(torch.bfloat16), tokenizer, folder)
+    own = checkout() / ".runs" / folder.name
+    return replace(Run(), model_name=str(folder), dtype="float32", folder=own)
+
+
+# --- 07: domain-specific pruning ------------------------------------------------------------------------------------
+
+
+def domain_rows(run: Run) -> Iterator[dict]:
+    """Tables 3 and 8: calibration corpus x beta corpus x r x method x skipping, random draws and Wanda at 2:4 beside them.
+    The betas of every corpus are tried on enumeration at every second size."""
+    n, corpora = moe_experts(run), (run.general, run.domain, f"{run.general}+{run.domain}")
+    for number, r in enumerate((n, *run.sizes)):
+        yield from enumerated_rows(run, r, corpora if number % 2 == 0 else ())
+        for corpus in corpora if r < n else ():
+            frequent = run.plan(corpus, r, "frequency")
+            yield {"r": r, "method": "frequency", "calibration": corpus, "betas": None} | quality(run, frequent)
+        for draw in range(DRAWS if r < n else 0):
+            plan = run.plan(run.general, r, "random", seed=run.seed + draw)
+            yield {"r": r, "method": "random", "calibration": None, "betas": None, "draw": draw} | quality(run, plan)
+    for method, corpus in itertools.product(("wanda", "moe-pruner"), corpora):
+        about = {"r": n, "method": f"{method} 2:4", "calibration": corpus, "betas": None}
+        yield about | quality(run.sparse(corpus, "2:4", method))
+
+
+def enumerated_rows(run: Run, r: int, beta_corpora: Sequence[str] = ()) -> Iterator[dict]:
+    """Enumeration at r on each corpus and on both mixed (the full model, where r is all), alone and with betas of corpora."""
+    whole = r == moe_experts(run)
+    for corpus in (None,) if whole else (run.general, run.domain, f"{run.general}+{run.domain}"):
+        plan = run.plan(corpus, r, "enumerate") if corpus else None
+        for beta_corpus in (None, *beta_corpora):
+            betas = median_betas(run.trace(beta_corpus), plan and plan.kept) if beta_corpus else None
+            about = {"r": r, "method": "enumerate" if corpus else "none", "calibration": corpus, "betas": beta_corpus}
+            yield about | quality(run, plan, betas)
+
+
+# --- 08: recovery ---------------------------------------------------------------------------------------------------
+
+
+def recovered(run: Run, plan: PruningPlan | None, what: dict, change: Callable[[object], dict]) -> tuple[Run, dict]:
+    """A run of the model pruned to a plan (the full one, if None) and then changed in place by `change`, kept on disk under
+    the name of `what` was done; and what `change` told of it."""
+    folder = run.folder / "recovered" / digest(run.model_key, plan and plan.kept, what)
+    about = folder.with_suffix(".json")
+    if not about.exists():
+        model, tokenizer = load_model(run.model_name, dtype=run.model.dtype)
+        told = change(model if plan is None else prune(model, plan))
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed before it told
+        save_model(model, tokenizer, folder)
+        write_json(about, told)
+    return run.of(folder), read_json(about, "record of a recovery")
+
+
+def ladder_rows(
+    run: Run, r: int, corpus: str, text: str, *, rungs: Sequence[str] = LADDER, steps: int = STEPS
+) -> Iterator[dict]:
+    """From a model pruned to r experts on a corpus back up, each rung by itself: quality on held-out text, the seconds it
+    took and the parameters it trained. text: the corpus that rungs learn from, of which nothing is held out."""
+    plan, traced = run.plan(corpus, r, "enumerate"), run.trace(corpus)
+    calls = {
+        "scales": lambda model: {"trained": 0, "scales": scale_experts(model, traced, plan)},
+        **{rung: partial(_train, run, text, rung, plan, steps) for rung in RUNGS},
+    }
+    about = {"r": r, "calibration": corpus, "text": text}
+    yield about | {"rung": "pruned", "seconds": 0.0, "trained": 0} | quality(run, plan)
+    for rung in rungs:
+        if rung == "output":
+            chosen = run.once(lambda: _chosen(run, plan, traced, text), run.model_key, plan.kept, "output", text)
+            told, found = chosen["told"], quality(run, PruningPlan(**chosen["plan"]))
+        else:
+            other, told = recovered(run, plan, {"rung": rung, "text": text, "steps": steps}, _timed(calls[rung]))
+            found = quality(other)
+        yield about | {"rung": rung} | told | found
+
+
+def _timed(change: Callable[[object], dict]) -> Callable[[object], dict]:
+    def timed(model) -> dict:
+        started = time.perf_counter()
+        told = change(model)
+        return {"seconds": time.perf_counter() - started} | told
+
+    return timed
+
+
+def _chosen(run: Run, plan: PruningPlan, traced: Trace, text: str) -> dict:
+    """The choice among close subsets by output, on a split of its own."""
+    started = time.perf_counter()
+    tokens = run.tokens(text, sequences=8, seed=run.seed + 2000)
+    chosen, found = choose_by_output(run.model, traced, plan.r, tokens)
+    return {"plan": asdict(chosen), "told": {"seconds": time.perf_counter() - started, "trained": 0, "kl": found}}
+
+
+def _train(run: Run, text: str, rung: str, plan: PruningPlan | None, steps: int, model) -> dict:
+    tokens = run.tokens(text, sequences=min(1024, 8 * steps), seed=run.seed + 3000)
+    options = {"teacher": run.model, "plan": plan, "steps": steps, "learning_rate": RATE, "seed": run.seed}
+    return recover(model, tokens, rung, **options)
+
+
+def tuned_rows(run: Run, cases: Sequence[tuple[int, str | None]], *, steps: int = STEPS) -> Iterator[dict]:
+    """Table 4: the full model and pruned ones, each fine-tuned on the domain for the same steps. cases: r, and the corpus
+    that pruning was calibrated on."""
+    for r, corpus in cases:
+        plan = run.plan(corpus, r, "enumerate") if corpus else None
+        what = {"rung": "tune", "text": run.domain, "steps": steps}
+        other, told = recovered(run, plan, what, partial(_train, run, run.domain, "tune", plan, steps))
+        yield {"r": r, "calibration": corpus} | told | quality(other) | {"before": quality(run, plan)}
+
+
+# --- 09: weight pruning ---------------------------------------------------------------------------------------------
+
+
+def sparsity_rows(run: Run, shares: Sequence[float | str] = (0.5, 0.6, 0.7, 0.8, "2:4", "4:8")) -> Iterator[dict]:
+    """Table 1: magnitude, Wanda and MoE-Pruner at every sparsity of the experts' weights, calibrated on the general corpus."""
+    yield {"method": "none", "sparsity": "0"} | quality(run)
+    for share, method in itertools.product(shares, METHODS):
+        yield {"method": method, "sparsity": str(share)} | quality(run.sparse(run.general, share, method))
+
+
+def switch_rows(run: Run, share: float | str = 0.7) -> Iterator[dict]:
+    """What else can be set: which linear maps, and whose activations."""
+    for scope, dense, method in itertools.product(SCOPES, (False, True), ("wanda", "moe-pruner")):
+        sparse = run.sparse(run.general, share, method, scope=scope, dense=dense)
+        yield {"method": method, "sparsity": str(share), "scope": scope, "dense": dense} | quality(sparse)
+
+
+def equal_bytes_rows(run: Run) -> Iterator[dict]:
+    """Experts against weights at equal bytes: r of n experts, and the sparsity that takes the same room, see `equal_share`."""
+    n = moe_experts(run)
+    for r in run.sizes:
+        share = round(equal_share(n, r), 4)
+        yield {"r": r, "method": "enumerate", "sparsity": None} | quality(run, run.plan(run.general, r, "enumerate"))
+        yield {"r": r, "method": "frequency", "sparsity": None} | quality(run, run.plan(run.general, r, "frequency"))
+        for method in ("wanda", "moe-pruner"):
+            yield {"r": r, "method": method, "sparsity": share} | quality(run.sparse(run.general, share, method))
+
+
+def quantised_rows(run: Run) -> Iterator[dict]:
+    """A.6: expert pruning and 8-bit weights, each alone and together, with the bytes of each."""
+    for r in (moe_experts(run), *run.sizes):
+        plan = run.plan(run.general, r, "enumerate") if r < moe_experts(run) else None
+        whole = recovered(run, plan, {"rung": "none"}, lambda model: {})[0]
+        for some in (whole, replace(whole, dtype="int8")):
+            about = {"r": r, "weights": some.dtype or "stored", "mib": weight_bytes(some.model) / 2**20}
+            yield about | quality(some)
+
+
+# --- over seeds -----------------------------------------------------------------------------------------------------
+
+
+def bench_domain(out: Path | None = None, seeds: Sequence[int] = SEEDS) -> str:
+    """Notebook 07's study on every training seed."""
+    return _bench("domain", out, seeds, {"rows": domain_rows})
+
+
+def bench_recovery(out: Path | None = None, seeds: Sequence[int] = SEEDS) -> str:
+    """Notebook 08's rungs at r = 6 and 5, learning from both corpora, and its Table 4."""
+
+    def ladder(run: Run) -> Iterator[dict]:
+        yield {"r": 8, "rung": "full"} | quality(run)
+        text = f"{run.general}+{run.domain}"
+        for r, corpus in itertools.product((6, 5), (run.general, run.domain)):
+            yield from ladder_rows(run, r, corpus, text)
+
+    def tuned(run: Run) -> Iterator[dict]:
+        yield from tuned_rows(run, ((8, None), (7, run.domain), (6, run.general), (6, run.domain), (5, run.domain)))
+
+    return _bench("recovery", out, seeds, {"ladder": ladder, "tuned": tuned})
+
+
+def bench_weights(out: Path | None = None, seeds: Sequence[int] = SEEDS) -> str:
+    """Notebook 09's study on every training seed."""
+    parts = {"sparsity": sparsity_rows, "switches": switch_rows, "equal_bytes": equal_bytes_rows}
+    parts |= {"quantised": quantised_rows}
+    return _bench("weights", out, seeds, parts)
+
+
+def _bench(name: str, out: Path | None, seeds: Sequence[int], parts: dict[str, Callable[[Run], Iterator[dict]]]) -> str:
+    """Every part's rows for every seed; with `out`, the JSON there is written again after each seed."""
+    result = {**machine(), "weights": "the tiny model's", "seeds": [], **{part: [] for part in parts}}
+    for seed in seeds:
+        run = seed_run(seed)
+        for part, rows in parts.items():
+            result[part] += [{"seed": seed, **row} for row in tqdm(rows(run), desc=f"{name}, seed {seed}", unit="row")]
+        result["seeds"].append(seed)
+        if out:
+            write_json(out, result)
+    return "\n".join(f"{part}\n{aligned(_short(result[part]))}" for part in parts)
+
+
+def _short(rows: Sequence[dict]) -> list[dict]:
+    """Rows for printing: of the same columns, without the tasks, and with both perplexities by themselves."""
+    columns = dict.fromkeys(key for row in rows for key, value in row.items() if not isinstance(value, dict | list))
+    plain = ({key: row.get(key, "") for key in columns} for row in rows)
+    return [one | {f"ppl {i + 1}": row["perplexity"][i] for i in (0, 1)} for one, row in zip(plain, rows, strict=True)]
+
+
+# --- figures and tables from the rows -------------------------------------------------------------------------------
+
+MEASURES = {
+    "general": lambda row: row["perplexity"][0],
+    "domain": lambda row: row["perplexity"][1],
+    "exact match": lambda row: row["tasks"].get("arithmetic_problems", row["average"]),
+    "average": lambda row: row["average"],
+}
+
+
+def spread(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation (0 of one)."""
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def line(label: str, rows: Sequence[dict], x: str | Callable[[dict], object], value: Callable[[dict], float]) -> dict:
+    """One line of a panel: at every x the mean over rows, which differ by seed or draw, and their deviation."""
+    place = x if callable(x) else lambda row: row[x]
+    groups: dict = {}
+    for row in rows:
+        groups.setdefault(place(row), []).append(value(row))
+    means, deviations = zip(*map(spread, groups.values()), strict=True)
+    return {"label": label, "x": list(groups), "mean": list(means), "deviation": list(deviations)}
+
+
+def pick(rows: Sequence[dict], **wanted) -> list[dict]:
+    """The rows that have these values."""
+    return [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
+
+
+def _measured(run: Run, key: str) -> dict:
+    """Title and axis of a panel that shows one of `MEASURES`."""
+    names = {"general": run.label(run.general), "domain": run.label(run.domain)}
+    return {
+        "title": names.get(key, "tasks"),
+        "ylabel": "perplexity, held-out" if key in names else f"{key}, %",
+        "log": key in names,
+    }
+
+
+def corpora_of(rows: Sequence[dict]) -> list[str]:
+    """The calibration corpora that rows know, in order."""
+    return [corpus for corpus in dict.fromkeys(row["calibration"] for row in rows) if corpus]
+
+
+def domain_figure(run: Run, rows: Sequence[dict], paper: Sequence[dict]) -> dict:
+    """Table 3 as curves over r: what calibration on each corpus leaves of each, beside random draws; the paper's GSM8K."""
+    full, panels = pick(rows, method="none", betas=None), []
+    for key in ("general", "domain", "exact match"):
+        lines = [
+            line(run.label(corpus), full + pick(rows, method="enumerate", calibration=corpus, betas=None), "r", MEASURES[key])
+            for corpus in corpora_of(rows)
+        ]
+        lines.append(line("random", full + pick(rows, method="random"), "r", MEASURES[key]))
+        panels.append(_measured(run, key) | {"xlabel": "experts kept, r", "falling": True, "lines": lines})
+    base = pick(paper, model="Mixtral 8x7B")
+    kinds = {"C4": {"calibration": "C4"}, "MATH": {"calibration": "MATH"}, "random": {"method": "random"}}
+    lines = [
+        line(name, pick(base, method="none") + [r for r in pick(base, **kind) if r["r"] < 8], "r", lambda row: row["gsm8k"])
+        for name, kind in kinds.items()
+    ]
+    about = {"title": "Mixtral 8x7B (Table 3)", "ylabel": "GSM8K, 5-shot, %", "xlabel": "experts kept, r", "falling": True}
+    return {"panels": [*panels, about | {"lines": lines, "paper": True}]}
+
+
+def beta_figure(run: Run, rows: Sequence[dict], paper: Sequence[dict]) -> dict:
+    """Table 8: skipping with the betas of each corpus, on the full model and on those pruned on the domain."""
+    sizes = sorted({row["r"] for row in rows if row["betas"]}, reverse=True)
+    panels = []
+    for key in ("general", "domain", "exact match"):
+        lines = []
+        for r in sizes:
+            mine = pick(rows, r=r, calibration=run.domain, method="enumerate") or pick(rows, r=r, method="none")
+            lines.append(line(f"r = {r}", mine, lambda row: run.label(row["betas"]) if row["betas"] else "none", MEASURES[key]))
+        panels.append(_measured(run, key) | {"xlabel": "betas of", "lines": lines})
+    base = pick(paper, model="Mixtral 8x7B")
+    lines = [
+        line(f"r = {r}", pick(base, r=r), lambda row: "skipping" if row["skipping"] else "none", lambda row: row["gsm8k"])
+        for r in (8, 6, 4)
+    ]
+    about = {"title": "Mixtral 8x7B (Table 8)", "ylabel": "GSM8K, 5-shot, %", "lines": lines, "paper": True, "xlabel": ""}
+    return {"panels": [*panels, about]}
+
+
+def sparsity_figure(run: Run, rows: Sequence[dict]) -> dict:
+    """Perplexity over the share of the experts' weights that went, by score."""
+    panels = []
+    for key, kind in itertools.product(("general", "domain"), (float, str)):
+        some = [row for row in rows if (":" in row["sparsity"]) is (kind is str) and row["method"] != "none"]
+        lines = [
+            line(method, pick(some, method=method), lambda row: kind(row["sparsity"]), MEASURES[key])  # noqa: B023
+            for method in METHODS
+        ]
+        panels.append(_measured(run, key) | {"xlabel": "sparsity" if kind is float else "kept of each group", "lines": lines})
+    return {"panels": panels}
+
+
+def equal_bytes_figure(run: Run, rows: Sequence[dict], full: Sequence[dict]) -> dict:
+    """Experts against weights: quality over the bytes of the experts that are left."""
+    n, panels = moe_experts(run), []
+    left = lambda row: 100 * row["r"] / n  # noqa: E731
+    whole = [{**row, "r": n} for row in full]
+    names = {"enumerate": "experts, enumerate", "frequency": "experts, frequency"}
+    names |= {"wanda": "weights, Wanda", "moe-pruner": "weights, MoE-Pruner"}
+    for key in ("general", "domain", "average"):
+        lines = [line(name, whole + pick(rows, method=method), left, MEASURES[key]) for method, name in names.items()]
+        panels.append(_measured(run, key) | {"xlabel": "bytes of the experts, %", "falling": True, "lines": lines})
+    return {"panels": panels}
+
+
+def won_back(rows: Sequence[dict]) -> list[dict]:
+    """The rungs of a ladder with the shares of what pruning lost that each wins back: in mean log perplexity over both
+    corpora ("perplexity"), and in exact match."""
+    log = lambda row: sum(math.log(value) for value in row["perplexity"]) / len(row["perplexity"])  # noqa: E731
+    found = []
+    for row in rows:
+        if row["rung"] in ("full", "pruned"):
+            continue
+        (full,) = pick(rows, seed=row["seed"], rung="full")
+        (pruned,) = pick(rows, seed=row["seed"], rung="pruned", r=row["r"], calibration=row["calibration"])
+        about = {key: row[key] for key in ("seed", "r", "calibration", "rung", "seconds", "trained")}
+        for name, value in (("in perplexity", log), ("in exact match", MEASURES["exact match"])):
+            lost = value(pruned) - value(full)
+            about[name] = 100 * (value(pruned) - value(row)) / lost if lost else float("nan")
+        found.append(about)
+    return found
+
+
+def ladder_figure(rows: Sequence[dict]) -> dict:
+    """What each rung wins back, over the seconds it took and the parameters it trained; one point for each r, calibration
+    corpus and seed."""
+    found, panels = won_back(rows), []
+    for of, x in itertools.product(("in perplexity", "in exact match"), ("seconds", "trained")):
+        points = [
+            {"label": rung, "x": [row[x] for row in pick(found, rung=rung)], "y": [row[of] for row in pick(found, rung=rung)]}
+            for rung in LADDER
+        ]
+        label = {"seconds": "seconds", "trained": "trained parameters"}[x]
+        panels.append({"title": of, "xlabel": label, "ylabel": "won back, %", "points": points})
+    return {"panels": panels}
+
+
+def tuned_figure(run: Run, rows: Sequence[dict], paper: Sequence[dict]) -> dict:
+    """Table 4: exact match before and after the same fine-tuning, beside the paper's GSM8K after it."""
+    name = lambda row: f"r = {row['r']}" + (f"\n{row['calibration']}" if row["calibration"] else "")  # noqa: E731
+    before = [row["before"] | {"r": row["r"], "calibration": row["calibration"]} for row in rows]
+    lines = [line("before", before, name, MEASURES["exact match"]), line("fine-tuned", rows, name, MEASURES["exact match"])]
+    ours = _measured(run, "exact match") | {"title": f"tuned on {run.label(run.domain)}", "lines": lines, "xlabel": ""}
+    base = pick(paper, model="Mixtral 8x7B")
+    theirs = {"title": "Mixtral 8x7B (Table 4)", "ylabel": "GSM8K, 0-shot, %", "xlabel": "", "paper": True}
+    return {"panels": [ours, theirs | {"lines": [line("fine-tuned", base, name, lambda row: row["gsm8k"])]}]}
