@@ -153,6 +153,10 @@ def _bench(arguments) -> None:
         from . import benchmark
 
         call = getattr(benchmark, f"bench_{arguments.name}")
+    elif arguments.name in ("domain", "recovery", "weights"):
+        from . import seeds
+
+        call = getattr(seeds, f"bench_{arguments.name}")
     else:
         from .speed import bench
 
@@ -171,6 +175,9 @@ def _add_calibration(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", help="where to compute (cpu), such as cuda")
     command.add_argument("--batch-size", type=int, default=8, metavar="B", help="sequences a forward pass (8)")
     command.add_argument("--revision", help="of the hub id")
+
+
+BENCHES = ("small", "medium", "full", "search", "stream", "many", "domain", "recovery", "weights")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -243,7 +250,7 @@ def _parser() -> argparse.ArgumentParser:
     acceptance.add_argument("--run-dir", metavar="DIR", help="where traces and plans go")
     acceptance.set_defaults(call=_acceptance)
     bench = commands.add_parser("bench", help="measure search, memory and speed on this machine")
-    bench.add_argument("name", choices=["small", "medium", "full", "search", "stream", "many"], help="what to measure")
+    bench.add_argument("name", choices=BENCHES, help="what to measure, or to study over training seeds")
     bench.add_argument("--out", type=Path, metavar="FILE", help="also write the result as JSON")
     bench.set_defaults(call=_bench)
     return parser

@@ -467,7 +467,7 @@ def _roofline(data: dict) -> Figure:
 # --- 07 to 09 -------------------------------------------------------------------------------------------------------
 
 
-def _panels(data: dict) -> Figure:
+def panels(data: dict) -> Figure:
     """Panels of lines with error bars over seeds (standard deviations), or of points; names of lines below all of them."""
     panels = data["panels"]
     columns = 2 if len(panels) == 4 else len(panels)
@@ -563,12 +563,6 @@ FIGURES: dict[str, Callable[[dict], Figure]] = {
     "05_tail_rule": _tail_rule,
     "06_memory_and_speed": _memory_and_speed,
     "06_roofline": _roofline,
-    "07_domain_specific": _panels,
-    "07_betas": _panels,
-    "08_recovery": _panels,
-    "08_fine_tuning": _panels,
-    "09_weight_pruning": _panels,
-    "09_equal_bytes": _panels,
     "10_searches": _searches,
     "10_search_costs": _search_costs,
 }

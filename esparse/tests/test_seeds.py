@@ -1,0 +1,124 @@
+"""The studies' rows against the same computed by hand, on few items, and what is made of rows."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+
+import esparse
+from esparse import plots, seeds, weights
+from esparse.checkpoints import weight_bytes
+from esparse.models import moe_layers
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    tasks = ("web_facts", "arithmetic_problems")
+    return esparse.Run(sequences=4, length=64, tasks=tasks, limit=4, keep=[6], folder=tmp_path_factory.mktemp("run"))
+
+
+def test_rows_are_the_quality_of_what_they_say(run, tiny):
+    rows = list(seeds.enumerated_rows(run, 6, ("arithmetic",)))
+    assert [(row["calibration"], row["betas"]) for row in rows] == [
+        (corpus, betas) for corpus in ("web", "arithmetic", "web+arithmetic") for betas in (None, "arithmetic")
+    ]
+    plan = run.plan("web+arithmetic", 6)
+    betas = esparse.median_betas(run.trace("arithmetic"), plan.kept)
+    with esparse.masked(tiny[0], plan), esparse.skipping(tiny[0], betas):
+        table = esparse.evaluate(*tiny, run.tasks, limit=4)
+        expected = [esparse.perplexity(tiny[0], run.held_out(corpus)) for corpus in ("web", "arithmetic")]
+    assert rows[-1]["perplexity"] == pytest.approx(expected, rel=1e-5)
+    assert rows[-1]["average"] == pytest.approx(100 * table.value.mean())
+
+
+def test_both_corpora_take_turns(run):
+    mixed, (web, arithmetic) = run.tokens("web+arithmetic"), (run.tokens(c, sequences=2) for c in ("web", "arithmetic"))
+    assert torch.equal(mixed, torch.stack([web[0], arithmetic[0], web[1], arithmetic[1]]))
+
+
+def test_a_sparse_run_is_the_model_with_pruned_weights(run, tiny):
+    model = copy.deepcopy(tiny[0])
+    weights.prune_weights(model, run.tokens("web"), "2:4", method="wanda")
+    sparse = run.sparse("web", "2:4", "wanda")
+    different = total = 0
+    for one, other in zip(model.parameters(), sparse.model.parameters(), strict=True):
+        different, total = different + (one != other).sum().item(), total + one.numel()
+    assert different < 1e-4 * total  # two scores that rounding cannot tell apart
+
+
+def test_rungs_are_taken_once_and_told_of(run):
+    rows = list(seeds.ladder_rows(run, 6, "web", "web+arithmetic", rungs=("scales", "output", "tune"), steps=2))
+    assert [row["rung"] for row in rows] == ["pruned", "scales", "output", "tune"]
+    assert rows[-1]["trained"] == sum(p.numel() for p in run.model.parameters()) - 6 * 2 * (3 * 128 * 256 + 128)
+    assert rows == list(seeds.ladder_rows(run, 6, "web", "web+arithmetic", rungs=("scales", "output", "tune"), steps=2))
+    made = [path for path in (run.folder / "recovered").iterdir() if path.is_dir()]
+    assert len(made) == 2 and all(moe_layers(esparse.load_model(str(path))[0])[0].n == 6 for path in made)
+    tuned = list(seeds.tuned_rows(run, [(8, None), (6, "web")], steps=1))
+    assert [row["r"] for row in tuned] == [8, 6] and tuned[0]["perplexity"] != tuned[0]["before"]["perplexity"]
+
+
+def test_eight_bits_round_each_row_to_its_own_scale(run, tiny):
+    quantised, _ = esparse.load_model(dtype="int8")
+    for name in ("gate_up_proj", "down_proj"):
+        weight, held = (getattr(moe_layers(model)[2].experts, name) for model in (tiny[0], quantised))
+        scale = weight.detach().abs().amax(-1, keepdim=True) / 127
+        assert ((held.dequantize() - weight).abs() <= 0.501 * scale).all()
+    assert 3.5 < weight_bytes(tiny[0]) / weight_bytes(quantised) < 4
+    rows = list(seeds.quantised_rows(run))
+    assert [(row["r"], row["weights"]) for row in rows] == [(r, kind) for r in (8, 6) for kind in ("float32", "int8")]
+    assert rows[0]["mib"] > rows[2]["mib"] > rows[1]["mib"] > rows[3]["mib"]
+    assert rows[1]["perplexity"] == pytest.approx(rows[0]["perplexity"], rel=0.01)
+
+
+def fake(seed: int, r: int, perplexity: float, **more) -> dict:
+    own = {"perplexity": [perplexity, 2 * perplexity], "average": 50.0 + seed, "tasks": {"arithmetic_problems": 40.0 - r}}
+    return {"seed": seed, "r": r, **own, **more}
+
+
+def test_what_a_rung_wins_back_is_a_share_of_what_was_lost():
+    about = {"calibration": "web", "seconds": 1.0, "trained": 2}
+    rows = [fake(0, 8, 2.0, rung="full"), fake(0, 6, 8.0, rung="pruned", **about), fake(0, 6, 4.0, rung="tune", **about)]
+    rows[2]["tasks"] = {"arithmetic_problems": 33.5}
+    (found,) = seeds.won_back(rows)
+    assert found["in perplexity"] == pytest.approx(50)  # log 8 to log 2, log 4 reached
+    assert found["in exact match"] == pytest.approx(100 * (33.5 - 34) / (32 - 34))
+
+
+def test_lines_are_means_and_deviations_over_seeds():
+    rows = [fake(seed, r, 2.0 + seed) for seed in (0, 1, 2) for r in (7, 6)]
+    line = seeds.line("some", rows, "r", seeds.MEASURES["general"])
+    assert line == {"label": "some", "x": [7, 6], "mean": [3.0, 3.0], "deviation": [1.0, 1.0]}
+    assert seeds.spread([5.0]) == (5.0, 0.0)
+
+
+def test_a_study_goes_seed_by_seed_and_is_written_after_each(tmp_path, monkeypatch):
+    monkeypatch.setattr(seeds, "seed_run", lambda seed: seed)
+    out = tmp_path / "study.json"
+
+    def rows(seed):
+        assert seed == 0 or json.loads(out.read_text())["seeds"] == [0]
+        yield {"r": 6, "perplexity": [2.0, 3.0], "average": 50.0}
+        yield {"r": 5, "draw": 1, "perplexity": [2.5, 3.5], "average": 40.0}
+
+    said = seeds._bench("some", out, (0, 1), {"rows": rows})
+    result = json.loads(out.read_text())
+    assert [(row["seed"], row["r"]) for row in result["rows"]] == [(0, 6), (0, 5), (1, 6), (1, 5)] and "2.5" in said
+
+
+def test_figures_show_every_seed_and_the_paper(run):
+    rows = [
+        fake(seed, r, 2.0 + 0.1 * (8 - r) + seed, calibration=corpus, method=method, betas=betas)
+        for seed in (0, 1)
+        for r, method, corpora in ((8, "none", (None,)), (6, "enumerate", ("web", "arithmetic")), (6, "random", (None,)))
+        for corpus in corpora
+        for betas in (None, "web")
+    ]
+    data = seeds.domain_figure(run, rows, esparse.paper("table3"))
+    line = data["panels"][0]["lines"][0]
+    assert (line["label"], line["x"], line["mean"]) == ("web (synthetic)", [8, 6], [2.5, pytest.approx(2.7)])
+    assert line["deviation"][0] == pytest.approx(math.sqrt(0.5))
+    for drawn in (data, seeds.beta_figure(run, rows, esparse.paper("table8"))):
+        figure = plots.panels(drawn)
+        assert len(figure.axes) == 4 and figure.axes[3].get_title().startswith("the paper")
