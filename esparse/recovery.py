@@ -158,8 +158,9 @@ def recover(
     the teacher's next-token distributions (KL); "experts" everything, by L_CE + lambda * the sum over layers and experts of
     the mean squared difference between the outputs of the teacher's experts and their counterparts in the student, both
     models fed the same tokens and each expert those that the teacher routes to it; lambda is L_CE over that sum in the
-    first batch (MoE-Pruner, arXiv 2410.12013); "tune" everything, by next-token cross-entropy. plan: which of the teacher's
-    experts the student has, where it has fewer. Weights that are zero stay so. arguments: further `TrainingArguments`.
+    first batch of all processes (MoE-Pruner, arXiv 2410.12013); "tune" everything, by next-token cross-entropy. plan: which
+    of the teacher's experts the student has, where it has fewer. Weights that are zero stay so. arguments: further
+    `TrainingArguments`.
     Returns {"rung", "steps", "seconds", "trained": parameters, "losses": of each step, "balance": lambda or None}.
     Raises ValueError for an unknown rung, a missing teacher, and models whose layers do not match.
     """
@@ -246,7 +247,7 @@ def _trainer(model, tokens: torch.Tensor, options: dict, measure):
             return (loss, output) if return_outputs else loss
 
     quiet = {"save_strategy": "no", "report_to": "none", "logging_steps": 1, "disable_tqdm": True, "log_level": "error"}
-    quiet["dataloader_pin_memory"] = torch.cuda.is_available()
+    quiet |= {"dataloader_pin_memory": torch.cuda.is_available(), "ddp_find_unused_parameters": False}
     rows = [{"input_ids": row, "labels": row} for row in tokens]
     trainer = Recovery(model, TrainingArguments(**quiet | options), train_dataset=rows, callbacks=[Watch()])
     trainer.remove_callback(PrinterCallback)
@@ -298,11 +299,20 @@ class _Experts:
         if self.balance is None:
             if apart <= ROUNDING * sum(states.float().square().mean() for states, _ in before):
                 raise ValueError("The student's experts give just what the teacher's give: there is nothing to distil.")
-            self.balance = (output.loss / apart).item()
+            self.balance = (_mean(output.loss) / _mean(apart)).item()
         return output.loss + self.balance * apart, output
 
 
 _LOSSES = {"tune": _Tune, "router": _Router, "experts": _Experts}
+
+
+def _mean(loss: torch.Tensor) -> torch.Tensor:
+    """A loss, as the mean over all processes."""
+    loss = loss.detach().clone()
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(loss)
+        loss /= torch.distributed.get_world_size()
+    return loss
 
 
 def _on(model, ids: torch.Tensor):

@@ -144,11 +144,9 @@ def test_gsm8k_math_and_wikitext_report_the_literatures_metrics(tiny, hub):
 # --- one call, one command, one library -----------------------------------------------------------------------------
 
 
-def run_command(*words: str, launcher: tuple[str, ...] = ()) -> str:
-    command = [sys.executable, "-m", *launcher, *(("-m",) if launcher else ()), *words]
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=data_folder().parent, env=os.environ | {"TQDM_DISABLE": "1"}
-    )
+def run_command(*words: str, **environment: str) -> str:
+    own = os.environ | {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"} | environment
+    done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, cwd=data_folder().parent, env=own)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -167,23 +165,42 @@ def test_our_numbers_are_those_of_lm_evals_own_command(tiny, tmp_path):
     assert ours.value["arithmetic_problems"] == theirs["arithmetic_problems"]["exact_match,strict-match"]
 
 
-def test_the_command_scores_plans_and_betas_keeps_what_it_has_and_runs_in_parallel(tiny, tiny_trace, tmp_path):
+def test_the_command_scores_plans_and_betas_and_keeps_what_it_has(tiny, tiny_trace, tmp_path):
     plan = esparse.search_experts(tiny_trace, 6)
     plan.save(tmp_path / "plan.json")
     (tmp_path / "betas.json").write_text(json.dumps({"betas": [0.4] * 6}))
-    files = ("--plan", str(tmp_path / "plan.json"), "--betas", str(tmp_path / "betas.json"))
-    words = ("esparse", "evaluate", "tiny", "--tasks", "web_facts", "web_walks", "--limit", "16", *files, "--run-dir")
+    files = ("--plan", str(tmp_path / "plan.json"), "--betas", str(tmp_path / "betas.json"), "--run-dir", str(tmp_path))
+    words = ("esparse", "evaluate", "tiny", "--tasks", "web_facts", "web_walks", "--limit", "16", *files)
     with esparse.masked(tiny[0], plan), esparse.skipping(tiny[0], [0.4] * 6):
         table = esparse.evaluate(*tiny, ["web_facts", "web_walks"], limit=16)
-    said = run_command(*words, str(tmp_path / "one"))
+    said = run_command(*words)
     assert f"average {100 * table.value.mean():.2f}" in said
-    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "one" / "results").iterdir()}
-    assert len(kept) == 2 and run_command(*words, str(tmp_path / "one")) == said
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "results").iterdir()}
+    assert len(kept) == 2 and run_command(*words) == said
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
-    launcher = ("accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no")
-    assert f"average {100 * table.value.mean():.2f}" in run_command(
-        *words, str(tmp_path / "two"), launcher=(*launcher, "--dynamo_backend", "no")
-    )
+
+
+def test_processes_share_the_items(tiny, tmp_path):
+    """As `accelerate launch` starts them on GPUs; on a CPU accelerate asks for its own word and torchrun's."""
+    script = tmp_path / "shared.py"
+    script.write_text("""
+import esparse
+from esparse import evaluation
+real, seen = evaluation._language_model, []
+def spy(*arguments):
+    lm = real(*arguments)
+    score = lm.loglikelihood
+    lm.loglikelihood = lambda requests, **named: seen.append(len(requests)) or score(requests, **named)
+    return lm
+evaluation._language_model = spy
+table = esparse.evaluate(*esparse.load_model(), ["web_facts"], limit=17)
+print("requests", seen, "value", table.value.item(), "items", table["items"].item())
+""")
+    said = run_command("torch.distributed.run", "--nproc_per_node", "2", str(script), ACCELERATE_USE_CPU="true")
+    value = esparse.evaluate(*tiny, ["web_facts"], limit=17).value.item()
+    lines = [line for line in said.splitlines() if line.startswith("requests")]
+    assert len(lines) == 2 and all(f"value {value} items 17" in line for line in lines)
+    assert all(int(re.search(r"\[(\d+)\]", line)[1]) < 17 * 4 for line in lines)
 
 
 def test_an_interrupted_run_goes_on_with_the_next_task(tmp_path, monkeypatch):

@@ -2,6 +2,9 @@
 
 import copy
 import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -230,3 +233,27 @@ def test_equal_experts_have_nothing_to_teach():
     teacher = family_model("mixtral")
     with pytest.raises(ValueError, match="there is nothing to distil"):
         esparse.recover(copy.deepcopy(teacher), TOKENS, "experts", teacher=teacher, steps=1)
+
+
+@pytest.mark.parametrize(("rung", "rounding"), [("tune", 1e-3), ("experts", 0.2)])  # an expert's mean is over a process
+def test_two_processes_train_what_one_does(rung, rounding, tiny, tiny_trace, tmp_path):
+    """Two processes with two sequences each take the step that one with all four takes."""
+    plan = esparse.search_experts(tiny_trace, 6)
+    pruned = esparse.prune(copy.deepcopy(tiny[0]), plan)
+    before = copy.deepcopy(pruned)
+    esparse.save_model(pruned, tiny[1], tmp_path / "pruned", plan)
+    words = ["-m", "esparse", "recover", str(tmp_path / "pruned"), str(tmp_path / "tuned"), "--rung", rung, "--teacher", "tiny"]
+    words += ["--plan", str(tmp_path / "pruned" / "plan.json"), "--corpus", "arithmetic", "--sequences", "4", "--length", "64"]
+    words += ["--steps", "1", "--batch-size", "2", "--learning-rate", "1e-3", "--dtype", "float32"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", *words]
+    own = os.environ | {"TQDM_DISABLE": "1", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=own)
+    assert done.returncode == 0 and "parameters trained" in done.stdout, done.stderr[-3000:]
+    found = esparse.load_model(str(tmp_path / "tuned"))[0]
+    tokens = esparse.calibration_tokens("arithmetic", tiny[1], sequences=4, length=64)
+    options = {"teacher": tiny[0], "plan": plan, "steps": 1, "batch_size": 4, "learning_rate": 1e-3}
+    esparse.recover(pruned, tokens, rung, **options)
+    moved = apart = 0.0
+    for one, other, start in zip(found.parameters(), pruned.parameters(), before.parameters(), strict=True):
+        apart, moved = apart + (one - other).square().sum().item(), moved + (other - start).square().sum().item()
+    assert apart < rounding * moved
