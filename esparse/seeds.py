@@ -19,7 +19,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .benchmark import machine
-from .checkpoints import load_model, save_model, weight_bytes
+from .checkpoints import load_model, save_model
 from .files import checkout, digest, read_json, write_json
 from .pruning import PruningPlan, prune
 from .recovery import RUNGS, choose_by_output, recover, scale_experts
@@ -181,16 +181,6 @@ def equal_bytes_rows(run: Run) -> Iterator[dict]:
             yield {"r": r, "method": method, "sparsity": share} | quality(run.sparse(run.general, share, method))
 
 
-def quantised_rows(run: Run) -> Iterator[dict]:
-    """A.6: expert pruning and 8-bit weights, each alone and together, with the bytes of each."""
-    for r in (moe_experts(run), *run.sizes):
-        plan = run.plan(run.general, r, "enumerate") if r < moe_experts(run) else None
-        whole = recovered(run, plan, {"rung": "none"}, lambda model: {})[0]
-        for some in (whole, replace(whole, dtype="int8")):
-            about = {"r": r, "weights": some.dtype or "stored", "mib": weight_bytes(some.model) / 2**20}
-            yield about | quality(some)
-
-
 # --- over seeds -----------------------------------------------------------------------------------------------------
 
 
@@ -217,7 +207,6 @@ def bench_recovery(out: Path | None = None, seeds: Sequence[int] = SEEDS) -> str
 def bench_weights(out: Path | None = None, seeds: Sequence[int] = SEEDS) -> str:
     """Notebook 09's study on every training seed."""
     parts = {"sparsity": sparsity_rows, "switches": switch_rows, "equal_bytes": equal_bytes_rows}
-    parts |= {"quantised": quantised_rows}
     return _bench("weights", out, seeds, parts)
 
 
