@@ -66,10 +66,11 @@ def _product(experts: torch.nn.Module, hidden_states: torch.Tensor, pairs: int, 
     own = kernels.product if torch.compiler.is_compiling() else kernels.launch  # an operator costs 13 us a call
     if device.type == "cpu":
         if torch.compiler.is_compiling():
-            return kernels.product
+            return own
+        if scratch or differentiated or dtype not in (torch.float32, torch.bfloat16):
+            return None
         lines = all(size * p.itemsize % 16 == 0 for p in experts.parameters() if p.ndim == 3 for size in p.shape[1:])
-        grouped = dtype in (torch.float32, torch.bfloat16) and lines and not (scratch or differentiated)
-        return grouped_mm if grouped else None
+        return grouped_mm if lines else None
     if device.type != "cuda":
         return None
     # Before Hopper, and in other dtypes, torch's own waits for the host and loops.

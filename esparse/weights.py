@@ -53,6 +53,11 @@ class Sparsity:
             raise ValueError(f"The sparsity must lie between 0 and 1, got {share}: it is the share of weights to remove.")
         return cls(share)
 
+    def check(self, width: int) -> None:
+        """ValueError unless a row of so many weights divides into groups of M."""
+        if self.group and width % self.group:
+            raise ValueError(f"Rows of {width} weights do not divide into groups of {self.group} ({self}).")
+
     def __str__(self) -> str:
         return f"{round((1 - self.share) * self.group)}:{self.group}" if self.group else f"{self.share:g}"
 
@@ -62,9 +67,8 @@ def keep_mask(scores: torch.Tensor, sparsity: Sparsity) -> torch.Tensor:
 
     Exactly round(share * in) entries of every row go, or M - N of every group. Raises ValueError where M does not divide in.
     """
+    sparsity.check(scores.shape[-1])
     size = sparsity.group or scores.shape[-1]
-    if scores.shape[-1] % size:
-        raise ValueError(f"Rows of {scores.shape[-1]} weights do not divide into groups of {size} ({sparsity}).")
     groups = scores.unflatten(-1, (-1, size))
     gone = groups.argsort(dim=-1, stable=True)[..., : round(sparsity.share * size)]
     return torch.ones_like(groups, dtype=torch.bool).scatter_(-1, gone, False).flatten(-2)
@@ -292,8 +296,7 @@ def check_model(model, sparsity: Sparsity, scope: str) -> None:
         widths = [] if layer is None else [_inputs_of(layer.experts, name) for name in expert_weights(layer.experts)]
         widths += [m.in_features for m in linear_maps(decoder, layer).values()] if scope == "linear" else []
         for width in widths:
-            if sparsity.group and width % sparsity.group:
-                raise ValueError(f"Rows of {width} weights do not divide into groups of {sparsity.group} ({sparsity}).")
+            sparsity.check(width)
 
 
 def expert_weights(experts: nn.Module) -> list[str]:
