@@ -44,20 +44,23 @@ def _data(arguments) -> None:
 
 def _prune(arguments) -> None:
     from .preflight import preflight
+    from .pruning import PruningPlan
     from .streaming import join_ranks, prune_checkpoint, rank
 
+    if (arguments.experts is None) == (arguments.plan is None):
+        raise ValueError("Say either how many experts to keep (--experts R) or which (--plan FILE).")
     join_ranks()
+    plan = PruningPlan.load(arguments.plan) if arguments.plan else None
+    r = plan.r if plan else arguments.experts
     options = {"sequences": arguments.sequences, "length": arguments.length, "method": arguments.method}
     options |= {"revision": arguments.revision, "dtype": arguments.dtype, "batch_size": arguments.batch_size}
     if rank() == 0:
-        needs = preflight(arguments.source, arguments.experts, destination=arguments.destination, **options)
+        needs = preflight(arguments.source, r, destination=arguments.destination, **options)
         print("\n".join(f"{name + ':':10}{value}" for name, value in needs.items()), flush=True)
     if arguments.dry_run:
         return
     options |= {"device": arguments.device, "chunk_tokens": arguments.chunk_tokens, "seed": arguments.seed}
-    report = prune_checkpoint(
-        arguments.source, arguments.destination, arguments.experts, calibration=arguments.calibration, **options
-    )
+    report = prune_checkpoint(arguments.source, arguments.destination, plan or r, calibration=arguments.calibration, **options)
     if rank() == 0:
         print(f"{arguments.destination}: {report['n']} to {report['r']} experts in {report['seconds']:.0f} s")
         print(
@@ -96,9 +99,10 @@ def _evaluate(arguments) -> None:
         limit=arguments.limit,
         folder=arguments.run_dir,
     )
-    betas = read_json(arguments.betas, "file of betas") if arguments.betas else None
+    plan = PruningPlan.load(arguments.plan) if arguments.plan else None
+    betas = read_json(arguments.betas, "file of betas") if arguments.betas else plan and plan.betas
     betas = betas["betas"] if isinstance(betas, dict) else betas
-    table = run.scores(PruningPlan.load(arguments.plan) if arguments.plan else None, betas)
+    table = run.scores(plan, betas)
     print(table.to_string())
     if len(table) > 1 and table.metric.nunique() == 1:
         print(f"average {100 * table.value.mean():.2f}")
@@ -109,9 +113,13 @@ def _recover(arguments) -> None:
     from .corpora import calibration_tokens
     from .files import refuse_existing
     from .pruning import PruningPlan
-    from .recovery import recover
+    from .recovery import gathered, recover, under_fsdp
 
     refuse_existing(arguments.destination)
+    if under_fsdp():  # first: then only one process reads the weights
+        from accelerate import PartialState
+
+        PartialState()
     model, tokenizer = load_model(arguments.source, dtype=arguments.dtype)
     teacher = load_model(arguments.teacher, dtype=arguments.dtype)[0] if arguments.teacher else None
     plan = PruningPlan.load(arguments.plan) if arguments.plan else None
@@ -119,7 +127,13 @@ def _recover(arguments) -> None:
     tokens = calibration_tokens(arguments.corpus, tokenizer, **shape)
     options = {"steps": arguments.steps, "learning_rate": arguments.learning_rate, "batch_size": arguments.batch_size}
     found = recover(model, tokens, arguments.rung, teacher=teacher, plan=plan, seed=arguments.seed, **options)
+    state = gathered(model)
     if int(os.environ.get("RANK", 0)) == 0:
+        if state is not None:
+            model = load_model(arguments.source, dtype=arguments.dtype)[0]
+            lacking, unknown = model.load_state_dict(state, strict=False)
+            if unknown or set(lacking) - set(model.all_tied_weights_keys):
+                raise RuntimeError(f"What was trained does not fit the model: {[*unknown, *lacking][0]}. Nothing was saved.")
         save_model(model, tokenizer, arguments.destination)
         print(
             f"{arguments.destination}: {found['trained']} parameters trained in {found['seconds']:.0f} s, "
@@ -153,10 +167,10 @@ def _bench(arguments) -> None:
         from . import benchmark
 
         call = getattr(benchmark, f"bench_{arguments.name}")
-    elif arguments.name in ("domain", "recovery", "weights"):
-        from . import seeds
+    elif arguments.name in STUDIES:
+        from .seeds import bench_study
 
-        call = getattr(seeds, f"bench_{arguments.name}")
+        call = partial(bench_study, arguments.name)
     else:
         from .speed import bench
 
@@ -177,7 +191,8 @@ def _add_calibration(command: argparse.ArgumentParser) -> None:
     command.add_argument("--revision", help="of the hub id")
 
 
-BENCHES = ("small", "medium", "full", "search", "stream", "many", "domain", "recovery", "weights")
+STUDIES = ("domain_specific", "recovery", "weight_pruning", "quantised")  # over training seeds
+BENCHES = ("small", "medium", "full", "search", "stream", "many", *STUDIES)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -202,7 +217,8 @@ def _parser() -> argparse.ArgumentParser:
     prune = commands.add_parser("prune", help="prune a checkpoint from disk to disk, one layer in memory at a time")
     prune.add_argument("source", help="a local folder of safetensors, or a hub id")
     prune.add_argument("destination", help="the folder to write; absent until it is complete")
-    prune.add_argument("--experts", type=int, required=True, metavar="R", help="experts to keep in each layer")
+    prune.add_argument("--experts", type=int, metavar="R", help="experts to keep in each layer")
+    prune.add_argument("--plan", metavar="FILE", help="which to keep, as the explorer or another run wrote it")
     prune.add_argument("--method", default="enumerate", help="enumerate, greedy, progressive, reap, ... (enumerate)")
     _add_calibration(prune)
     prune.add_argument("--chunk-tokens", type=int, metavar="T", help="tokens whose expert outputs are held (as fit)")
@@ -221,7 +237,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("model", help="tiny, a local folder or a hub id")
     evaluate.add_argument("--tasks", nargs="*", metavar="TASK", help="tiny, paper, domain, perplexity, or lm-eval's names")
     evaluate.add_argument("--plan", metavar="FILE", help="a pruning plan, as prune and search_experts save it")
-    evaluate.add_argument("--betas", metavar="FILE", help="JSON with one beta per MoE layer, or such a list under 'betas'")
+    evaluate.add_argument(
+        "--betas", metavar="FILE", help="JSON with one beta per MoE layer, or such a list under 'betas' (the plan's)"
+    )
     evaluate.add_argument("--limit", type=int, metavar="N", help="items of each task (all; 100 for the tiny model)")
     evaluate.add_argument("--device-map", metavar="MAP", help="such as auto")
     evaluate.add_argument("--revision", help="of the hub id")
@@ -261,7 +279,7 @@ def main(words: list[str] | None = None) -> int:
     arguments = _parser().parse_args(words)
     try:
         arguments.call(arguments)
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
         print(f"esparse: {error}", file=sys.stderr)
         return 2
     return 0

@@ -31,7 +31,8 @@ def load_model(
         model, tokenizer = esparse.load_model("mistralai/Mixtral-8x7B-v0.1", device_map="auto")
 
     name: "tiny", a preset with random weights ("tiny-16", "tiny-32"), a local folder, or a hub id.
-    dtype: None means float32 for the tiny models (the fastest on a CPU) and the checkpoint's own for others.
+    dtype: None means float32 for the tiny models (the fastest on a CPU) and the checkpoint's own for others; "int8" puts
+    every linear map and every expert matrix into 8 bits with a scale for each row, through transformers' torchao support.
     A folder saved with skipping comes back skipping. Only safetensors are read and no remote code runs.
     Raises FileNotFoundError, PermissionError or ConnectionError where the model cannot be had.
     """
@@ -40,15 +41,37 @@ def load_model(
     if name in PRESETS and name != "tiny":
         model = preset_model(name).to(dtype or torch.float32)
     else:
-        options = {"dtype": dtype or ("float32" if name == "tiny" else "auto"), "revision": revision}
+        kept = None if dtype == "int8" else dtype
+        options = {"dtype": kept or ("float32" if name == "tiny" else "auto"), "revision": revision}
+        options |= {"quantization_config": _eight_bits() if dtype == "int8" else None}
         options |= {"device_map": device_map, "max_memory": max_memory, "use_safetensors": True}
         model = _fetch(transformers.AutoModelForCausalLM, source, **options)
+        if dtype == "int8":
+            model.set_experts_implementation("eager")  # no grouped product takes them
     tokenizer = load_tokenizer(source, revision)
     if device is not None:
         model = model.to(device)
     if (Path(source) / SKIPPING_FILE).exists():
         enable_skipping(model, read_json(Path(source) / SKIPPING_FILE, "esparse settings file")["betas"])
     return model.eval(), tokenizer
+
+
+def _eight_bits() -> transformers.TorchAoConfig:
+    """torchao's weight-only int8 for linear maps and stacked experts; routers and the output layer stay as they are."""
+    try:
+        from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig
+    except ImportError:
+        raise ImportError("dtype='int8' needs torchao beside transformers: pip install torchao.") from None
+    kind = Int8WeightOnlyConfig()
+    experts = r"re:.*experts\.(gate_up_proj|up_proj|down_proj)"
+    stay = ["gate", "router", "lm_head"]
+    return transformers.TorchAoConfig(FqnToConfig({"_default": kind, experts: kind}), modules_to_not_convert=stay)
+
+
+def weight_bytes(model) -> int:
+    """The bytes of a model's weights as they are held: of 8-bit ones, theirs and those of their scales."""
+    held = (part for p in model.parameters() for part in ((p.qdata, p.scale) if hasattr(p, "qdata") else (p,)))
+    return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
 
 def load_tokenizer(source: str, revision: str | None = None):

@@ -113,7 +113,7 @@ def _language_model(model, tokenizer, batch_size: int):
     """lm-eval's own Hugging Face model around ours, which under `accelerate launch` knows of the other processes."""
     from lm_eval.models.huggingface import HFLM
 
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=_max_length(model))
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         from accelerate import Accelerator
 
@@ -151,11 +151,6 @@ def _task_config(task: str) -> dict:
     files = config["dataset_kwargs"]["data_files"]
     config["dataset_kwargs"]["data_files"] = {split: str(data_folder().parent / name) for split, name in files.items()}
     return config
-
-
-def _max_length(model) -> int:
-    """Enough for any prompt here, and no more than the positions the model knows."""
-    return min(2048, getattr(model.config, "max_position_embeddings", 2048))
 
 
 def _table(results: dict, tasks: Sequence[str]) -> "pd.DataFrame":

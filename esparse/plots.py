@@ -9,9 +9,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import seaborn as sns
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import LogLocator
+from PIL import Image
 
 from .files import checkout, read_json, write_json
 
@@ -88,6 +93,8 @@ def redraw(names: Sequence[str] = (), folder: Path | None = None) -> list[Path]:
         raise FileNotFoundError(f"There are no figures in {folder}: run the notebooks first.")
     for name in names:
         save_figure(name, read_json(folder / f"{name}.json", "figure's numbers"), folder)
+    if folder == checkout() / "figures":
+        write_json(folder / "manifest.json", manifest())
     return [folder / f"{name}.png" for name in names]
 
 
@@ -103,6 +110,55 @@ def _quickstart(data: dict) -> Figure:
         axes.bar_label(bars, fmt="%.2f", padding=1, fontsize=8)
     axes.set(xticks=range(len(models)), xticklabels=models, ylabel="perplexity, held-out (lower is better)", ylim=(1, None))
     axes.legend()
+    return figure
+
+
+def _moe_layer(data: dict) -> Figure:
+    """What an MoE layer does with one token (the paper's Fig. 2): the router's weights, the best k experts, their sum."""
+    figure, [[axes]] = _canvas(7, 2.6)
+    n, chosen = len(data["weights"]), dict(zip(data["chosen"], data["normalised"], strict=True))
+    for expert, weight in enumerate(data["weights"]):
+        colour = COLOURS[0] if expert in chosen else "0.8"
+        axes.add_patch(Rectangle((expert + 0.1, 1.6), 0.8, 1.2 * weight / max(data["weights"]), color=colour))
+        axes.add_patch(Rectangle((expert + 0.1, 0.6), 0.8, 0.6, facecolor=colour, edgecolor="0.3"))
+        axes.text(expert + 0.5, 0.9, f"f{expert}", ha="center", va="center", color="white" if expert in chosen else "0.3")
+        axes.text(expert + 0.5, 1.45, f"{weight:.2f}", ha="center", va="center", fontsize=8)
+    for expert in chosen:
+        axes.annotate("", (n / 2, -0.35), (expert + 0.5, 0.58), arrowprops={"arrowstyle": "->", "color": COLOURS[0]})
+    total = " + ".join(f"{weight:.2f} f{expert}(x)" for expert, weight in chosen.items())
+    axes.text(n / 2, -0.55, f"output = {total}", ha="center", va="center")
+    for height, words in ((2.2, "routing weights"), (0.9, "experts")):
+        axes.text(-0.1, height, words, ha="right", va="center")
+    axes.set(xlim=(-1.6, n), ylim=(-0.75, 2.9))
+    axes.set_axis_off()
+    figure.supxlabel(f"a token of layer {data['layer']}: the best {len(chosen)} of {n}, renormalised", fontsize=9)
+    return figure
+
+
+def _method(data: dict) -> Figure:
+    """Pruning removes experts for all tokens, skipping a token's second expert where it weighs little (the paper's Fig. 3)."""
+    figure, [[left, right]] = _canvas(8, 2.9, 1, 2)
+    n, candidates = data["n"], data["candidates"]
+    for row, candidate in enumerate(candidates):
+        for expert in range(n):
+            kept = expert in candidate["kept"]
+            style = {"facecolor": COLOURS[0] if row == 0 else "0.6"} if kept else {"facecolor": "white", "hatch": "////"}
+            left.add_patch(Rectangle((expert + 0.08, -row + 0.1), 0.84, 0.7, edgecolor="0.4", lw=0.6, **style))
+        left.text(n + 0.2, -row + 0.45, f"loss {candidate['loss']:.2f}", va="center")
+    left.set(
+        xlim=(0, n + 2.4), ylim=(-len(candidates) + 0.9, 1), title=f"pruning: of all subsets of {data['r']}, the best stays"
+    )
+    for row, (first, second) in enumerate(data["tokens"]):
+        dropped = second < data["beta"] * first
+        right.add_patch(Rectangle((0, -row + 0.1), first, 0.7, facecolor=COLOURS[0], edgecolor="0.4"))
+        style = {"facecolor": "white", "hatch": "////"} if dropped else {"facecolor": COLOURS[1]}
+        right.add_patch(Rectangle((first, -row + 0.1), second, 0.7, edgecolor="0.4", lw=0.6, **style))
+        right.text(1.03, -row + 0.45, f"{second / first:.2f}" + (", skipped" if dropped else ""), va="center")
+    right.set(xlim=(0, 1.5), ylim=(-len(data["tokens"]) + 0.9, 1))
+    right.set_title(f"skipping: a second expert below {data['beta']:.2f} of the first")
+    for axes in (left, right):
+        axes.set_axis_off()
+    figure.supxlabel(f"layer {data['layer']}; hatched: not computed; ratio of the two routing weights on the right", fontsize=9)
     return figure
 
 
@@ -468,7 +524,7 @@ def _roofline(data: dict) -> Figure:
 
 
 def panels(data: dict) -> Figure:
-    """Panels of lines with error bars over seeds (standard deviations), or of points; names of lines below all of them."""
+    """Panels of lines with bars from the least to the most over seeds, or of points; names of lines below all of them."""
     panels = data["panels"]
     columns = 2 if len(panels) == 4 else len(panels)
     figure, grid = _canvas(3.2 * columns, 2.7 * (len(panels) // columns) + 0.3, len(panels) // columns, columns)
@@ -490,20 +546,22 @@ def panels(data: dict) -> Figure:
             _paper(axes, panel["title"])
             axes.legend(fontsize=7)
     shared = {label: shown for label, shown in labels.items() if label in _names(panels[0])}
-    figure.legend(shared.values(), shared.keys(), loc="outside lower center", ncols=4)
+    figure.legend(shared.values(), shared.keys(), loc="outside lower center", ncols=5)
     return figure
 
 
 def _line(axes, i: int, line: dict):
-    """One line with its error bars; names in the place of numbers stand side by side."""
+    """One line with its error bars, a little beside those of the others; names in the place of numbers stand side by side."""
     named = isinstance(line["x"][0], str)
     order = range(len(line["x"])) if named else sorted(range(len(line["x"])), key=line["x"].__getitem__)
     at = list(order) if named else [line["x"][j] for j in order]
-    means, deviations = [line["mean"][j] for j in order], [line["deviation"][j] for j in order]
+    aside = 0.012 * i * (at[-1] - at[0])
+    means, least, most = ([line[end][j] for j in order] for end in ("mean", "least", "most"))
+    bars = [[m - low for m, low in zip(means, least, strict=True)], [top - m for m, top in zip(means, most, strict=True)]]
     style = {"marker": MARKERS[i], "color": COLOURS[i], "capsize": 2, "ls": ":" if named else "-"}
     if named:
         axes.set_xticks(range(len(line["x"])), line["x"], fontsize=7)
-    return axes.errorbar(at, means, deviations, label=line["label"], **style)
+    return axes.errorbar([x + aside for x in at], means, bars, label=line["label"], **style)
 
 
 def _names(panel: dict) -> list[str]:
@@ -543,7 +601,196 @@ def _search_costs(data: dict) -> Figure:
     return figure
 
 
+# --- 11: views of which a slider changes a part ---------------------------------------------------------------------
+
+
+KEPT = ("removed", "kept", "kept for both", "only for {}", "only for {}")
+
+
+def _kept_view(figure, frame: dict) -> Callable[[dict], list]:
+    """Which experts stay: a grid of experts over layers, coloured by the corpus they are kept for."""
+    [[axes]] = figure.subplots(1, 1, squeeze=False)
+    shown = (0, 1) if len(frame["corpora"]) == 1 else (0, 2, 3, 4)
+    colours = [(1, 1, 1), (0.45, 0.45, 0.45), (0.45, 0.45, 0.45), COLOURS[0], COLOURS[1]]
+    picture = axes.imshow(
+        [[0] * frame["layers"]] * frame["n"], cmap=ListedColormap(colours), vmin=0, vmax=4, aspect="auto", origin="lower"
+    )
+    axes.set(xlabel="layer", ylabel="expert", xticks=_ticks(frame["layers"]), yticks=_ticks(frame["n"]))
+    names = [KEPT[i].format(frame["corpora"][i - 3] if i > 2 else "") for i in shown]
+    handles = [Patch(facecolor=colours[i], edgecolor="0.6", label=name) for i, name in zip(shown, names, strict=True)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=7)
+    title = _caption(axes)
+
+    def update(data: dict) -> list:
+        layers = list(zip(*data["kept"].values(), strict=True))
+        picture.set_data([[_kept_state(expert, subsets) for subsets in layers] for expert in range(frame["n"])])
+        title.set_text(f"experts kept, r = {data['r']}, {data['method']}")
+        return [picture, title]
+
+    return update
+
+
+def _kept_state(expert: int, subsets: Sequence[Sequence[int]]) -> int:
+    inside = [expert in subset for subset in subsets]
+    if len(inside) == 1 or inside[0] == inside[1]:
+        return 0 if not inside[0] else len(inside)
+    return 3 if inside[0] else 4
+
+
+def _ticks(count: int) -> range:
+    return range(0, count, max(1, -(-count // 16)))
+
+
+def _caption(axes):
+    """A title that a frame may change: it stands where it is whatever it says."""
+    return axes.text(0.5, 1.03, "", transform=axes.transAxes, ha="center", va="bottom", clip_on=False)
+
+
+def _pairs_view(figure, frame: dict) -> Callable[[dict], list]:
+    """How often two experts are chosen together, side by side for each corpus, on one scale for all layers."""
+    [row] = figure.subplots(1, len(frame["corpora"]), squeeze=False)
+    blank = [[0.0] * frame["n"]] * frame["n"]
+    options = {"vmin": 0, "vmax": 100 * frame["pairs"] or 1, "cmap": "viridis", "origin": "lower"}
+    pictures = [axes.imshow(blank, **options) for axes in row]
+    for axes in row:
+        axes.set(xlabel="expert", xticks=_ticks(frame["n"]), yticks=_ticks(frame["n"]))
+    row[0].set_ylabel("expert")
+    figure.colorbar(pictures[-1], ax=list(row), label="tokens that choose both, %", shrink=0.8)
+    titles = [_caption(axes) for axes in row]
+
+    def update(data: dict) -> list:
+        for picture, title, (name, table) in zip(pictures, titles, data["tables"].items(), strict=True):
+            picture.set_data([[100 * value for value in line] for line in table])
+            title.set_text(f"{name}\nlayer {data['layer']}")
+        return [*pictures, *titles]
+
+    return update
+
+
+def _landscape_view(figure, frame: dict) -> Callable[[dict], list]:
+    """All subsets' losses, best first, and the one that was chosen."""
+    [[axes]] = figure.subplots(1, 1, squeeze=False)
+    axes.set(xlabel="all subsets, best first, %", ylabel="loss / norm of the output")
+    axes.set(xlim=(-3, 103), ylim=(0, 1.05 * frame["landscape"] or 1))
+    lines = [axes.plot([], [], color=COLOURS[i], lw=1.5)[0] for i in range(len(frame["corpora"]))]
+    points = [
+        axes.plot([], [], MARKERS[i], color=COLOURS[i], ms=9, mec="black", label=f"chosen, {name}")[0]
+        for i, name in enumerate(frame["corpora"])
+    ]
+    figure.legend(handles=points, loc="outside lower center", ncols=2, fontsize=7)
+    title = _caption(axes)
+
+    def update(data: dict) -> list:
+        for line, point, one in zip(lines, points, data["corpora"].values(), strict=True):
+            last = max(1, len(one["losses"]) - 1)
+            line.set_data([100 * i / last for i in range(len(one["losses"]))], one["losses"])
+            point.set_data([100 * one["better"] / last], [one["loss"]])
+        title.set_text(f"layer {data['layer']}, r = {data['r']}, {data['method']}")
+        return [*lines, *points, title]
+
+    return update
+
+
+def _skipping_view(figure, frame: dict) -> Callable[[dict], list]:
+    """In each layer the share of droppable pairs that is skipped, and what pruning and skipping cost together."""
+    [row] = figure.subplots(1, 2, squeeze=False)
+    layers = range(frame["layers"])
+    lines = {}
+    for axes, key in zip(row, ("dropped", "loss"), strict=True):
+        lines[key] = [
+            axes.plot(layers, [0] * len(layers), f"-{MARKERS[i]}", color=COLOURS[i], label=name)[0]
+            for i, name in enumerate(frame["corpora"])
+        ]
+        axes.set(xlabel="layer", xticks=_ticks(frame["layers"]), xlim=(-0.5, frame["layers"] - 0.5))
+    row[0].set(ylabel="second experts dropped, %" if frame["k"] == 2 else "pairs dropped, %", ylim=(-4, 104))
+    row[1].set(ylabel="loss / norm of the output", ylim=(0, 1.05 * frame["loss"] or 1))
+    figure.legend(handles=lines["dropped"], loc="outside lower center", ncols=2, fontsize=7)
+    title = _caption(row[1])
+
+    def update(data: dict) -> list:
+        for i, one in enumerate(data["corpora"].values()):
+            lines["dropped"][i].set_ydata([100 * value for value in one["dropped"]])
+            lines["loss"][i].set_ydata(one["loss"])
+        title.set_text(f"r = {data['r']}")
+        return [*lines["dropped"], *lines["loss"], title]
+
+    return update
+
+
+def _trade_off_view(figure, frame: dict) -> Callable[[dict], list]:
+    """What skipping more costs, over layers on average, and where the controls stand."""
+    [[axes]] = figure.subplots(1, 1, squeeze=False)
+    axes.set(xlabel="second experts dropped, %" if frame["k"] == 2 else "pairs dropped, %", xlim=(-4, 104))
+    axes.set(ylabel="mean loss / norm of the output", ylim=(0, 1.05 * frame["loss"] or 1))
+    lines = [axes.plot([], [], color=COLOURS[i], lw=1.5)[0] for i in range(len(frame["corpora"]))]
+    points = [
+        axes.plot([], [], MARKERS[i], color=COLOURS[i], ms=9, mec="black", label=f"now, {name}")[0]
+        for i, name in enumerate(frame["corpora"])
+    ]
+    figure.legend(handles=points, loc="outside lower center", ncols=2, fontsize=7)
+    title = _caption(axes)
+
+    def update(data: dict) -> list:
+        for line, point, one in zip(lines, points, data["corpora"].values(), strict=True):
+            line.set_data([100 * value for value in one.get("dropped", [])], one.get("loss", []))
+            point.set_data([100 * one["now"][0]], [one["now"][1]])
+        title.set_text(f"r = {data['r']}")
+        return [*lines, *points, title]
+
+    return update
+
+
+VIEWS: dict[str, tuple[tuple[float, float], Callable]] = {
+    "kept": ((3.6, 3.1), _kept_view),
+    "co_selection": ((4.8, 3.1), _pairs_view),
+    "landscape": ((3.6, 3.1), _landscape_view),
+    "skipping": ((4.8, 3.1), _skipping_view),
+    "trade_off": ((3.6, 3.1), _trade_off_view),
+}
+
+
+class Stage:
+    """One of `VIEWS` whose axes are drawn once; a frame draws what its data changes on top, in a few milliseconds.
+
+    frame: what all its pictures share, as `explorer.Explorer.frame`.
+    """
+
+    def __init__(self, name: str, frame: dict):
+        size, view = VIEWS[name]
+        with matplotlib.rc_context(STYLE):
+            self.figure = Figure(figsize=size, layout="constrained", dpi=80)
+            self.canvas = FigureCanvasAgg(self.figure)
+            self.update, self.ground = view(self.figure, frame), None
+
+    def png(self, data: dict) -> bytes:
+        moving = self.update(data)
+        if self.ground is None:
+            for artist in moving:
+                artist.set_animated(True)
+            self.canvas.draw()
+            self.ground = self.canvas.copy_from_bbox(self.figure.bbox)
+        self.canvas.restore_region(self.ground)
+        for artist in moving:
+            artist.axes.draw_artist(artist)
+        buffer = io.BytesIO()
+        Image.fromarray(np.asarray(self.canvas.buffer_rgba())).convert("RGB").save(buffer, "png", compress_level=1)
+        return buffer.getvalue()
+
+
+def _views(data: dict) -> Figure:
+    """The views of one place of the explorer's controls, below each other two by two."""
+    names = list(data["views"])
+    rows = -(-len(names) // 2)
+    figure = NotebookFigure(figsize=(8.4, 3.1 * rows), layout="constrained")
+    places = figure.subfigures(rows, 2, squeeze=False, width_ratios=(3.6, 4.8)).flatten()
+    for name, place in zip(names, places, strict=False):
+        VIEWS[name][1](place, data["frame"])(data["views"][name])
+    return figure
+
+
 FIGURES: dict[str, Callable[[dict], Figure]] = {
+    "00_moe_layer": _moe_layer,
+    "00_method": _method,
     "00_quickstart": _quickstart,
     "01_frequency": _frequency,
     "01_co_selection": _co_selection,
@@ -563,6 +810,55 @@ FIGURES: dict[str, Callable[[dict], Figure]] = {
     "05_tail_rule": _tail_rule,
     "06_memory_and_speed": _memory_and_speed,
     "06_roofline": _roofline,
+    "07_domain_specific": panels,
+    "07_betas": panels,
+    "08_recovery": panels,
+    "08_fine_tuning": panels,
+    "09_weight_pruning": panels,
+    "09_equal_bytes": panels,
     "10_searches": _searches,
     "10_search_costs": _search_costs,
+    "11_explorer": _views,
 }
+
+# Which figure or table of the paper each belongs to; the others go past it, or are ours alone.
+IN_THE_PAPER = {
+    "00_moe_layer": "Fig. 2",
+    "00_method": "Fig. 3",
+    "00_quickstart": "",
+    "01_frequency": "Section A.1",
+    "01_co_selection": "Fig. 5",
+    "02_kept_experts": "Fig. 4",
+    "02_divergence": "Section 3.2, remark",
+    "03_loss_landscape": "Eq. 3",
+    "03_held_out": "Eq. 3",
+    "03_methods": "Tables 2, 6",
+    "03_calibration_size": "Table 7",
+    "04_ratios": "Section 3.3",
+    "04_betas": "A.7",
+    "05_trade_off": "Table 5",
+    "05_layers": "Section 3.3",
+    "05_scores": "Table 5",
+    "05_betas_of_pruned": "Section 4.3",
+    "05_expert_distances": "A.2",
+    "05_tail_rule": "A.2",
+    "06_memory_and_speed": "Fig. 1, Tables 1, 5, 9",
+    "07_domain_specific": "Table 3",
+    "07_betas": "Table 8",
+    "08_recovery": "Section 4.2",
+    "08_fine_tuning": "Table 4",
+    "09_weight_pruning": "Table 1",
+}
+
+
+def manifest() -> dict[str, dict[str, str]]:
+    """Every figure: its notebook, what it is in the paper, the numbers it is drawn from and the command that draws it."""
+    return {
+        name: {
+            "notebook": next((checkout() / "notebooks").glob(f"{name[:2]}_*.ipynb")).name,
+            "paper": IN_THE_PAPER.get(name, "past the paper"),
+            "data": f"figures/{name}.json",
+            "command": f"python -m esparse figures {name}",
+        }
+        for name in FIGURES
+    }

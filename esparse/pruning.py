@@ -19,7 +19,8 @@ class PruningPlan:
     """Which experts each layer keeps, in rising order, and what that costs.
 
     losses: the reconstruction loss (Eq. 3) of each layer's choice on the calibration set; runner_up: that of the second
-    best subset, where all were tried. model and tokens name what the plan was made from.
+    best subset, where all were tried. model and tokens name what the plan was made from. betas: to skip with on top of it, one
+    a layer, where the plan says so.
     """
 
     method: str
@@ -29,6 +30,7 @@ class PruningPlan:
     model: str
     tokens: str
     runner_up: list[float] | None = None
+    betas: list[float] | None = None
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON; raises FileExistsError if `path` exists."""
@@ -36,7 +38,11 @@ class PruningPlan:
 
     @classmethod
     def load(cls, path: str | Path) -> "PruningPlan":
-        return cls(**read_json(path, "pruning plan"))
+        """Read what `save` wrote. Raises FileNotFoundError, or ValueError for a file that is no plan."""
+        try:
+            return cls(**read_json(path, "pruning plan"))
+        except TypeError:
+            raise ValueError(f"{path} is no pruning plan of esparse.") from None
 
 
 def _masking_hook(layer: MoELayer, kept: list[int]):

@@ -1,6 +1,7 @@
 """Winning back what pruning cost (Table 4), rung by rung: closed-form scales, a choice among close subsets by what the
 whole model gives out, and three ways to train: the routers alone, expert by expert after the full model, everything."""
 
+import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -108,7 +109,7 @@ def choose_by_output(
     check_tokens(model, tokens)
     check_fingerprint(model, trace.model, "trace")
     run = lambda batch: model(batch.to(model.device), use_cache=False).logits  # noqa: E731
-    expected = [run(batch).float().log_softmax(-1).to(model.dtype).cpu() for batch in tokens.split(batch_size)]
+    expected = [run(batch).float().log_softmax(-1).cpu() for batch in tokens.split(batch_size)]
     close = []
     for layer in trace.layers:
         subsets, losses = subset_losses(layer, r)
@@ -159,20 +160,27 @@ def recover(
     the mean squared difference between the outputs of the teacher's experts and their counterparts in the student, both
     models fed the same tokens and each expert those that the teacher routes to it; lambda is L_CE over that sum in the
     first batch of all processes (MoE-Pruner, arXiv 2410.12013); "tune" everything, by next-token cross-entropy. plan: which
-    of the teacher's experts the student has, where it has fewer. Weights that are zero stay so. arguments: further
+    of the teacher's experts the student has, where it has fewer. Weights that are zero stay so; half-precision weights, in
+    which a step of the paper's size is lost in rounding, are trained as float32 and rounded at the end. arguments: further
     `TrainingArguments`.
     Returns {"rung", "steps", "seconds", "trained": parameters, "losses": of each step, "balance": lambda or None}.
-    Raises ValueError for an unknown rung, a missing teacher, and models whose layers do not match.
+    Raises ValueError for an unknown rung, a missing teacher, models whose layers do not match, and under FSDP for other
+    rungs than "tune".
     """
     if rung not in RUNGS:
         raise ValueError(f"Unknown rung {rung!r}: choose from {', '.join(RUNGS)}.")
+    if rung != "tune" and under_fsdp():
+        raise ValueError("Under FSDP no process holds a whole teacher: take the rung 'tune', or DDP by torchrun.")
     check_tokens(model, tokens)
     if rung != "tune":
         check_teacher(model, teacher, plan, rung)
     layers = moe_layers(model)
     wanted = [p for layer in layers for p in layer.gate.parameters()] if rung == "router" else list(model.parameters())
+    wanted = [p for p in wanted if p.requires_grad]  # a bias that balances the load is learnt otherwise
     with ExitStack() as stack:
         stack.enter_context(_training(model, wanted))
+        if not under_fsdp():  # which does it shard by shard
+            stack.enter_context(_in_float32(model))
         if model.dtype in (torch.float32, torch.bfloat16):  # which the grouped product knows
             stack.enter_context(experts_implementation(layers, "grouped_mm"))
         place = folder or stack.enter_context(tempfile.TemporaryDirectory())
@@ -189,13 +197,46 @@ def recover(
     }
 
 
+def under_fsdp() -> bool:
+    """Whether `accelerate launch` asked for FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
+
+
+@contextmanager
+def _in_float32(model) -> Iterator[None]:
+    """Half-precision parameters as float32, and on leaving in their own dtype again."""
+    half = [(p, p.dtype) for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16)]
+    for parameter, _ in half:
+        parameter.data = parameter.data.float()
+    try:
+        yield
+    finally:
+        for parameter, dtype in half:
+            parameter.data = parameter.data.to(dtype)
+
+
+def gathered(model) -> dict[str, torch.Tensor] | None:
+    """All weights of a model whose parameters FSDP has shared out, on the CPU of the first process (elsewhere empty), to be
+    loaded into a whole model; None where there are no shards. Every process must call it."""
+    if not any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+        return None
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return {name: tensor for name, tensor in state.items() if name not in model.all_tied_weights_keys}
+
+
 def check_teacher(model, teacher, plan: PruningPlan | None, rung: str) -> None:
-    """ValueError unless the teacher's layers match the model's, expert by expert or through the plan."""
+    """ValueError unless the teacher's layers match the model's, expert by expert or through the plan, which must be its."""
     if teacher is None:
         raise ValueError(f"The rung {rung!r} learns from the full model: give it as teacher=.")
     one, other = moe_layers(model), moe_layers(teacher)
     if len(one) != len(other):
         raise ValueError(f"The layers do not match: the teacher has {len(other)} MoE layers, the student {len(one)}.")
+    if plan and len(plan.kept) != len(one):
+        raise ValueError(f"The pruning plan is for {len(plan.kept)} MoE layers, the models have {len(one)}.")
+    if rung == "router" and model.config.get_text_config().vocab_size != teacher.config.get_text_config().vocab_size:
+        raise ValueError("The teacher has another vocabulary than the student: their next-token distributions do not compare.")
     for number, (mine, theirs) in enumerate(zip(one, other, strict=True)):
         kept = plan.kept[number] if plan else list(range(theirs.n))
         if len(kept) != mine.n or kept[-1] >= theirs.n:
@@ -205,6 +246,8 @@ def check_teacher(model, teacher, plan: PruningPlan | None, rung: str) -> None:
             )
         if mine.experts.down_proj.shape[1:] != theirs.experts.down_proj.shape[1:]:
             raise ValueError(f"The layers do not match: the experts of {mine.name} are of another shape than the teacher's.")
+    if plan:
+        check_fingerprint(teacher, plan.model, "pruning plan")
 
 
 @contextmanager

@@ -30,6 +30,8 @@ from .training import PRESETS
 if TYPE_CHECKING:  # tables and figures load what they need when they are asked for: a GPU machine may lack it
     import pandas as pd
 
+    from .explorer import Explorer
+
 LABELS = {"web": "web (synthetic)", "arithmetic": "arithmetic (synthetic)", "c4": "C4", "math": "MATH", "gsm8k": "GSM8K"}
 # The split a corpus is held out by, where it has one.
 HELD_OUT = {"web": "heldout", "arithmetic": "heldout", "c4": "validation", "math": "test", "gsm8k": "test"}
@@ -79,8 +81,11 @@ class Run:
 
     @cached_property
     def source(self) -> Path:
-        """The folder of the model's checkpoint, downloaded where it comes from the hub."""
-        return data_folder() / "tiny" if self.model_name in PRESETS else fetch(self.model_name, self.revision)
+        """The folder of the model's checkpoint, downloaded where it comes from the hub. Raises ValueError for the presets
+        that are made in memory."""
+        if self.model_name in PRESETS and self.model_name != "tiny":
+            raise ValueError(f"{self.model_name} is in no folder: write it with save_model, and give the folder as MODEL.")
+        return data_folder() / "tiny" if self.model_name == "tiny" else fetch(self.model_name, self.revision)
 
     @cached_property
     def streamed(self) -> bool:
@@ -114,8 +119,12 @@ class Run:
         return digest(self.model_name, self.revision, self.dtype, self._fingerprint)
 
     @property
-    def _fingerprint(self) -> str:
-        return Source(self.source).fingerprint if self.streamed else fingerprint(self.model)
+    def _fingerprint(self) -> str | list:
+        """What tells this model from others in the same place: its routers alone would not tell one with pruned weights."""
+        if self.model_name in PRESETS:
+            return fingerprint(self.model)
+        files = sorted(path for path in self.source.iterdir() if path.suffix in (".safetensors", ".json"))
+        return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
 
     @cached_property
     def _experts(self) -> tuple[int, int]:
@@ -155,6 +164,14 @@ class Run:
             trace(self.model, tokens, keep=keep).save(folder)
         return Trace.load(folder)
 
+    def explorer(self) -> "Explorer":
+        """Both corpora's traces for `widgets.explorer`, with everything on its grid computed once."""
+        from .explorer import Explorer
+
+        traces = {self.label(corpus): self.trace(corpus) for corpus in (self.general, self.domain)}
+        model = f"data/{self.model_name}" if self.model_name in PRESETS else self.model_name
+        return Explorer(traces, self.folder / "explorer", model)
+
     def plan(self, corpus: str, r: int, method: str | None = None, *, seed: int | None = None) -> PruningPlan:
         """The experts to keep, by METHOD unless another is named, calibrated on a corpus; made once, then read."""
         method, seed = method or self.method, self.seed if seed is None else seed
@@ -174,7 +191,8 @@ class Run:
         key = (self.model_key, plan and plan.kept, betas)
         paths = {task: self._path(*key, ["score", task, task_version(task), self.limit]) for task in self.tasks}
         missing = [task for task in self.tasks if not paths[task].exists()]
-        parts = [missing] if self.limit and missing else [[task] for task in missing]  # a few items each: all at once
+        few = self.limit and self.limit <= 100  # of each: all tasks at once
+        parts = [missing] if few and missing else [[task] for task in missing]
         for some in tqdm(parts, desc="tasks", leave=False):
             with self._inside(plan, betas):
                 table = evaluate(self.model, self.tokenizer, some, limit=self.limit)
@@ -241,8 +259,10 @@ class Run:
 
     @property
     def embedded(self) -> bool:
-        """Whether this is the tiny model on its own two corpora, whose numbers the notebooks vouch for."""
-        return (self.model_name, self.general, self.domain) == ("tiny", "web", "arithmetic")
+        """Whether this is the tiny model on its own two corpora, calibrated as by default, whose numbers the notebooks vouch
+        for."""
+        asked = (self.model_name, self.general, self.domain, self.sequences, self.length, self.seed, self.keep, self.method)
+        return asked == ("tiny", "web", "arithmetic", 64, 256, 42, None, "enumerate")
 
     def figure(self, name: str, data: dict):
         """Draw a figure of `plots.FIGURES`, save it as PNG, PDF and JSON, and return it.

@@ -1,6 +1,6 @@
 """The studies of notebooks 07 to 09, on one run, and over models that differ by their training seed alone.
 
-Each function of a run gives rows that JSON can hold; `bench_*` takes them over the seeds and keeps them in
+Each function of a run gives rows that JSON can hold; `bench_study` takes them over the seeds and keeps them in
 `data/results/`, from where the notebooks read them. Traces, pruned models and scores are kept in the runs' folders: what
 was interrupted goes on.
 """
@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from tqdm.auto import tqdm
 
 from .benchmark import machine
-from .checkpoints import load_model, save_model
-from .files import checkout, digest, read_json, write_json
+from .checkpoints import load_model, save_model, weight_bytes
+from .files import checkout, digest, measured, read_json, write_json
 from .pruning import PruningPlan, prune
 from .recovery import RUNGS, choose_by_output, recover, scale_experts
 from .runs import Run
@@ -30,10 +31,13 @@ from .traces import Trace, median_betas
 from .training import train_model
 from .weights import METHODS, SCOPES, equal_share
 
+if TYPE_CHECKING:  # a GPU machine may lack it
+    import pandas as pd
+
 SEEDS = (0, 1, 2)  # of training; 0 ships
-STEPS = 150  # of recovery on the tiny model
+STEPS = 100  # of recovery on the tiny model
 RATE = 1e-3
-DRAWS = 5  # of random plans
+DRAWS = 3  # of random plans
 LADDER = ("scales", "output", *RUNGS)
 
 
@@ -87,15 +91,20 @@ def enumerated_rows(run: Run, r: int, beta_corpora: Sequence[str] = ()) -> Itera
 def recovered(run: Run, plan: PruningPlan | None, what: dict, change: Callable[[object], dict]) -> tuple[Run, dict]:
     """A run of the model pruned to a plan (the full one, if None) and then changed in place by `change`, kept on disk under
     the name of `what` was done; and what `change` told of it."""
-    folder = run.folder / "recovered" / digest(run.model_key, plan and plan.kept, what)
+    folder = run.folder / "recovered" / digest(_settings(run, plan), what)
     about = folder.with_suffix(".json")
     if not about.exists():
-        model, tokenizer = load_model(run.model_name, dtype=run.model.dtype)
+        model, tokenizer = load_model(run.model_name, dtype=run.model.dtype, revision=run.revision)
         told = change(model if plan is None else prune(model, plan))
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed before it told
         save_model(model, tokenizer, folder)
         write_json(about, told)
     return run.of(folder), read_json(about, "record of a recovery")
+
+
+def _settings(run: Run, plan: PruningPlan | None) -> list:
+    """What a recovery depends on besides the rung: the model, the plan and its calibration set, the text."""
+    return [run.model_key, plan and [plan.kept, plan.tokens], run.seed, run.length, RATE]
 
 
 def ladder_rows(
@@ -112,7 +121,7 @@ def ladder_rows(
     yield about | {"rung": "pruned", "seconds": 0.0, "trained": 0} | quality(run, plan)
     for rung in rungs:
         if rung == "output":
-            chosen = run.once(lambda: _chosen(run, plan, traced, text), run.model_key, plan.kept, "output", text)
+            chosen = run.once(lambda: _chosen(run, plan, traced, text), _settings(run, plan), "output", text)
             told, found = chosen["told"], quality(run, PruningPlan(**chosen["plan"]))
         else:
             other, told = recovered(run, plan, {"rung": rung, "text": text, "steps": steps}, _timed(calls[rung]))
@@ -181,46 +190,66 @@ def equal_bytes_rows(run: Run) -> Iterator[dict]:
             yield {"r": r, "method": method, "sparsity": share} | quality(run.sparse(run.general, share, method))
 
 
+def quantised_rows(run: Run) -> Iterator[dict]:
+    """A.6: expert pruning and 8-bit weights, each alone and together, with the bytes of each."""
+    for r in (moe_experts(run), *run.sizes):
+        plan = run.plan(run.general, r, "enumerate") if r < moe_experts(run) else None
+        whole = recovered(run, plan, {"rung": "none"}, lambda model: {})[0]
+        for some in (whole, replace(whole, dtype="int8")):
+            about = {"r": r, "weights": some.dtype or "stored", "mib": weight_bytes(some.model) / 2**20}
+            yield about | quality(some)
+
+
 # --- over seeds -----------------------------------------------------------------------------------------------------
 
 
-def bench_domain(out: Path | None = None, seeds: Sequence[int] = SEEDS) -> str:
-    """Notebook 07's study on every training seed."""
-    return _bench("domain", out, seeds, {"rows": domain_rows})
+def _ladder(run: Run) -> Iterator[dict]:
+    """The rungs at r = 6 and 5 of 8, calibrated on the general corpus, learning from both; and the full model, as it is and
+    tuned like the pruned ones, since training on more text changes that one too."""
+    n, text = moe_experts(run), f"{run.general}+{run.domain}"
+    yield {"r": n, "rung": "full"} | quality(run)
+    other, told = recovered(
+        run, None, {"rung": "tune", "text": text, "steps": STEPS}, partial(_train, run, text, "tune", None, STEPS)
+    )
+    yield {"r": n} | told | {"rung": "full, tuned"} | quality(other)
+    for r in run.sizes[1:3] or run.sizes:
+        yield from ladder_rows(run, r, run.general, text)
 
 
-def bench_recovery(out: Path | None = None, seeds: Sequence[int] = SEEDS) -> str:
-    """Notebook 08's rungs at r = 6 and 5, learning from both corpora, and its Table 4."""
-
-    def ladder(run: Run) -> Iterator[dict]:
-        yield {"r": 8, "rung": "full"} | quality(run)
-        text = f"{run.general}+{run.domain}"
-        for r, corpus in itertools.product((6, 5), (run.general, run.domain)):
-            yield from ladder_rows(run, r, corpus, text)
-
-    def tuned(run: Run) -> Iterator[dict]:
-        yield from tuned_rows(run, ((8, None), (7, run.domain), (6, run.general), (6, run.domain), (5, run.domain)))
-
-    return _bench("recovery", out, seeds, {"ladder": ladder, "tuned": tuned})
+def _tuned(run: Run) -> Iterator[dict]:
+    """Table 4's cases: all experts, and 7 and 6 of 8 calibrated on each corpus."""
+    cases = itertools.product(run.sizes[:2], (run.general, run.domain))
+    return tuned_rows(run, [(moe_experts(run), None), *cases])
 
 
-def bench_weights(out: Path | None = None, seeds: Sequence[int] = SEEDS) -> str:
-    """Notebook 09's study on every training seed."""
-    parts = {"sparsity": sparsity_rows, "switches": switch_rows, "equal_bytes": equal_bytes_rows}
-    return _bench("weights", out, seeds, parts)
+STUDIES: dict[str, dict[str, Callable[[Run], Iterator[dict]]]] = {
+    "domain_specific": {"rows": domain_rows},
+    "recovery": {"ladder": _ladder, "tuned": _tuned},
+    "weight_pruning": {"sparsity": sparsity_rows, "switches": switch_rows, "equal_bytes": equal_bytes_rows},
+    "quantised": {"rows": quantised_rows},
+}
 
 
-def _bench(name: str, out: Path | None, seeds: Sequence[int], parts: dict[str, Callable[[Run], Iterator[dict]]]) -> str:
-    """Every part's rows for every seed; with `out`, the JSON there is written again after each seed."""
-    result = {**machine(), "weights": "the tiny model's", "seeds": [], **{part: [] for part in parts}}
+def study(run: Run, name: str) -> dict:
+    """The rows of a study: of the embedded model those measured over all training seeds, which ship; of another model the
+    same rows, of it alone, as seed 0."""
+    if run.embedded:
+        return measured(name)
+    rows = {part: [{"seed": 0, **row} for row in tqdm(rows(run), desc=part)] for part, rows in STUDIES[name].items()}
+    return {"seeds": [0], **rows}
+
+
+def bench_study(name: str, out: Path | None = None, seeds: Sequence[int] = SEEDS) -> str:
+    """A study on every training seed; with `out`, the JSON there is written again after each."""
+    result = {**machine(), "weights": "the tiny model's", "seeds": [], **{part: [] for part in STUDIES[name]}}
     for seed in seeds:
         run = seed_run(seed)
-        for part, rows in parts.items():
-            result[part] += [{"seed": seed, **row} for row in tqdm(rows(run), desc=f"{name}, seed {seed}", unit="row")]
+        for part, rows in STUDIES[name].items():
+            result[part] += [{"seed": seed, **row} for row in tqdm(rows(run), desc=f"{part}, seed {seed}", unit="row")]
         result["seeds"].append(seed)
         if out:
             write_json(out, result)
-    return "\n".join(f"{part}\n{aligned(_short(result[part]))}" for part in parts)
+    return "\n".join(f"{part}\n{aligned(_short(result[part]))}" for part in STUDIES[name])
 
 
 def _short(rows: Sequence[dict]) -> list[dict]:
@@ -239,20 +268,64 @@ MEASURES = {
     "average": lambda row: row["average"],
 }
 
+RATIOS = ("general", "domain")  # of the measures, the perplexities
+
 
 def spread(values: Sequence[float]) -> tuple[float, float]:
     """Mean and standard deviation (0 of one)."""
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
+def table(rows: Sequence[dict], by: Sequence[str]) -> "pd.DataFrame":
+    """Mean and deviation of every one of `MEASURES` over rows that agree in `by` (they differ by seed or draw), as text."""
+    import pandas as pd
+
+    groups: dict = {}
+    for row in rows:
+        groups.setdefault(tuple(row.get(key) for key in by), []).append(row)
+    cells = [
+        {name: "{:.2f} ± {:.2f}".format(*spread([*map(value, some)])) for name, value in MEASURES.items()}
+        for some in groups.values()
+    ]
+    shown = [["" if value is None else value for value in key] for key in groups]
+    return pd.DataFrame(cells, index=pd.MultiIndex.from_tuples(map(tuple, shown), names=by))
+
+
+def compared(rows: Sequence[dict], one: dict, other: dict, by: Sequence[str]) -> "pd.DataFrame":
+    """What `one` kind of row has over the `other`, seed by seed: the mean, least and most over seeds for rows that agree in
+    `by`. Perplexities compare by their ratio, scores by their difference; where a seed has several rows (draws), by their
+    mean. An interval that leaves out 1, or 0, is one that the seeds agree on."""
+    import pandas as pd
+
+    places, found = list(dict.fromkeys(tuple(row[k] for k in by) for row in pick(rows, **one))), []
+    for key in places:
+        place, cells = dict(zip(by, key, strict=True)), []
+        for name, value in MEASURES.items():
+            mine, theirs = (_by_seed(pick(rows, **kind, **place), value) for kind in (one, other))
+            if mine.keys() != theirs.keys():
+                raise ValueError(f"The seeds of {one} and {other} at {place} differ: these rows cannot be compared.")
+            apart = [mine[s] / theirs[s] if name in RATIOS else mine[s] - theirs[s] for s in mine]
+            cells += [statistics.mean(apart), min(apart), max(apart)]
+        found.append(cells)
+    columns = pd.MultiIndex.from_product([MEASURES, ("mean", "least", "most")])
+    return pd.DataFrame(found, index=pd.MultiIndex.from_tuples(places, names=by), columns=columns)
+
+
+def _by_seed(rows: Sequence[dict], value: Callable[[dict], float]) -> dict[int, float]:
+    groups: dict = {}
+    for row in rows:
+        groups.setdefault(row["seed"], []).append(value(row))
+    return {seed: statistics.mean(values) for seed, values in groups.items()}
+
+
 def line(label: str, rows: Sequence[dict], x: str | Callable[[dict], object], value: Callable[[dict], float]) -> dict:
-    """One line of a panel: at every x the mean over rows, which differ by seed or draw, and their deviation."""
+    """One line of a panel: at every x the mean, least and most over rows, which differ by seed or draw."""
     place = x if callable(x) else lambda row: row[x]
     groups: dict = {}
     for row in rows:
         groups.setdefault(place(row), []).append(value(row))
-    means, deviations = zip(*map(spread, groups.values()), strict=True)
-    return {"label": label, "x": list(groups), "mean": list(means), "deviation": list(deviations)}
+    ends = {"mean": statistics.mean, "least": min, "most": max}
+    return {"label": label, "x": list(groups)} | {name: [end(group) for group in groups.values()] for name, end in ends.items()}
 
 
 def pick(rows: Sequence[dict], **wanted) -> list[dict]:
@@ -270,6 +343,11 @@ def _measured(run: Run, key: str) -> dict:
     }
 
 
+def _in_lines(run: Run, corpus: str | None) -> str:
+    """A corpus' name, narrow enough for a tick."""
+    return run.label(corpus).replace(" (", "\n(").replace(" and ", "\nand ") if corpus else "none"
+
+
 def corpora_of(rows: Sequence[dict]) -> list[str]:
     """The calibration corpora that rows know, in order."""
     return [corpus for corpus in dict.fromkeys(row["calibration"] for row in rows) if corpus]
@@ -283,7 +361,7 @@ def domain_figure(run: Run, rows: Sequence[dict], paper: Sequence[dict]) -> dict
             line(run.label(corpus), full + pick(rows, method="enumerate", calibration=corpus, betas=None), "r", MEASURES[key])
             for corpus in corpora_of(rows)
         ]
-        lines.append(line("random", full + pick(rows, method="random"), "r", MEASURES[key]))
+        lines.insert(2, line("random", full + pick(rows, method="random"), "r", MEASURES[key]))  # third, as the paper's is
         panels.append(_measured(run, key) | {"xlabel": "experts kept, r", "falling": True, "lines": lines})
     base = pick(paper, model="Mixtral 8x7B")
     kinds = {"C4": {"calibration": "C4"}, "MATH": {"calibration": "MATH"}, "random": {"method": "random"}}
@@ -303,7 +381,7 @@ def beta_figure(run: Run, rows: Sequence[dict], paper: Sequence[dict]) -> dict:
         lines = []
         for r in sizes:
             mine = pick(rows, r=r, calibration=run.domain, method="enumerate") or pick(rows, r=r, method="none")
-            lines.append(line(f"r = {r}", mine, lambda row: run.label(row["betas"]) if row["betas"] else "none", MEASURES[key]))
+            lines.append(line(f"r = {r}", mine, lambda row: _in_lines(run, row["betas"]), MEASURES[key]))
         panels.append(_measured(run, key) | {"xlabel": "betas of", "lines": lines})
     base = pick(paper, model="Mixtral 8x7B")
     lines = [
@@ -323,7 +401,7 @@ def sparsity_figure(run: Run, rows: Sequence[dict]) -> dict:
             line(method, pick(some, method=method), lambda row: kind(row["sparsity"]), MEASURES[key])  # noqa: B023
             for method in METHODS
         ]
-        panels.append(_measured(run, key) | {"xlabel": "sparsity" if kind is float else "kept of each group", "lines": lines})
+        panels.append(_measured(run, key) | {"xlabel": "sparsity" if kind is float else "zeros of each group", "lines": lines})
     return {"panels": panels}
 
 
@@ -341,19 +419,25 @@ def equal_bytes_figure(run: Run, rows: Sequence[dict], full: Sequence[dict]) -> 
 
 
 def won_back(rows: Sequence[dict]) -> list[dict]:
-    """The rungs of a ladder with the shares of what pruning lost that each wins back: in mean log perplexity over both
-    corpora ("perplexity"), and in exact match."""
+    """The rungs of a ladder with the shares of what pruning lost that each wins back, in percent: in mean log perplexity over
+    both corpora, towards the full model ("in perplexity") and towards the full model tuned alike ("of tuned", where there
+    is one), and in exact match."""
     log = lambda row: sum(math.log(value) for value in row["perplexity"]) / len(row["perplexity"])  # noqa: E731
+    measures = {
+        "in perplexity": (log, "full"),
+        "of tuned": (log, "full, tuned"),
+        "in exact match": (MEASURES["exact match"], "full"),
+    }
     found = []
     for row in rows:
-        if row["rung"] in ("full", "pruned"):
+        if row["rung"] not in LADDER:
             continue
-        (full,) = pick(rows, seed=row["seed"], rung="full")
         (pruned,) = pick(rows, seed=row["seed"], rung="pruned", r=row["r"], calibration=row["calibration"])
         about = {key: row[key] for key in ("seed", "r", "calibration", "rung", "seconds", "trained")}
-        for name, value in (("in perplexity", log), ("in exact match", MEASURES["exact match"])):
-            lost = value(pruned) - value(full)
-            about[name] = 100 * (value(pruned) - value(row)) / lost if lost else float("nan")
+        for name, (value, rung) in measures.items():
+            for goal in pick(rows, seed=row["seed"], rung=rung):
+                lost = value(pruned) - value(goal)
+                about[name] = 100 * (value(pruned) - value(row)) / lost if lost else float("nan")
         found.append(about)
     return found
 
@@ -378,6 +462,6 @@ def tuned_figure(run: Run, rows: Sequence[dict], paper: Sequence[dict]) -> dict:
     before = [row["before"] | {"r": row["r"], "calibration": row["calibration"]} for row in rows]
     lines = [line("before", before, name, MEASURES["exact match"]), line("fine-tuned", rows, name, MEASURES["exact match"])]
     ours = _measured(run, "exact match") | {"title": f"tuned on {run.label(run.domain)}", "lines": lines, "xlabel": ""}
-    base = pick(paper, model="Mixtral 8x7B")
+    base = sorted(pick(paper, model="Mixtral 8x7B"), key=lambda row: (-row["r"], row["calibration"] or ""))
     theirs = {"title": "Mixtral 8x7B (Table 4)", "ylabel": "GSM8K, 0-shot, %", "xlabel": "", "paper": True}
     return {"panels": [ours, theirs | {"lines": [line("fine-tuned", base, name, lambda row: row["gsm8k"])]}]}

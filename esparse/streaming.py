@@ -27,7 +27,17 @@ from .preflight import expert_counts
 from .pruning import PruningPlan
 from .search import check_method, make_plan, search_layer
 from .shards import INDEX, Layout, Source, count_experts, fetch, layer_number, skeleton, with_experts
-from .traces import LayerTrace, Trace, about_layer, layer_file, median_betas, save_layer, tokens_digest, write_about
+from .traces import (
+    LayerTrace,
+    Trace,
+    about_layer,
+    check_experts,
+    layer_file,
+    median_betas,
+    save_layer,
+    tokens_digest,
+    write_about,
+)
 from .walk import BATCH, FileStream, Passing, Walk
 from .weights import Sparsity, Weigher, check_model, check_options, summary
 
@@ -97,11 +107,9 @@ class Streamed:
         return len(decoder_layers(self.model))
 
     def state(self, number: int) -> dict[str, torch.Tensor]:
-        """The tensors of the decoder layer in its place, under the names and in the dtypes of the source."""
+        """The tensors of the decoder layer in its place, under the names of the source, in the dtype they are computed in."""
         held = {name: tensor for name, tensor in self.model.state_dict().items() if layer_number(name) == number}
-        entries = self.source.entries
-        state = revert_weight_conversion(self.whole, held)
-        return {name: tensor.to(entries[name].dtype, copy=True).cpu() for name, tensor in state.items()}
+        return {name: tensor.cpu() for name, tensor in revert_weight_conversion(self.whole, held).items()}
 
     @contextmanager
     def layer(self, number: int) -> Iterator[nn.Module]:
@@ -341,7 +349,7 @@ def trace_checkpoint(
 def prune_checkpoint(
     source: str | Path,
     destination: str | Path,
-    r: int,
+    r: int | PruningPlan,
     *,
     calibration: str | torch.Tensor = "c4",
     sequences: int = 128,
@@ -356,6 +364,7 @@ def prune_checkpoint(
 ) -> dict:
     """Prune a checkpoint to r experts a layer from disk to disk, one decoder layer and the hidden states at a time.
 
+    r: how many to keep, or a `PruningPlan` made before, after which nothing is computed and no calibration set is read.
     source: a local folder of safetensors, or a hub id. destination: a folder of the same kind, with tokenizer, index,
     `plan.json`, a model card and `pruning_report.json`, which is also returned: kept experts, losses, betas, seconds, peak
     memory, versions, the calibration set. Weights are copied bit by bit; block FP8 and MXFP4 are written as bfloat16.
@@ -369,6 +378,8 @@ def prune_checkpoint(
     """
     refuse_existing(destination)
     check_method(method)
+    if isinstance(r, PruningPlan):
+        return _prune_as_planned(source, destination, r, revision)
     opened = Source(fetch(str(source), revision))
     layout = Layout(opened.config, r)
     left_out = layout.check(opened)
@@ -390,9 +401,52 @@ def prune_checkpoint(
     report = _report(about, records)
     if rank() == 0:
         write_json(progress.out / "plan.json", asdict(_plan_of(report, records)))
-        writer.finish(r, report, f"method: {method}, r = {r}")
+        writer.finish(r, report, f"method: {method}, r = {r}, {_calibrated(report)}")
     progress.finish()
     return report
+
+
+def _prune_as_planned(source: str | Path, destination: str | Path, plan: PruningPlan, revision: str | None) -> dict:
+    """`prune_checkpoint` by a plan: weights are copied, nothing else happens."""
+    opened = Source(fetch(str(source), revision))
+    layout = Layout(opened.config, plan.r)
+    left_out = layout.check(opened)
+    about = {"source": str(source), "revision": revision, "quantised": opened.method, "left_out": left_out}
+    about |= {"method": plan.method, "r": plan.r, "calibration set": plan.tokens}
+    records = _records_of(plan, Streamed(opened))
+    opened.check_finite()
+    progress = Progress(destination, {"source": opened.fingerprint, "plan": digest(asdict(plan))})
+    writer = ShardWriter(opened, layout, progress.out)
+    for number in tqdm(range(len(progress.records()), len(records)), desc="layers", unit="layer"):
+        started = time.perf_counter()
+        writer.write_layer(number, records[number])
+        steps = {"write": time.perf_counter() - started}
+        progress.finish_layer(number, records[number] | {"seconds": steps, "peak_gb": peak_gb()}, [])
+    report = _report(about, progress.records())
+    if rank() == 0:
+        write_json(progress.out / "plan.json", asdict(plan))
+        writer.finish(plan.r, report, f"method: {plan.method}, r = {plan.r}, by a plan made before")
+    progress.finish()
+    return report
+
+
+def _records_of(plan: PruningPlan, streamed: Streamed) -> list[dict]:
+    """What a plan says of each decoder layer. Raises ValueError for a plan of another model, before anything is written."""
+    records = []
+    for number in tqdm(range(len(streamed)), desc="checking the plan", unit="layer"):
+        with streamed.layer(number) as decoder:
+            layer = find_moe(decoder)
+            records.append({"gate": gate_digest(layer), "n": layer.n, "k": layer.k} if layer else {})
+            if layer:
+                check_experts(plan.r, layer.n, layer.k, router=layer.router)
+    found = [record for record in records if record]
+    if digest([record["gate"] for record in found]) != plan.model or len(found) != len(plan.kept):
+        raise ValueError("This pruning plan was made with another model: trace the model you want to use it with.")
+    for record, kept, loss in zip(found, plan.kept, plan.losses, strict=True):
+        if sorted(set(kept)) != list(kept) or len(kept) != plan.r or not 0 <= kept[0] <= kept[-1] < record["n"]:
+            raise ValueError(f"The plan must keep {plan.r} different experts of a layer in rising order, got {kept}.")
+        record |= {"kept": kept, "loss": loss}
+    return records
 
 
 def prune_weights_checkpoint(
@@ -439,7 +493,8 @@ def prune_weights_checkpoint(
 
     def visit(number: int, decoder: nn.Module) -> dict:
         found = walk.walk.prune_layer(number)
-        writer.write(number, streamed.state(number))
+        if rank() == 0:
+            writer.write(number, {name: _zeroed(opened.read(name), tensor) for name, tensor in streamed.state(number).items()})
         return found
 
     records = walk.run(visit)
@@ -447,9 +502,16 @@ def prune_weights_checkpoint(
     about |= {**summary(asked, method, scope, records), "n": layout.n, "k": expert_counts(opened.config)[1]}
     report = about | _costs(records)
     if rank() == 0:
-        writer.finish(layout.n, report, f"weights by {method}, sparsity {asked} of {scope}")
+        writer.finish(layout.n, report, f"weights by {method}, sparsity {asked} of {scope}, {_calibrated(report)}")
     progress.finish()
     return report
+
+
+def _zeroed(stored: torch.Tensor, pruned: torch.Tensor) -> torch.Tensor:
+    """A tensor of the source with the zeros of the pruned one, which was computed in another dtype: what is not zero keeps
+    every bit, and so does a tensor that was not pruned, whatever that dtype rounds to zero."""
+    gone = pruned == 0
+    return stored.masked_fill(gone, 0) if (gone & (stored.to(pruned.dtype) != 0)).any() else stored
 
 
 def summed(total: torch.Tensor) -> torch.Tensor:
@@ -496,6 +558,10 @@ def _about(calibration: str | torch.Tensor, tokens: torch.Tensor, seed: int, str
         "dtype": str(streamed.dtype),
         "ranks": ranks(),
     }
+
+
+def _calibrated(report: dict) -> str:
+    return f"calibrated on {report['sequences']} x {report['length']} tokens of {report['calibration']}"
 
 
 def _report(about: dict, records: list[dict]) -> dict:
@@ -556,8 +622,7 @@ class ShardWriter:
                 shutil.copyfile(path, self.folder / path.name)
         write_json(self.folder / "config.json", self._config(r))
         write_json(self.folder / REPORT, report)
-        made = f" Pruned by esparse from {report['source']} ({what}, calibrated on {report['sequences']} x {report['length']} "
-        made += f"tokens of {report['calibration']}); see `{REPORT}`."
+        made = f" Pruned by esparse from {report['source']} ({what}); see `{REPORT}`."
         write_text(self.folder / "README.md", card(self.source.config, r, report["k"], made))
 
     def _write_index(self) -> None:

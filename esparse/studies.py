@@ -17,6 +17,7 @@ from .search import best_subset, subset_losses
 from .skips import skipped_shares
 from .traces import (
     LayerTrace,
+    Trace,
     co_selection,
     dropped_share,
     expert_distances,
@@ -30,6 +31,36 @@ from .traces import (
     trace,
 )
 from .training import preset_model
+
+# --- 00: the method in two pictures ---------------------------------------------------------------------------------
+
+
+def layer_scheme(run: Run, number: int = 0) -> dict:
+    """Fig. 2 on a real token: the first whose two best experts weigh within a third of each other."""
+    layer = run.trace(run.general).layers[number]
+    token = int((layer.weights[:, 1] > 0.67 * layer.weights[:, 0]).nonzero()[0])
+    chosen = layer.order[token, : layer.k].tolist()
+    weights = layer.router.scores(layer.logits[token : token + 1])[0].tolist()
+    return {"layer": number, "weights": weights, "chosen": chosen, "normalised": layer.weights[token].tolist()}
+
+
+def method_scheme(run: Run, r: int, number: int = 0) -> dict:
+    """Fig. 3 on a real layer: the best subset, the median and the worst one; and what skipping at the median beta does with
+    six tokens."""
+    layer = run.trace(run.general).layers[number]
+    subsets, losses = subset_losses(layer, r)
+    order = losses.argsort().tolist()
+    picked = [order[0], order[len(order) // 2], order[-1]]
+    norm, beta = output_norm(layer), median_betas(Trace([layer], "", ""))[0]
+    return {
+        "layer": number,
+        "n": layer.n,
+        "r": r,
+        "candidates": [{"kept": list(subsets[i]), "loss": losses[i].item() / norm} for i in picked],
+        "beta": beta,
+        "tokens": layer.weights[:6, :2].tolist(),
+    }
+
 
 # --- 01 and 02: which experts are chosen, and kept -----------------------------------------------------------------
 
@@ -213,6 +244,16 @@ def trade_off(run: Run, shares: Sequence[float] = (0, 0.25, 0.5, 0.75, 1)) -> di
 def relative_loss(layer: LayerTrace, kept: Sequence[int] | None, beta: float | None) -> float:
     """The reconstruction loss over the norm of the layer's output."""
     return reconstruction_loss(layer, kept, beta) / output_norm(layer)
+
+
+def skipping_layers(run: Run, r: int, beta: float) -> dict:
+    """One beta in every layer of the model pruned to r experts: the share dropped and the relative loss in each."""
+    kept = run.plan(run.general, r).kept
+    layers = [
+        {"dropped": dropped_share(layer, beta, subset), "loss": relative_loss(layer, subset, beta)}
+        for layer, subset in zip(run.trace(run.general).layers, kept, strict=True)
+    ]
+    return {"beta": beta, "r": r, "layers": layers}
 
 
 def _mean(values) -> float:

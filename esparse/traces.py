@@ -319,7 +319,7 @@ class Trace:
         """Read what `save` wrote. Raises FileNotFoundError, or ValueError naming a truncated or foreign file."""
         folder = Path(folder)
         about = read_json(folder / "trace.json", "trace")
-        if about.get("format") != FORMAT:
+        if about.get("format") != FORMAT or not {"layers", "model", "tokens"} <= about.keys():
             raise ValueError(f"{folder} was saved by another version of esparse: trace again.")
         layers = [_load_layer(folder / layer_file(i), entry) for i, entry in enumerate(about["layers"])]
         return cls(layers, about["model"], about["tokens"])

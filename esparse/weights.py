@@ -142,10 +142,11 @@ ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _weighing_forward)
 
 
 def linear_maps(decoder: nn.Module, layer: MoELayer | None) -> dict[str, nn.Linear]:
-    """The linear maps of a decoder layer by name: attention, dense and shared experts; a router is none of them."""
+    """The linear maps of a decoder layer by name: attention, dense and shared experts; a router, or a gate of one output, is
+    none of them."""
     routing = set() if layer is None else {id(module) for module in layer.gate.modules()}
     maps = {name: module for name, module in decoder.named_modules() if isinstance(module, nn.Linear)}
-    return {name: module for name, module in maps.items() if id(module) not in routing}
+    return {name: module for name, module in maps.items() if id(module) not in routing and module.out_features > 1}
 
 
 @contextmanager
@@ -221,6 +222,12 @@ class Weigher:
             weight.mul_(mask)
             removed, whole = removed + (~mask).sum().item(), whole + mask.numel()
         found = {"removed": removed, "weights": whole}
+        if self.scope == "linear" and (unheard := sorted(linear_maps(decoder, layer).keys() - inputs.linear.keys())):
+            found["unheard"] = unheard
+            warnings.warn(
+                f"Decoder layer {number}: {', '.join(unheard)} is not called, so that nobody knows what enters it: it stays.",
+                stacklevel=2,
+            )
         if layer is not None and (unrouted := (tokens == 0).nonzero().flatten().tolist()):
             found["unrouted"] = unrouted
             warnings.warn(
@@ -245,7 +252,8 @@ def _targets(
                 yield weight, into[number] if routed else torch.ones_like(into[number])
     if scope == "linear":
         for name, module in linear_maps(decoder, layer).items():
-            yield module.weight, inputs.linear[name]
+            if name in inputs.linear:  # else it was not called, but its weight used
+                yield module.weight, inputs.linear[name]
 
 
 def check_options(method: str, scope: str) -> None:
@@ -275,7 +283,8 @@ def prune_weights(
     which MoE-Pruner is Wanda); routers, embeddings and the output layer stay. dense: score on what the dense layers give
     out, as MoE-Pruner's algorithm does, instead of the pruned ones', as Wanda's. Experts to which no token was routed
     have no score but their weights' magnitude, and are named: returns {"sparsity", "method", "scope", "removed" and
-    "weights" (counts), "unrouted" (decoder layer to experts)}.
+    "weights" (counts), "unrouted" (decoder layer to experts), "unheard" (decoder layer to linear maps that are not called
+    but used by their weight, as in Mamba: they stay)}.
     Raises ValueError for another method or scope, a sparsity outside (0, 1), N >= M, M that does not divide a row, and
     token ids outside the vocabulary, before any weight changes.
     """
@@ -311,8 +320,11 @@ def _inputs_of(experts: nn.Module, name: str) -> int:
 def summary(sparsity: Sparsity, method: str, scope: str, layers: Sequence[dict]) -> dict:
     """What `prune_weights` returns, from what it did in each decoder layer."""
     total = {key: sum(layer.get(key, 0) for layer in layers) for key in ("removed", "weights")}
-    unrouted = {str(number): layer["unrouted"] for number, layer in enumerate(layers) if layer.get("unrouted")}
-    return {"sparsity": str(sparsity), "method": method, "scope": scope, **total, "unrouted": unrouted}
+    apart = {
+        key: {str(number): layer[key] for number, layer in enumerate(layers) if layer.get(key)}
+        for key in ("unrouted", "unheard")
+    }
+    return {"sparsity": str(sparsity), "method": method, "scope": scope, **total, **apart}
 
 
 # --- zeros that stay ------------------------------------------------------------------------------------------------

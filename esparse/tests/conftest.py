@@ -1,6 +1,8 @@
 """Small random models of three families, and the embedded one."""
 
 import os
+import subprocess
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may need the network
 
@@ -9,6 +11,7 @@ import torch
 import transformers
 
 import esparse
+from esparse.files import checkout
 from esparse.models import moe_layers
 
 SHAPE = {
@@ -72,3 +75,24 @@ def tiny_tokens(tiny):
 @pytest.fixture(scope="session")
 def tiny_trace(tiny, tiny_tokens):
     return esparse.trace(tiny[0], tiny_tokens, keep=4)
+
+
+def command(*words, **options):
+    """`python -m esparse ...` in a process of its own."""
+    return subprocess.run([sys.executable, "-m", "esparse", *words], capture_output=True, text=True, cwd=checkout(), **options)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """Every notebook, run once with few items a task: the run folder, and what was printed."""
+    folder = tmp_path_factory.mktemp("run")
+    result = command("notebooks", "--set", "LIMIT=30", "--run-dir", str(folder))
+    assert result.returncode == 0, result.stdout + result.stderr
+    return folder, result.stdout
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Fixtures may ask their test whether it failed."""
+    report = (yield).get_result()
+    item.failed = getattr(item, "failed", False) or report.failed

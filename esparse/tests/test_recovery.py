@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import esparse
-from esparse import recovery, weights
+from esparse import __main__, recovery, weights
+from esparse.files import data_folder
 from esparse.models import moe_layers
 from esparse.pruning import masked_layer
 from esparse.tests.conftest import block_input, random_model, random_tokens
@@ -210,6 +211,10 @@ def test_plain_tuning_is_adamw_on_the_cross_entropy():
         assert report["losses"][0] == pytest.approx(student(TOKENS, labels=TOKENS).loss.item(), rel=1e-4)
 
 
+def plan_like(layers: int) -> esparse.PruningPlan:
+    return esparse.PruningPlan("enumerate", 5, [[3, 4, 5, 6, 7]] * layers, [0.0] * layers, "another", "tokens")
+
+
 @pytest.mark.parametrize(
     ("rung", "change", "message"),
     [
@@ -219,6 +224,10 @@ def test_plain_tuning_is_adamw_on_the_cross_entropy():
         ("router", {"teacher": family_model("mixtral", num_hidden_layers=2)}, "the teacher has 2 MoE layers, the student 3"),
         ("experts", {"teacher": family_model("mixtral", intermediate_size=16)}, "are of another shape than the teacher's"),
         ("experts", {"teacher": family_model("mixtral", 4)}, "the teacher 4, and the plan keeps 5"),
+        ("experts", {"plan": plan_like(layers=2)}, "plan is for 2 MoE layers, the models have 3"),
+        ("experts", {"plan": plan_like(layers=4)}, "plan is for 4 MoE layers, the models have 3"),
+        ("experts", {"plan": plan_like(layers=3)}, "plan was made with another model"),
+        ("router", {"teacher": family_model("mixtral", vocab_size=70)}, "another vocabulary"),
     ],
 )
 def test_models_that_do_not_match_are_refused(rung, change, message):
@@ -257,3 +266,84 @@ def test_two_processes_train_what_one_does(rung, rounding, tiny, tiny_trace, tmp
     for one, other, start in zip(found.parameters(), pruned.parameters(), before.parameters(), strict=True):
         apart, moved = apart + (one - other).square().sum().item(), moved + (other - start).square().sum().item()
     assert apart < rounding * moved
+
+
+_SHARDS = """
+import torch
+from torch.distributed.fsdp import fully_shard
+import esparse
+from esparse import __main__, recovery, weights
+torch.distributed.init_process_group("gloo")
+model, _ = esparse.load_model()
+assert recovery.gathered(model) is None
+with torch.no_grad():
+    model.model.layers[0].mlp.experts.down_proj[0, :, ::2] = 0  # in the first process' shard alone
+expected = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+expected["model.layers.0.mlp.experts.down_proj"][0, :, ::2] = 0
+for layer in model.model.layers:
+    fully_shard(layer)
+fully_shard(model)
+present = weights.zeros(model)
+with torch.no_grad():
+    for parameter in model.parameters():
+        parameter.add_(1)
+weights.restore_zeros(model, present)
+state = recovery.gathered(model)
+if torch.distributed.get_rank() == 0:
+    assert expected.keys() - state.keys() == {"lm_head.weight"}  # tied to the embeddings
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in state.items())
+    whole = esparse.load_model()[0]
+    whole.load_state_dict(state, strict=False)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in whole.state_dict().items())
+    print("whole again")
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_shards_are_gathered_and_their_zeros_stay(tmp_path):
+    (tmp_path / "shards.py").write_text(_SHARDS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "shards.py"]
+    own = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=own)
+    assert done.returncode == 0 and "whole again" in done.stdout, done.stderr[-3000:]
+
+
+def test_the_papers_setting_is_one_accelerate_reads():
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    read = load_config_from_file(str(data_folder() / "fsdp.yaml"))
+    assert read.distributed_type == "FSDP" and read.fsdp_config["fsdp_version"] == 2
+    asked = __main__._parser().parse_args(["recover", "pruned", "recovered"])
+    assert (asked.steps, asked.learning_rate) == (recovery.PAPER["steps"], recovery.PAPER["learning_rate"]) == (900, 2e-5)
+    assert (asked.corpus, recovery.PAPER["schedule"]) == ("metamath", "cosine")
+
+
+def test_a_teacher_under_fsdp_is_refused_before_anything_is_trained(tiny, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    student, tokens = copy.deepcopy(tiny[0]), torch.full((2, 16), 5)
+    for rung in ("experts", "router"):
+        with pytest.raises(ValueError, match="no process holds a whole teacher"):
+            esparse.recover(student, tokens, rung, teacher=tiny[0], steps=1)
+
+
+def test_half_precision_learns_as_float32_does(tiny):
+    """At the paper's learning rate most steps are smaller than bfloat16 can hold: the result is float32's, rounded once."""
+    tokens, trained = torch.randint(5, 900, (8, 32), generator=torch.Generator().manual_seed(0)), {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = copy.deepcopy(tiny[0]).to(torch.bfloat16).to(dtype)
+        before = {name: p.detach().float().clone() for name, p in model.named_parameters()}
+        esparse.recover(model, tokens, "tune", steps=4, learning_rate=1e-4)
+        assert all(p.dtype == dtype for p in model.parameters())
+        trained[dtype] = {name: p.detach().to(torch.bfloat16) for name, p in model.named_parameters()}
+    moved = sum((trained[torch.bfloat16][name] != before[name]).sum().item() for name in before)
+    same = sum((trained[torch.bfloat16][name] == trained[torch.float32][name]).sum().item() for name in before)
+    total = sum(p.numel() for p in before.values())
+    assert moved > 0.1 * total and same > 0.99 * total
+
+
+def test_what_balances_the_load_is_not_trained(tiny):
+    model = copy.deepcopy(tiny[0])
+    fixed = model.model.layers[0].mlp.gate.weight.requires_grad_(False)
+    before = fixed.detach().clone()
+    found = esparse.recover(model, torch.full((2, 16), 5), "router", teacher=tiny[0], steps=1, learning_rate=1e-2)
+    assert torch.equal(fixed, before) and found["trained"] == 5 * 8 * 128

@@ -2,13 +2,16 @@
 
 import copy
 import json
-import math
+import shutil
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 import esparse
 from esparse import plots, seeds, weights
+from esparse.__main__ import STUDIES
 from esparse.models import moe_layers
 
 
@@ -58,6 +61,32 @@ def test_rungs_are_taken_once_and_told_of(run):
     assert [row["r"] for row in tuned] == [8, 6] and tuned[0]["perplexity"] != tuned[0]["before"]["perplexity"]
 
 
+def test_a_recovery_is_taken_again_for_other_text_and_another_calibration_set(run):
+    calls = []
+    change = lambda model: calls.append(1) or {}  # noqa: E731
+    plan = run.plan("web", 6)
+    for some, by in ((run, plan), (run, plan), (replace(run, seed=7), plan), (run, replace(plan, tokens="other"))):
+        seeds.recovered(some, by, {"rung": "x"}, change)
+    assert len(calls) == 3
+
+
+@pytest.mark.filterwarnings("ignore:Decoder layer .* routes no token:UserWarning")  # four short sequences
+def test_another_model_in_the_same_place_is_another_model(run):
+    """Weight pruning leaves the routers, and so the fingerprint of traces and plans, as they are."""
+    folder, found = run.folder / "place", []
+    for sparsity in (0.3, 0.9):
+        shutil.rmtree(folder, ignore_errors=True)
+        esparse.prune_weights_checkpoint(run.source, folder, sparsity, method="magnitude", calibration=run.tokens("web"))
+        found.append(run.of(folder).perplexity("web"))
+    model = esparse.load_model(str(folder), dtype="float32")[0]
+    assert found[1] == pytest.approx(esparse.perplexity(model, run.held_out("web")), rel=1e-5) and found[1] > 2 * found[0]
+
+
+def test_presets_without_a_folder_are_refused(run):
+    with pytest.raises(ValueError, match="tiny-16 is in no folder: write it with save_model"):
+        replace(run, model_name="tiny-16").sparse("web", 0.5, "wanda")
+
+
 def fake(seed: int, r: int, perplexity: float, **more) -> dict:
     own = {"perplexity": [perplexity, 2 * perplexity], "average": 50.0 + seed, "tasks": {"arithmetic_problems": 40.0 - r}}
     return {"seed": seed, "r": r, **own, **more}
@@ -68,14 +97,17 @@ def test_what_a_rung_wins_back_is_a_share_of_what_was_lost():
     rows = [fake(0, 8, 2.0, rung="full"), fake(0, 6, 8.0, rung="pruned", **about), fake(0, 6, 4.0, rung="tune", **about)]
     rows[2]["tasks"] = {"arithmetic_problems": 33.5}
     (found,) = seeds.won_back(rows)
+    assert "of tuned" not in found
+    (tuned,) = seeds.won_back([*rows, fake(0, 8, 1.0, rung="full, tuned")])
+    assert tuned["of tuned"] == pytest.approx(100 / 3) and tuned["in perplexity"] == found["in perplexity"]
     assert found["in perplexity"] == pytest.approx(50)  # log 8 to log 2, log 4 reached
     assert found["in exact match"] == pytest.approx(100 * (33.5 - 34) / (32 - 34))
 
 
-def test_lines_are_means_and_deviations_over_seeds():
+def test_lines_are_means_and_ranges_over_seeds():
     rows = [fake(seed, r, 2.0 + seed) for seed in (0, 1, 2) for r in (7, 6)]
     line = seeds.line("some", rows, "r", seeds.MEASURES["general"])
-    assert line == {"label": "some", "x": [7, 6], "mean": [3.0, 3.0], "deviation": [1.0, 1.0]}
+    assert line == {"label": "some", "x": [7, 6], "mean": [3.0, 3.0], "least": [2.0, 2.0], "most": [4.0, 4.0]}
     assert seeds.spread([5.0]) == (5.0, 0.0)
 
 
@@ -88,7 +120,8 @@ def test_a_study_goes_seed_by_seed_and_is_written_after_each(tmp_path, monkeypat
         yield {"r": 6, "perplexity": [2.0, 3.0], "average": 50.0}
         yield {"r": 5, "draw": 1, "perplexity": [2.5, 3.5], "average": 40.0}
 
-    said = seeds._bench("some", out, (0, 1), {"rows": rows})
+    monkeypatch.setitem(seeds.STUDIES, "some", {"rows": rows})
+    said = seeds.bench_study("some", out, (0, 1))
     result = json.loads(out.read_text())
     assert [(row["seed"], row["r"]) for row in result["rows"]] == [(0, 6), (0, 5), (1, 6), (1, 5)] and "2.5" in said
 
@@ -104,7 +137,60 @@ def test_figures_show_every_seed_and_the_paper(run):
     data = seeds.domain_figure(run, rows, esparse.paper("table3"))
     line = data["panels"][0]["lines"][0]
     assert (line["label"], line["x"], line["mean"]) == ("web (synthetic)", [8, 6], [2.5, pytest.approx(2.7)])
-    assert line["deviation"][0] == pytest.approx(math.sqrt(0.5))
+    assert (line["least"][0], line["most"][0]) == (2.0, 3.0)
     for drawn in (data, seeds.beta_figure(run, rows, esparse.paper("table8"))):
         figure = plots.panels(drawn)
         assert len(figure.axes) == 4 and figure.axes[3].get_title().startswith("the paper")
+
+
+def test_tables_are_means_and_comparisons_go_seed_by_seed():
+    rows = [fake(seed, r, 2.0 + seed + (8 - r), method=m) for seed in (0, 1) for r in (7, 6) for m in ("a",)]
+    rows += [fake(seed, r, (2.0 + seed + (8 - r)) * 2**draw, method="b") for seed in (0, 1) for r in (7, 6) for draw in (0, 1)]
+    shown = seeds.table(rows, ["r", "method"])
+    assert shown.loc[(7, "a"), "general"] == "3.50 ± 0.71" and shown.loc[(6, "a"), "domain"] == "9.00 ± 1.41"
+    found = seeds.compared(rows, {"method": "a"}, {"method": "b"}, ["r"])
+    assert [key for (key,) in found.index] == [7, 6]
+    assert found["general"].to_numpy() == pytest.approx(2 / 3)  # b's two draws are once and twice a's
+    assert (found["average"].to_numpy() == 0).all()
+    with pytest.raises(ValueError, match="seeds of .* differ"):
+        seeds.compared(rows[1:], {"method": "a"}, {"method": "b"}, ["r"])
+
+
+def test_shipped_sizes_follow_from_the_shapes():
+    """An expert in 8 bits is a byte for each weight and a float32 scale for each row; its router row stays float32."""
+    hidden, inner, layers, rows = 128, 256, 6, esparse.measured("quantised")["rows"]
+    mib = {(row["r"], row["weights"]): row["mib"] for row in rows}
+    weights, scales = 3 * hidden * inner, 2 * inner + hidden
+    for r in (7, 6, 5, 4):
+        stored, int8 = (mib[r + 1, kind] - mib[r, kind] for kind in ("float32", "int8"))
+        assert stored * 2**20 == pytest.approx(layers * 4 * (weights + hidden))
+        assert int8 * 2**20 == pytest.approx(layers * (weights + 4 * (scales + hidden)))
+
+
+def test_a_study_of_another_model_is_its_own_rows(run, monkeypatch):
+    assert not run.embedded and esparse.Run().embedded  # four sequences are not what the shipped rows were measured with
+    monkeypatch.setitem(seeds.STUDIES, "domain_specific", {"rows": lambda run: [{"r": 6}]})
+    assert seeds.study(run, "domain_specific") == {"seeds": [0], "rows": [{"seed": 0, "r": 6}]}
+
+
+def test_the_ladder_takes_the_second_and_third_size(run, monkeypatch):
+    asked = []
+    monkeypatch.setattr(seeds, "ladder_rows", lambda run, r, corpus, text: asked.append((r, corpus, text)) or [])
+    monkeypatch.setattr(seeds, "quality", lambda run: {})
+    eight = esparse.Run()
+    monkeypatch.setattr(seeds, "quality", lambda run: {})
+    monkeypatch.setattr(seeds, "recovered", lambda run, plan, what, change: (run, {"rung": "tune", "seconds": 1.0}))
+    assert [row["rung"] for row in seeds._ladder(eight)] == ["full", "full, tuned"] and list(seeds._ladder(run))
+    both = "web+arithmetic"
+    assert asked == [(r, "web", both) for r in (6, 5, 6)]
+
+
+def test_without_torchao_eight_bits_end_in_one_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    with pytest.raises(ImportError, match="needs torchao beside transformers: pip install torchao"):
+        esparse.load_model(dtype="int8")
+
+
+def test_the_command_line_knows_every_study():
+    assert tuple(seeds.STUDIES) == STUDIES

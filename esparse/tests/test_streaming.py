@@ -307,7 +307,8 @@ rng, kills, resumed, destination = random.Random(0), 0, 0, folder / "pruned"
 while kills < 20 or resumed < 3 or not destination.exists():
     if destination.exists():
         destination.rename(folder / f"done_{len(list(folder.glob('done_*')))}")
-    resumed += bool(list(folder.glob(".pruned.partial/layer_*.json")))
+    fresh = not list(folder.glob(".pruned.partial/layer_*.json"))
+    resumed += not fresh
     pid, started = child(destination), time.time()
     deadline = started + (rng.uniform(0, whole) if kills < 20 or resumed < 3 else 60)
     while time.time() < deadline and not os.waitpid(pid, os.WNOHANG)[0]:
@@ -317,8 +318,8 @@ while kills < 20 or resumed < 3 or not destination.exists():
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
             kills += 1
-        else:
-            whole = min(whole, time.time() - started)  # so that kills fall within the run on a quiet machine too
+        elif fresh:  # so that kills fall within the run on a quiet machine too; what goes on near its end tells nothing
+            whole = min(whole, time.time() - started)
     assert not destination.exists() or same_weights(folder / "whole", destination), "neither absent nor complete"
 assert all(same_weights(folder / "whole", done) for done in folder.glob("done_*"))
 print("kills", kills)

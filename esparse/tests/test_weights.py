@@ -262,3 +262,36 @@ def test_bad_options_get_one_sentence_and_change_nothing(sparsity, options, mess
 def test_tokens_outside_the_vocabulary_are_refused():
     with pytest.raises(ValueError, match="outside the vocabulary"):
         esparse.prune_weights(family_model("mixtral"), TOKENS + 60, 0.5)
+
+
+def test_what_is_stored_more_precisely_than_it_is_computed_keeps_every_bit(tmp_path):
+    """A float32 source computed in bfloat16: zeros aside, the output is the source."""
+    family_model("mixtral").save_pretrained(tmp_path / "source")
+    esparse.prune_weights_checkpoint(
+        tmp_path / "source", tmp_path / "sparse", 0.5, method="wanda", calibration=TOKENS, dtype=torch.bfloat16
+    )
+    before = load_file(next((tmp_path / "source").glob("*.safetensors")))
+    after = {k: v for path in (tmp_path / "sparse").glob("*.safetensors") for k, v in load_file(path).items()}
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        gone = after[name] == 0
+        assert torch.equal(after[name], tensor.masked_fill(gone, 0)), name
+        row = gone.float().mean(-1)
+        expected = 0.5 if ".experts." in name else (tensor == 0).float().mean(-1)
+        assert torch.allclose(row, torch.as_tensor(expected).expand_as(row)), name
+
+
+def test_maps_that_are_not_called_stay_and_are_named():
+    model = family_model("jamba")
+    with pytest.warns(UserWarning, match="mamba.dt_proj is not called"):
+        report = esparse.prune_weights(model, TOKENS, 0.5, scope="linear", method="wanda")
+    assert report["unheard"] and all(names == ["mamba.dt_proj"] for names in report["unheard"].values())
+    state = model.state_dict()
+    assert all((state[name] != 0).all() for name in state if "dt_proj.weight" in name)
+
+
+def test_the_gate_of_a_shared_expert_is_no_linear_map():
+    model = family_model("qwen2_moe")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items() if "shared_expert_gate" in name}
+    esparse.prune_weights(model, TOKENS, 0.5, scope="linear", method="magnitude")
+    assert before and all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
