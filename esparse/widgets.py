@@ -1,77 +1,252 @@
-"""Sliders over a trace: what each shows is a plain function of its values, drawn once and then remembered."""
+"""Controls over an `Explorer`: the pictures they change and every number in words. Nothing is computed or drawn here.
+
+Of ipywidgets only what 7.7 and 8 share, since Colab has its own. A slider has no name that a screen reader could speak, and
+JupyterLab takes its arrow keys: beside each stands a labelled number, linked to it in the page.
+"""
 
 import base64
-from collections.abc import Callable, Sequence
+import html
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from pathlib import Path
 
 import ipywidgets
 
-from .plots import NotebookFigure, draw
-from .search import subset_losses
-from .traces import Trace, dropped_share, output_norm, reconstruction_loss
+from .explorer import BETAS, SHARES, VIEWS, Choice, Explorer
+from .plots import VIEWS as SIZES
+from .plots import Stage
+
+CONTROLS = ("r", "method", "layer", "skip")
+SKIPPING = ("a share of the pairs", "one beta", "a beta for each layer")
+# What of a choice each view depends on: nothing else draws it again.
+DEPENDS = {
+    "kept": ("r", "method"),
+    "co_selection": ("layer",),
+    "landscape": ("r", "method", "layer"),
+    "skipping": ("r", "method", "skip"),
+    "trade_off": ("r", "method", "skip"),
+}
+_NAMED = {"style": {"description_width": "8em"}, "layout": ipywidgets.Layout(width="19em")}
 
 
-def pruning_view(trace: Trace, r: int) -> tuple[dict, str]:
-    """The numbers of "03_loss_landscape" at r, and a line of text: each layer's best subset and its relative loss."""
-    layers, lines = [], []
-    for i, layer in enumerate(trace.layers):
-        subsets, losses = subset_losses(layer, r)
-        relative, best = (losses / output_norm(layer)).tolist(), int(losses.argmin())
-        layers.append({"losses": relative, "chosen": {"enumerate": best}})
-        lines.append(f"layer {i}: keeps {', '.join(map(str, subsets[best]))}; loss {relative[best]:.3f}")
-    return {"r": r, "corpus": "the trace", "layers": layers}, "<br>".join(lines)
+class Slider:
+    """A slider and a labelled number beside it; `value` is the one of `values`, evenly spaced, that both show."""
+
+    def __init__(self, label: str, values: Sequence[float], value: float):
+        self.values, step = list(values), values[1] - values[0] if len(values) > 1 else 1
+        ends = {"min": values[0], "max": values[-1], "step": round(step, 6), "value": value}
+        whole = isinstance(step, int)
+        number, slider = (
+            (ipywidgets.BoundedIntText, ipywidgets.IntSlider)
+            if whole
+            else (ipywidgets.BoundedFloatText, ipywidgets.FloatSlider)
+        )
+        self.number, self.slider = number(description=label, **ends, **_NAMED), slider(readout=False, **ends)
+        ipywidgets.jslink((self.slider, "value"), (self.number, "value"))
+        self.box = ipywidgets.HBox([self.number, self.slider])
+
+    @property
+    def value(self) -> float:
+        return min(self.values, key=lambda value: abs(value - self.slider.value))
+
+    @value.setter
+    def value(self, value: float) -> None:
+        self.slider.value = value
+
+    def observe(self, call: Callable) -> None:
+        self.slider.observe(call, "value")
+
+    def show(self, shown: bool) -> None:
+        self.box.layout.display = None if shown else "none"
 
 
-def skipping_view(trace: Trace, kept: Sequence[Sequence[int]], beta: float) -> tuple[dict, str]:
-    """The numbers of "05_layers" for one beta in every layer of a model pruned to `kept`, and a line of text."""
-    rows = []
-    for layer, subset in zip(trace.layers, kept, strict=True):
-        loss = reconstruction_loss(layer, subset, beta) / output_norm(layer)
-        rows.append({"dropped": dropped_share(layer, beta, subset), "loss": loss})
-    mean = sum(row["dropped"] for row in rows) / len(rows)
-    text = f"beta {beta:.2f}, r = {len(kept[0])}: {100 * mean:.0f}% of second experts dropped"
-    return {"beta": beta, "r": len(kept[0]), "layers": rows}, text
-
-
-def _image(figure: NotebookFigure, alt: str) -> str:
-    """The figure as an <img> with alt text, which a plain image widget lacks."""
-    return f'<img alt="{alt}" src="data:image/png;base64,{base64.b64encode(figure._repr_png_()).decode()}">'
-
-
-def _explorer(figure_name: str, view: Callable[..., tuple[dict, str]], **sliders: tuple[str, Sequence[float]]):
-    """Sliders with their values over an image and a text readout."""
-    controls = {
-        name: ipywidgets.SelectionSlider(options=list(values), description=label, continuous_update=False)
-        for name, (label, values) in sliders.items()
-    }
-    picture, readout = ipywidgets.HTML(), ipywidgets.HTML()
-
-    @lru_cache(maxsize=128)
-    def render(*values: float) -> tuple[str, str]:
-        data, text = view(**dict(zip(controls, values, strict=True)))
-        return _image(draw(figure_name, data), text.split("<br>")[0]), text
-
-    def refresh(_change=None) -> None:
-        picture.value, readout.value = render(*(control.value for control in controls.values()))
-
-    for control in controls.values():
-        control.observe(refresh, "value")
-    refresh()
-    return ipywidgets.VBox([*controls.values(), picture, readout])
-
-
-def pruning_explorer(trace: Trace):
-    """A slider for r over the loss landscape of a trace."""
-    layer = trace.layers[0]
-    return _explorer("03_loss_landscape", lambda r: pruning_view(trace, r), r=("experts r", range(trace.keep, layer.n)))
-
-
-def skipping_explorer(trace: Trace, kept_of: Callable[[int], Sequence[Sequence[int]]]):
-    """Sliders for r and beta over the share dropped and the loss in each layer; `kept_of(r)` gives the subsets."""
-    layer = trace.layers[0]
-    return _explorer(
-        "05_layers",
-        lambda r, beta: skipping_view(trace, kept_of(r), beta),
-        r=("experts r", range(layer.n, trace.keep - 1, -1)),
-        beta=("beta", [round(0.05 * i, 2) for i in range(21)]),
+def _buttons(label: str, options: Sequence[str]) -> ipywidgets.ToggleButtons:
+    """One of a few words. JupyterLab takes the arrow keys of lists and radio buttons; buttons keep Tab and Space."""
+    return ipywidgets.ToggleButtons(
+        options=options, value=options[0], description=label, style={"description_width": "8em", "button_width": "initial"}
     )
+
+
+class Dashboard:
+    """The controls of one explorer and what they show; `widget` is what a notebook displays.
+
+    An error while something changes is shown in the page, in one sentence, and what was there before stays.
+    """
+
+    def __init__(self, explorer: Explorer, views: Sequence[str] = VIEWS, controls: Sequence[str] = CONTROLS):
+        self.explorer, start = explorer, explorer.default
+        controls = [name for name in controls if name != "skip" or explorer.k > 1]
+        self.betas = [0.5] * explorer.layers
+        self.r = Slider("experts kept, r", explorer.sizes, start.r)
+        self.method = _buttons("method", explorer.methods)
+        self.layer = Slider("layer", range(explorer.layers), 0)
+        self.mode = _buttons("skip by", SKIPPING)
+        self.share = Slider("share skipped, %", [round(100 * share) for share in SHARES], 50 if "skip" in controls else 0)
+        self.beta = Slider("beta", BETAS, 0.5)
+        self.beta.show(False)
+        self.message, self.readout = ipywidgets.HTML(), ipywidgets.HTML()
+        self.stages = {name: Stage(name, explorer.frame) for name in views}
+        self.pictures = {name: ipywidgets.HTML() for name in views}
+        self.keys: dict[str, tuple] = {}
+        self._image = lru_cache(maxsize=1024)(self._draw)
+        self._listen()
+        boxes = {"r": [self.r.box], "method": [self.method], "layer": [self.layer.box]}
+        boxes["skip"] = [self.mode, self.share.box, self.beta.box]
+        wrapped = ipywidgets.Layout(display="flex", flex_flow="row wrap")
+        self.widget = ipywidgets.VBox([
+            *(box for name in controls for box in boxes[name]),
+            self.message,
+            ipywidgets.HBox(list(self.pictures.values()), layout=wrapped),
+            self.readout,
+        ])  # fmt: skip
+        self.refresh()
+
+    def _listen(self) -> None:
+        calls = {self.mode: self._change_mode, self.beta: self._change_beta, self.layer: self._change_layer}
+        for control in (self.r, self.method, self.layer, self.mode, self.share, self.beta):
+            call = self._guarded(calls.get(control, self.refresh))
+            control.observe(call) if isinstance(control, Slider) else control.observe(call, "value")
+
+    def _guarded(self, call: Callable[[], None]) -> Callable:
+        def changed(_change=None) -> None:
+            try:
+                call()
+            except Exception as error:  # whatever it is: a callback's error would be seen nowhere
+                self.say(f"{type(error).__name__}: {error}")
+
+        return changed
+
+    def say(self, sentence: str) -> None:
+        self.message.value = _alert(sentence) if sentence else ""
+
+    # --- what changed ---
+
+    @property
+    def choice(self) -> Choice:
+        betas = self.mode.value != SKIPPING[0]
+        skip = ("betas", tuple(self.betas)) if betas else ("share", self.share.value / 100)
+        return Choice(self.r.value, self.method.value, self.layer.value, skip)
+
+    def _change_mode(self) -> None:
+        betas = self.mode.value != SKIPPING[0]
+        self.share.show(not betas)
+        self.beta.show(betas)
+        if self.mode.value == SKIPPING[1]:
+            self.betas = [self.beta.value] * self.explorer.layers
+        self.refresh()
+
+    def _change_beta(self) -> None:
+        if self.mode.value == SKIPPING[2]:
+            self.betas[self.layer.value] = self.beta.value
+        else:
+            self.betas = [self.beta.value] * self.explorer.layers
+        self.refresh()
+
+    def _change_layer(self) -> None:
+        self.beta.value = self.betas[self.layer.value]  # of the layer, where each has its own
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Pictures that depend on what changed, and the words."""
+        choice = self.choice
+        for name, picture in self.pictures.items():
+            key = tuple(getattr(choice, part) for part in DEPENDS[name])
+            if self.keys.get(name) != key:
+                picture.value = self._image(name, choice)
+                self.keys[name] = key
+        self.readout.value = _table(self.explorer.told(choice), self.explorer.estimate(choice))
+        everyone = f"r = {self.explorer.n} keeps every expert: nothing is pruned." if choice.r == self.explorer.n else ""
+        self.say(everyone or self.explorer.note)
+
+    def _draw(self, name: str, choice: Choice) -> str:
+        """The view as an <img> with its text alternative, which a plain image widget lacks."""
+        png = base64.b64encode(self.stages[name].png(self.explorer.view(name, choice))).decode()
+        width, height = (round(80 * side) for side in SIZES[name][0])
+        alt = html.escape(self.explorer.caption(name, choice), quote=True)
+        return f'<img width="{width}" height="{height}" alt="{alt}" src="data:image/png;base64,{png}">'
+
+
+def _alert(sentence: str) -> str:
+    return f'<p role="alert"><b>{html.escape(sentence)}</b></p>'
+
+
+def _table(told: Mapping[str, Mapping[str, str]], estimate: Mapping[str, str]) -> str:
+    """What is told of each corpus in columns, and below it what it would mean for a real model."""
+    cell = lambda text, wide=1: f'<td colspan="{wide}">{html.escape(text)}</td>'  # noqa: E731
+    head = lambda text, scope: f'<th scope="{scope}">{html.escape(text)}</th>'  # noqa: E731
+    rows = ["<td></td>" + "".join(head(corpus, "col") for corpus in told)]
+    for what in next(iter(told.values())):
+        rows.append(head(what, "row") + "".join(cell(words[what]) for words in told.values()))
+    rows += [head(what, "row") + cell(words, len(told)) for what, words in estimate.items()]
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
+    return f'<table style="text-align: left; line-height: 1.3">{body}</table>'
+
+
+def explore(explorer: Explorer, views: Sequence[str] = VIEWS, controls: Sequence[str] = CONTROLS) -> ipywidgets.Widget:
+    """Some views and controls of an explorer, for a notebook on one subject."""
+    return Dashboard(explorer, views, controls).widget
+
+
+class _Export:
+    """A file name, a button, and what to do with the file it writes."""
+
+    def __init__(self, dashboard: Dashboard):
+        self.dashboard, names = dashboard, list(dashboard.explorer.grids)
+        self.path = ipywidgets.Text(value="plan.json", description="write plan to", **_NAMED)
+        self.corpus = _buttons("calibrated on", names)
+        self.button = ipywidgets.Button(description="Export plan")
+        self.told = ipywidgets.HTML()
+        self.button.on_click(dashboard._guarded(self.write))
+        self.widget = ipywidgets.VBox([self.corpus, ipywidgets.HBox([self.path, self.button]), self.told])
+
+    def write(self) -> None:
+        path, explorer = Path(self.path.value), self.dashboard.explorer
+        plan = explorer.plan(self.corpus.value, self.dashboard.choice)
+        try:
+            plan.save(path)
+        except FileExistsError:
+            raise ValueError(f"{path} already exists: choose another name.") from None
+        self.dashboard.say("")
+        lines = "".join(f"<pre>{html.escape(command)}</pre>" for command in explorer.commands(path))
+        self.told.value = f'<div role="status">{html.escape(str(path))} is written.{lines}</div>'
+
+
+class Page:
+    """The whole explorer: a field for the folder of another trace above a dashboard with every view, and an export."""
+
+    def __init__(self, traces: Explorer | Mapping, folder: str | Path | None = None):
+        self.folder = folder
+        self.path = ipywidgets.Text(
+            placeholder="a folder that Trace.save wrote",
+            description="another trace",
+            continuous_update=False,
+            style={"description_width": "8em"},
+            layout=ipywidgets.Layout(width="38em"),
+        )
+        self.message, self.body = ipywidgets.HTML(), ipywidgets.VBox()
+        self.path.observe(lambda _change: self.open({Path(self.path.value).name: self.path.value}), "value")
+        self.widget = ipywidgets.VBox([self.path, self.message, self.body])
+        self.open(traces)
+
+    def open(self, traces: Explorer | Mapping) -> None:
+        """Show these traces; what cannot be read is said in one sentence, and what was shown stays."""
+        try:
+            shown = traces if isinstance(traces, Explorer) else Explorer(traces, self.folder)
+            self.dashboard = Dashboard(shown)
+        except (ValueError, OSError) as error:
+            self.message.value = _alert(str(error))
+            return
+        self.export = _Export(self.dashboard)
+        self.body.children, self.message.value = (self.dashboard.widget, self.export.widget), ""
+
+
+def explorer(traces: Explorer | Mapping, folder: str | Path | None = None) -> ipywidgets.Widget:
+    """The dashboard over one trace, or two side by side.
+
+        widgets.explorer(run.explorer())
+        widgets.explorer({"web": "traces/web", "arithmetic": "traces/arithmetic"})
+
+    traces: an `Explorer`, or `Trace`s or their folders by the name of their corpus. folder: where what is computed once is
+    kept. A trace that cannot be read is a sentence in the page.
+    """
+    return Page(traces, folder).widget

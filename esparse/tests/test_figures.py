@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 import esparse
-from esparse import plots, widgets
+from esparse import plots
 from esparse.files import checkout, data_folder
 
 FIGURES = checkout() / "figures"
@@ -68,34 +68,6 @@ def test_the_papers_numbers_agree_with_each_other_and_with_facts_about_the_model
     for r in (8, 6):
         assert memory[r] - memory[r - 2] == pytest.approx(32 * 2 * 3 * 4096 * 14336 * 2 / 2**20, rel=0.01)
     assert esparse.paper("figure4")["identical_layers"] == [2, 4, 16, 31]
-
-
-def test_pruning_widget_answers_every_value(tiny_trace):
-    box = widgets.pruning_explorer(tiny_trace)
-    slider, picture, readout = box.children
-    seen = set()
-    for r in slider.options:
-        slider.value = r
-        best = esparse.search_experts(tiny_trace, r).kept[0]
-        assert f"layer 0: keeps {', '.join(map(str, best))}" in readout.value
-        assert picture.value.startswith("<img alt=")
-        seen.add(picture.value)
-    assert len(seen) == len(slider.options) == 4
-
-
-def test_skipping_widget_answers_every_value(tiny_trace):
-    kept_of = lambda r: esparse.search_experts(tiny_trace, r).kept if r < 8 else [range(8)] * 6  # noqa: E731
-    box = widgets.skipping_explorer(tiny_trace, kept_of)
-    sizes, betas, picture, readout = box.children
-    for r in sizes.options:
-        for beta in betas.options[:: 1 if r == 8 else 10]:
-            sizes.value, betas.value = r, beta
-            share = (
-                sum(esparse.dropped_share(layer, beta, kept) for layer, kept in zip(tiny_trace.layers, kept_of(r), strict=True))
-                / 6
-            )
-            assert f"beta {beta:.2f}, r = {r}: {100 * share:.0f}%" in readout.value
-            assert picture.value.startswith("<img alt=")
 
 
 def test_figures_hold_the_papers_own_numbers():

@@ -3,14 +3,13 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 
 import nbformat
 import pytest
 
 from esparse import notebooks
 from esparse.files import checkout
+from esparse.tests.conftest import command
 
 PATHS = notebooks.find()
 NAMES = [
@@ -31,19 +30,6 @@ NAMES = [
 ]
 
 
-def command(*words, **options):
-    return subprocess.run([sys.executable, "-m", "esparse", *words], capture_output=True, text=True, cwd=checkout(), **options)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """Every notebook, run once with few items a task."""
-    folder = tmp_path_factory.mktemp("run")
-    result = command("notebooks", "--set", "LIMIT=30", "--run-dir", str(folder))
-    assert result.returncode == 0, result.stdout + result.stderr
-    return folder, result.stdout
-
-
 def test_all_notebooks_run_and_are_summed_up(finished):
     folder, printed = finished
     assert [path.stem for path in PATHS] == [
@@ -54,7 +40,11 @@ def test_all_notebooks_run_and_are_summed_up(finished):
         "04_beta_calibration",
         "05_dynamic_skipping",
         "06_memory_and_speed",
+        "07_domain_specific",
+        "08_recovery",
+        "09_weight_pruning",
         "10_many_experts",
+        "11_explorer",
     ]
     for path in PATHS:
         assert re.search(rf"{path.stem} +[0-9.]+ +[1-9][0-9]+ +[1-9]", printed), printed

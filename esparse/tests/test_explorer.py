@@ -1,0 +1,260 @@
+"""The explorer's numbers against the trace's own, its pictures against each other, its controls through their range."""
+
+import html
+import io
+import json
+import re
+
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+import esparse
+from esparse import explorer as explorers
+from esparse import plots, widgets
+from esparse.explorer import BETAS, SHARES, VIEWS, Choice, Explorer
+from esparse.tests.conftest import random_model, random_tokens
+from esparse.tests.families import family_model
+from esparse.traces import output_norm
+
+
+@pytest.fixture(scope="module")
+def traces(tiny, tiny_tokens):
+    other = esparse.calibration_tokens("arithmetic", tiny[1], sequences=8, length=64)
+    return {"web": esparse.trace(tiny[0], tiny_tokens[:8], keep=4), "arithmetic": esparse.trace(tiny[0], other, keep=4)}
+
+
+@pytest.fixture(scope="module")
+def shown(traces, tmp_path_factory):
+    return Explorer(traces, tmp_path_factory.mktemp("grid"))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "olmoe", "deepseek_v3", "gpt_oss"])
+def test_skipping_at_every_beta_is_the_reconstruction_loss(family):
+    """Every router kind, whatever k: the running sum against Eq. 3 by itself at each beta."""
+    model = family_model(family)
+    layer = esparse.trace(model, random_tokens(), keep=6).layers[0]
+    for kept in (None, [0, 1, 2, 4, 6, 7]):
+        ratios, squares = explorers.skip_curve(layer, kept)
+        for beta in (0.0, 0.2, 0.5, 0.8, 1.0, 2.0):
+            at = int((ratios < beta).sum())
+            assert at / len(ratios) == pytest.approx(esparse.dropped_share(layer, beta, kept))
+            expected = esparse.reconstruction_loss(layer, kept, beta)
+            assert squares[at].sqrt().item() == pytest.approx(expected, rel=1e-4, abs=1e-3 * output_norm(layer))
+
+
+def test_more_than_two_experts_a_token(tmp_path):
+    trace = esparse.trace(random_model("olmoe", 6, 3), random_tokens(), keep=4)
+    shown = Explorer({"some": trace}, tmp_path)
+    for place in (Choice(5, "enumerate", 1, ("betas", (0.3,) * 3)), Choice(6, "enumerate", 1, ("betas", (0.3,) * 3))):
+        found = shown.skipping("some", place)
+        for i, layer in enumerate(trace.layers):
+            kept = shown.kept("some", place)[i]
+            loss = esparse.reconstruction_loss(layer, kept, 0.3) / output_norm(layer)
+            assert (found["dropped"][i], found["loss"][i]) == pytest.approx(
+                (esparse.dropped_share(layer, 0.3, kept), loss), rel=1e-6
+            )
+
+
+def test_the_grid_is_the_trace(traces, shown):
+    for corpus, trace in traces.items():
+        for method in shown.methods:
+            plan = esparse.search_experts(trace, 6, method=method)
+            place = Choice(6, method, 2, ("share", 0.5))
+            if method != "random":  # drawn layer by layer, or for each size: another order of draws
+                assert shown.kept(corpus, place) == plan.kept
+                medians = esparse.median_betas(trace, plan.kept)
+                assert shown.skipping(corpus, place)["beta"] == pytest.approx(medians, abs=0.01)
+            assert shown.skipping(corpus, place)["dropped"] == pytest.approx([0.5] * 6, abs=0.01)
+        table = shown.view("co_selection", place)["tables"][corpus]
+        assert torch.allclose(
+            torch.tensor(table), esparse.co_selection(trace.layers[2]).fill_diagonal_(0).double().to(torch.float32)
+        )
+        _, losses = esparse.subset_losses(trace.layers[2], 6)
+        drawn = shown.view("landscape", Choice(6, "enumerate", 2))["corpora"][corpus]
+        assert drawn["losses"] == pytest.approx((losses.sort().values / output_norm(trace.layers[2])).tolist())
+        assert drawn["better"] == 0 and drawn["loss"] == pytest.approx(drawn["losses"][0])
+
+
+def test_shares_from_none_to_all(shown):
+    for share in SHARES:
+        found = shown.skipping("web", Choice(6, "enumerate", 0, ("share", share)))
+        assert found["dropped"] == pytest.approx([share] * 6, abs=0.005)
+    whole = shown.skipping("web", Choice(8, "enumerate", 0, ("share", 0.0)))
+    assert whole == {"beta": [0.0] * 6, "dropped": [0.0] * 6, "loss": pytest.approx([0.0] * 6, abs=1e-3)}
+
+
+def test_what_is_computed_is_kept(traces, shown, tmp_path, monkeypatch):
+    first = Explorer(traces, tmp_path)
+    monkeypatch.setattr(explorers, "grid", None)
+    assert Explorer(traces, tmp_path).frame == first.frame == shown.frame
+
+
+def test_sizes_of_a_real_model_are_counted_right(shown):
+    for experts, skipped in ((8, None), (6, None), (6, 0.25)):
+        config = transformers.MixtralConfig(**explorers.FULL, num_local_experts=experts, num_experts_per_tok=2)
+        with torch.device("meta"):
+            model = transformers.MixtralForCausalLM(config)
+        expected = sum(p.numel() for p in model.parameters())
+        if skipped is not None:  # no row of the embeddings, and of the experts 1 + (1 - skipped)
+            expected -= model.model.embed_tokens.weight.numel() + 32 * (experts - 1.75) * 3 * 4096 * 14336
+        assert explorers.mixtral_parameters(explorers.MIXTRAL, experts, skipped) == expected
+    words = shown.estimate(Choice(6, "enumerate", 0, ("share", 0.5)))
+    assert words["Mixtral 8x7B with 6 experts"].startswith("67,574 MiB in bf16; 35.4 B parameters")
+    row = next(r for r in esparse.measured("speed_medium")["rows"] if r["r"] == 6)["decoding"]["1"]
+    assert f"{row['gain']:.2f} times" in words["as measured"] and "random weights" in words["as measured"]
+
+
+def test_frames_leave_nothing_of_the_frame_before(shown):
+    places = [Choice(6, "enumerate", 0, ("share", 0.5)), Choice(4, "frequency", 5, ("betas", (0.9,) * 6))]
+    for name in VIEWS:
+        stage = plots.Stage(name, shown.frame)
+        one, other, again = (stage.png(shown.view(name, place)) for place in (*places, places[0]))
+        assert one == again != other
+        picture = Image.open(io.BytesIO(one))
+        assert picture.size == tuple(round(80 * side) for side in plots.VIEWS[name][0])
+
+
+def test_every_control_through_its_range(shown):
+    board = widgets.Dashboard(shown)
+    seen = {name: set() for name in VIEWS}
+    for control in (board.r, board.layer, board.share):
+        for value in control.values:
+            control.value = value
+            assert "Error" not in board.message.value
+            for name, picture in board.pictures.items():
+                seen[name].add(picture.value)
+            for told in (*shown.told(board.choice).values(), shown.estimate(board.choice)):
+                assert all(html.escape(words) in board.readout.value for words in told.values())
+    assert len(seen["co_selection"]) == 6 and len(seen["kept"]) == 5 and len(seen["trade_off"]) == 5 - 1 + 21
+    for method in shown.methods:
+        board.method.value = method
+        assert board.choice.method == method and method in board.pictures["kept"].value
+    for picture in board.pictures.values():
+        assert re.fullmatch(r'<img width="\d+" height="\d+" alt="[^"]+\." src="data:image/png;base64,[^"]+">', picture.value)
+
+
+def test_betas_for_all_and_for_each_layer(shown):
+    board = widgets.Dashboard(shown)
+    board.mode.value = widgets.SKIPPING[1]
+    board.beta.value = 0.3
+    assert board.choice.skip == ("betas", (0.3,) * 6) and board.share.box.layout.display == "none"
+    board.mode.value = widgets.SKIPPING[2]
+    board.layer.value = 4
+    board.beta.value = 0.9
+    assert board.choice.skip == ("betas", (0.3, 0.3, 0.3, 0.3, 0.9, 0.3))
+    board.layer.value = 0
+    assert board.beta.value == 0.3 and board.choice.skip[1][4] == 0.9
+    assert "0.30, 0.30, 0.30, 0.30, 0.90, 0.30" in board.readout.value
+    board.mode.value = widgets.SKIPPING[0]
+    assert board.choice.skip == ("share", 0.5)
+    assert BETAS.index(0.9) == 90
+
+
+def test_a_broken_callback_is_seen(shown, monkeypatch):
+    board = widgets.Dashboard(shown)
+    before = board.pictures["kept"].value
+    monkeypatch.setattr(shown, "view", lambda *_: 1 / 0)
+    board.r.value = 5
+    assert board.message.value == '<p role="alert"><b>ZeroDivisionError: division by zero</b></p>'
+    assert board.pictures["kept"].value == before
+    monkeypatch.undo()
+    board.r.value = 4
+    assert board.message.value == ""
+
+
+def test_controls_have_names(shown):
+    page = widgets.Page(shown)
+    board = page.dashboard
+    numbers = [board.r.number, board.layer.number, board.share.number, board.beta.number, board.method, board.mode]
+    named = [*numbers, page.path, page.export.path, page.export.corpus, page.export.button]
+    assert all(control.description for control in named) and len({c.description for c in named}) == len(named)
+
+
+def test_an_exported_plan_prunes_and_skips(shown, traces, tiny, tmp_path, monkeypatch):
+    from esparse import __main__
+    from esparse.files import data_folder
+
+    monkeypatch.chdir(tmp_path)
+    page = widgets.Page(shown)
+    page.dashboard.r.value = 5
+    page.export.button.click()
+    assert page.dashboard.message.value == "" and "prune MODEL pruned --plan plan.json" in page.export.told.value
+    plan = esparse.PruningPlan.load("plan.json")
+    assert (plan.r, plan.kept) == (5, shown.kept("web", page.dashboard.choice))
+    assert plan.losses == pytest.approx(esparse.search_experts(traces["web"], 5).losses)
+    assert plan.betas == shown.skipping("web", page.dashboard.choice)["beta"]
+    page.export.button.click()
+    assert "plan.json already exists" in page.dashboard.message.value
+    page.dashboard.r.value = 8
+    assert "keeps every expert" in page.dashboard.message.value
+    page.export.path.value = "other.json"
+    page.export.button.click()
+    assert "nothing to prune" in page.dashboard.message.value and not (tmp_path / "other.json").exists()
+    assert __main__.main(["prune", str(data_folder() / "tiny"), "pruned", "--plan", "plan.json"]) == 0
+    pruned = esparse.prune(esparse.load_model()[0], plan)
+    streamed = transformers.AutoModelForCausalLM.from_pretrained("pruned", dtype=torch.float32)
+    expected = pruned.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in streamed.state_dict().items())
+    with esparse.masked(tiny[0], plan), esparse.skipping(tiny[0], plan.betas):
+        score = esparse.evaluate(*tiny, ["web_facts"], limit=4).value.item()
+    words = ["evaluate", "tiny", "--tasks", "web_facts", "--limit", "4", "--plan", "plan.json", "--run-dir", "scores"]
+    assert __main__.main(words) == 0
+    (path,) = (tmp_path / "scores" / "results").iterdir()
+    assert json.loads(path.read_text())["value"] == score
+
+
+def test_bad_traces_are_a_sentence_in_the_page(traces, shown, tmp_path):
+    page = widgets.Page(shown, tmp_path / "grid")
+    former = page.body.children
+    traces["web"].save(tmp_path / "trace")
+    about = json.loads((tmp_path / "trace" / "trace.json").read_text())
+    for change, sentence in (
+        (lambda: None, ""),
+        (lambda: (tmp_path / "trace" / "trace.json").write_text(json.dumps(about | {"format": 1})), "another version"),
+        (lambda: (tmp_path / "trace" / "trace.json").write_text(json.dumps({"format": about["format"]})), "another version"),
+        (lambda: (tmp_path / "trace" / "trace.json").write_text(json.dumps(about)[:99]), "may be truncated"),
+    ):
+        change()
+        page.path.value = ""
+        page.path.value = str(tmp_path / "trace")
+        assert sentence in page.message.value and page.message.value.count("<p") == bool(sentence)
+    (tmp_path / "trace" / "trace.json").write_text(json.dumps(about))
+    file = tmp_path / "trace" / "layer_03.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    page.path.value = ""
+    page.path.value = str(tmp_path / "trace")
+    assert "layer_03.safetensors is missing or truncated" in page.message.value
+    assert page.body.children != former and len(page.body.children) == 2  # what could be read last is still shown
+    assert "There is no trace" in widgets.explorer({"one": tmp_path / "nothing"}).children[1].value
+
+
+def test_traces_that_do_not_belong_together(traces, tmp_path):
+    other = esparse.trace(random_model("mixtral", 4, 2), random_tokens())
+    with pytest.raises(ValueError, match="different models"):
+        Explorer({"one": traces["web"], "other": other}, tmp_path)
+    with pytest.raises(ValueError, match="one trace, or two"):
+        Explorer({}, tmp_path)
+
+
+def test_a_trace_with_one_layer_and_one_with_one_expert_a_token(tmp_path):
+    trace = esparse.trace(random_model("mixtral", 4, 2), random_tokens(), keep=2)
+    one = widgets.Page({"one": esparse.Trace(trace.layers[:1], trace.model, trace.tokens)}, tmp_path)
+    assert "one MoE layer" in one.dashboard.message.value
+    single = widgets.Page({"one": esparse.trace(random_model("mixtral", 4, 1), random_tokens(), keep=2)}, tmp_path)
+    assert "nothing can be skipped" in single.dashboard.message.value
+    single.dashboard.r.value = 2
+    assert single.dashboard.message.value != "" and "Error" not in single.dashboard.message.value
+    assert "0.0%" in single.dashboard.readout.value
+    assert single.dashboard.explorer.plan("one", single.dashboard.choice).betas is None
+
+
+def test_many_experts_have_no_landscape_but_all_the_rest(tmp_path):
+    model = random_model("qwen3", 24, 2)
+    shown = Explorer({"one": esparse.trace(model, random_tokens(), keep=12)}, tmp_path)
+    assert shown.methods[0] == "greedy" and len(shown.sizes) <= 9
+    board = widgets.Dashboard(shown)
+    board.r.value = 12
+    assert board.message.value == ""
+    assert shown.view("landscape", Choice(12, "greedy", 0))["corpora"]["one"]["losses"] == []
