@@ -8,6 +8,10 @@ One calibration pass gives a trace; pruning, skipping and what they cost are ari
     esparse.prune(model, plan)
 """
 
+from .environment import check
+
+check()  # first: with an older transformers the imports below fail deep inside
+
 from .benchmark import measure_generation, measure_memory
 from .checkpoints import load_model, save_model
 from .corpora import calibration_tokens

@@ -8,16 +8,10 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-import transformers
-from packaging.version import Version
 from torch import nn
 
 from .files import digest
 from .routers import Router, held, identify
-
-FLOOR = "5.17"
-if Version(transformers.__version__) < Version(FLOOR):
-    raise ImportError(f"esparse needs transformers {FLOOR} or newer, found {transformers.__version__}: upgrade it alone.")
 
 COUNT_NAMES = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 

@@ -1,7 +1,9 @@
 """Running the numbered notebooks: copies with parameters, in a run folder, going on after the last finished one."""
 
 import ast
+import re
 import time
+import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,18 @@ from .runs import default_folder
 NOISE = ("application/vnd.jupyter.widget-view+json",)  # outputs that mean nothing without a kernel
 # Peak resident memory of the kernel in MiB; ru_maxrss is in KiB on Linux, in bytes on macOS.
 _PEAK = "import resource, sys; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == 'darwin' else 2**10))"  # fmt: skip  # noqa: E501
+
+
+# The folder is not called esparse, lest the next start imports it in the package's place.
+_SETUP = """# Where esparse is not installed, as on Colab: fetch it, and add what is missing to what is there
+import importlib.util
+from pathlib import Path
+
+if importlib.util.find_spec("esparse") is None:
+    root = Path("..") if Path("../esparse/environment.py").exists() else Path("esparse-checkout")
+    !test -d {{root}} || git clone -q --depth 1 {address} {{root}}
+    %run {{root}}/esparse/environment.py"""
+_BADGE = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({colab})"
 
 
 def find(selection: Sequence[str] = ()) -> list[Path]:
@@ -61,6 +75,26 @@ def parameters(notebook) -> dict[str, Any]:
     """The names and defaults in the cell tagged `parameters`."""
     cell = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
     return {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(cell.source).body}
+
+
+def address() -> str:
+    """The project's public address: `[project.urls]` in pyproject.toml, the one place it stands in."""
+    return tomllib.loads((checkout() / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]["Repository"]
+
+
+def addressed(notebook, name: str):
+    """The notebook with everything that the public address is written into: the badge below the first paragraphs that opens
+    it on Colab, and the setup cell."""
+    place = address().replace("https://github.com/", "https://colab.research.google.com/github/")
+    badge = _BADGE.format(colab=f"{place}/blob/main/notebooks/{name}")
+    title = re.sub(r"\n\n\[!\[Open in Colab\].*", "", notebook.cells[0].source)
+    notebook.cells[0].source = f"{title}\n\n{badge}"
+    if "setup" not in notebook.cells[1].metadata.get("tags", []):
+        cell = nbformat.v4.new_code_cell(id=f"{name[:2]}-setup")
+        cell.metadata["tags"] = ["setup"]
+        notebook.cells.insert(1, cell)
+    notebook.cells[1].source = _SETUP.format(address=address())
+    return notebook
 
 
 def _with_settings(notebook, settings: Mapping[str, Any]):
@@ -155,7 +189,7 @@ def _run_one(path: Path, settings: Mapping[str, Any], target: Path, update: bool
     write_json(record, {"state": state, **vars(result)})
     if update:
         notebook.cells = [cell for cell in notebook.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
-        write_text(path, nbformat.writes(notebook) + "\n")
+        write_text(path, nbformat.writes(addressed(notebook, path.name)) + "\n")
     return result
 
 

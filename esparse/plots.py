@@ -1,66 +1,19 @@
-"""Figures: each function of `FIGURES` draws one from its numbers alone, and computes nothing.
+"""Figures: each function of `FIGURES` draws one from its numbers alone, and computes nothing."""
 
-One style, colours that colour-blind readers tell apart, and markers beside them. The paper's numbers stand in panels of
-their own on a grey ground, so that nobody takes one for the other.
-"""
-
-import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib
-import numpy as np
 import seaborn as sns
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch, Rectangle
-from matplotlib.ticker import LogLocator
-from PIL import Image
+from matplotlib.patches import Rectangle
 
 from .files import checkout, read_json, write_json
+from .gallery import ABOUT, manifest
+from .stages import VIEWS
+from .style import COLOURS, MARKERS, STYLE, NotebookFigure, canvas, log_axis, of_the_paper
 
-STYLE = {
-    **sns.axes_style("ticks"),
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-    "lines.markersize": 5,
-    "pdf.fonttype": 42,
-}
-COLOURS = sns.color_palette("colorblind")
-MARKERS = "osD^vPX*"
-PAPER_GROUND = "0.93"
 SKIPPING = {"none": "no skipping", "median": "median beta", "top-1": "top-1 (control)"}
-
-
-class NotebookFigure(Figure):
-    """A figure that Jupyter shows once, without pyplot's global state."""
-
-    def _repr_png_(self) -> bytes:
-        buffer = io.BytesIO()
-        self.savefig(buffer, format="png", dpi=80)
-        return buffer.getvalue()
-
-
-def _canvas(width: float, height: float, rows: int = 1, columns: int = 1, **options):
-    figure = NotebookFigure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False, **options)
-
-
-def _log(axes) -> None:
-    """A logarithmic vertical axis with plain numbers, and no two of them in the same place."""
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("")
-
-
-def _paper(axes, title: str) -> None:
-    axes.set_facecolor(PAPER_GROUND)
-    axes.set_title(f"the paper: {title}")
 
 
 def draw(name: str, data: dict) -> Figure:
@@ -68,7 +21,9 @@ def draw(name: str, data: dict) -> Figure:
     if name not in FIGURES:
         raise ValueError(f"There is no figure {name!r}: choose from {', '.join(FIGURES)}.")
     with matplotlib.rc_context(STYLE):
-        return FIGURES[name](data)
+        figure = FIGURES[name](data)
+    figure.alt = ABOUT[name][1]
+    return figure
 
 
 def save_figure(name: str, data: dict, folder: str | Path) -> Figure:
@@ -102,7 +57,7 @@ def redraw(names: Sequence[str] = (), folder: Path | None = None) -> list[Path]:
 
 
 def _quickstart(data: dict) -> Figure:
-    figure, [[axes]] = _canvas(5, 2.6)
+    figure, [[axes]] = canvas(5, 2.6)
     models, corpora = list(data["perplexity"]), data["corpora"]
     for i, corpus in enumerate(corpora):
         at = [m + (i - 0.5) * 0.35 for m in range(len(models))]
@@ -115,7 +70,7 @@ def _quickstart(data: dict) -> Figure:
 
 def _moe_layer(data: dict) -> Figure:
     """What an MoE layer does with one token (the paper's Fig. 2): the router's weights, the best k experts, their sum."""
-    figure, [[axes]] = _canvas(7, 2.6)
+    figure, [[axes]] = canvas(7, 2.6)
     n, chosen = len(data["weights"]), dict(zip(data["chosen"], data["normalised"], strict=True))
     for expert, weight in enumerate(data["weights"]):
         colour = COLOURS[0] if expert in chosen else "0.8"
@@ -137,7 +92,7 @@ def _moe_layer(data: dict) -> Figure:
 
 def _method(data: dict) -> Figure:
     """Pruning removes experts for all tokens, skipping a token's second expert where it weighs little (the paper's Fig. 3)."""
-    figure, [[left, right]] = _canvas(8, 2.9, 1, 2)
+    figure, [[left, right]] = canvas(8, 2.9, 1, 2)
     n, candidates = data["n"], data["candidates"]
     for row, candidate in enumerate(candidates):
         for expert in range(n):
@@ -146,7 +101,7 @@ def _method(data: dict) -> Figure:
             left.add_patch(Rectangle((expert + 0.08, -row + 0.1), 0.84, 0.7, edgecolor="0.4", lw=0.6, **style))
         left.text(n + 0.2, -row + 0.45, f"loss {candidate['loss']:.2f}", va="center")
     left.set(
-        xlim=(0, n + 2.4), ylim=(-len(candidates) + 0.9, 1), title=f"pruning: of all subsets of {data['r']}, the best stays"
+        xlim=(0, n + 2.4), ylim=(-len(candidates) + 0.9, 1), title=f"pruning: of the subsets of {data['r']}, the best stays"
     )
     for row, (first, second) in enumerate(data["tokens"]):
         dropped = second < data["beta"] * first
@@ -164,7 +119,7 @@ def _method(data: dict) -> Figure:
 
 def _frequency(data: dict) -> Figure:
     corpora = data["corpora"]
-    figure, [row] = _canvas(8, 3, 1, 3, sharey=True)
+    figure, [row] = canvas(8, 3, 1, 3, sharey=True)
     tables = [c["frequency"] for c in corpora.values()]
     top = max(max(map(max, table)) for table in tables)
     for axes, name, table in zip(row, corpora, tables, strict=False):
@@ -180,7 +135,7 @@ def _frequency(data: dict) -> Figure:
 def _co_selection(data: dict) -> Figure:
     corpora = data["corpora"]
     layers = list(next(iter(corpora.values()))["co_selection"])
-    figure, grid = _canvas(2.6 * len(layers) + 0.8, 5, len(corpora), len(layers), sharex=True, sharey=True)
+    figure, grid = canvas(2.6 * len(layers) + 0.8, 5, len(corpora), len(layers), sharex=True, sharey=True)
     pairs = {c: {k: _off_diagonal(t) for k, t in v["co_selection"].items()} for c, v in corpora.items()}
     top = max(max(map(max, table)) for c in pairs.values() for table in c.values())
     for row, (name, tables) in zip(grid, pairs.items(), strict=True):
@@ -199,7 +154,7 @@ def _off_diagonal(table: list[list[float]]) -> list[list[float]]:
 def _kept(data: dict) -> Figure:
     (first, second), n = data["kept"].items(), data["n"]
     layers = len(first[1])
-    figure, [[axes]] = _canvas(7, 0.34 * n + 1.2)
+    figure, [[axes]] = canvas(7, 0.34 * n + 1.2)
     kinds = {
         "kept for both": ([], "s", "0.45"),
         f"only for {first[0]}": ([], "o", COLOURS[0]),
@@ -224,7 +179,7 @@ def _kept(data: dict) -> Figure:
 
 
 def _divergence(data: dict) -> Figure:
-    figure, [[axes]] = _canvas(5, 3)
+    figure, [[axes]] = canvas(5, 3)
     layers = range(len(data["between"]))
     axes.plot(layers, data["between"], marker="o", color=COLOURS[0], label=" against ".join(data["labels"]))
     axes.plot(layers, data["within"], marker="s", ls="--", color="0.5", label=f"two draws of {data['labels'][0]}")
@@ -238,7 +193,7 @@ def _divergence(data: dict) -> Figure:
 
 def _landscape(data: dict) -> Figure:
     layers = data["layers"]
-    figure, [row] = _canvas(1.5 * len(layers) + 1, 2.8, 1, len(layers), sharey=True)
+    figure, [row] = canvas(1.5 * len(layers) + 1, 2.8, 1, len(layers), sharey=True)
     for number, (axes, layer) in enumerate(zip(row, layers, strict=True)):
         order = sorted(range(len(layer["losses"])), key=layer["losses"].__getitem__)
         axes.plot([layer["losses"][i] for i in order], color="0.6", lw=1.5)
@@ -252,7 +207,7 @@ def _landscape(data: dict) -> Figure:
 
 
 def _held_out(data: dict) -> Figure:
-    figure, [[axes]] = _canvas(4, 3.2)
+    figure, [[axes]] = canvas(4, 3.2)
     for number, layer in enumerate(data["layers"]):
         colour = COLOURS[number % len(COLOURS)]
         axes.plot(layer["losses"], layer["held_out"], MARKERS[number % 8], color=colour, ms=3, label=f"layer {number}")
@@ -268,7 +223,7 @@ def _held_out(data: dict) -> Figure:
 
 
 def _methods(data: dict) -> Figure:
-    figure, [row] = _canvas(9, 2.9, 1, 3)
+    figure, [row] = canvas(9, 2.9, 1, 3)
     rows = data["rows"]
     full = next(r for r in rows if r["method"] == "none")
     for i, method in enumerate(("enumerate", "progressive", "frequency")):
@@ -286,7 +241,7 @@ def _methods(data: dict) -> Figure:
         axes.invert_xaxis()
         axes.set_xlabel("experts kept, r")
     row[0].set(ylabel=f"perplexity, {data['corpora'][0]}", title="held-out perplexity")
-    _log(row[0])
+    log_axis(row[0])
     row[1].set(ylabel="average of the tasks, %", title="tasks (bars: standard error)")
     figure.legend(*row[1].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     _paper_methods(row[2], data["paper"])
@@ -305,11 +260,11 @@ def _paper_methods(axes, rows: list[dict]) -> None:
     axes.invert_xaxis()
     axes.set(xlabel="experts kept, r", ylabel="average of 8 zero-shot tasks, %")
     axes.legend()
-    _paper(axes, "Mixtral 8x7B (Tables 2, 6)")
+    of_the_paper(axes, "Mixtral 8x7B (Tables 2, 6)")
 
 
 def _calibration_size(data: dict) -> Figure:
-    figure, [row] = _canvas(7, 2.7, 1, 2)
+    figure, [row] = canvas(7, 2.7, 1, 2)
     row[0].plot([r["sequences"] for r in data["rows"]], [100 * (r["excess"] - 1) for r in data["rows"]], "o", color=COLOURS[0])
     row[0].set(
         xscale="log", xlabel=f"calibration sequences of {data['length']} tokens", ylabel="loss above the held-out best, %"
@@ -317,7 +272,7 @@ def _calibration_size(data: dict) -> Figure:
     row[0].set_title(f"r = {data['r']}, {data['corpus']}")
     row[1].plot([r["sequences"] for r in data["paper"]], [r["average"] for r in data["paper"]], "s-", color=COLOURS[7])
     row[1].set(xscale="log", xlabel="calibration sequences of 2048 tokens", ylabel="average of 8 tasks, %")
-    _paper(row[1], "r = 6 (Table 7)")
+    of_the_paper(row[1], "r = 6 (Table 7)")
     return figure
 
 
@@ -327,7 +282,7 @@ def _calibration_size(data: dict) -> Figure:
 def _ratios(data: dict) -> Figure:
     corpora = data["corpora"]
     layers = len(next(iter(corpora.values()))["betas"])
-    figure, [row] = _canvas(1.45 * layers + 0.8, 2.3, 1, layers, sharey=True, sharex=True)
+    figure, [row] = canvas(1.45 * layers + 0.8, 2.3, 1, layers, sharey=True, sharex=True)
     for number, axes in enumerate(row):
         for i, (name, corpus) in enumerate(corpora.items()):
             axes.stairs(corpus["density"][number], data["edges"], color=COLOURS[i], label=name)
@@ -340,7 +295,7 @@ def _ratios(data: dict) -> Figure:
 
 
 def _betas(data: dict) -> Figure:
-    figure, [row] = _canvas(8, 2.7, 1, 2, sharey=True)
+    figure, [row] = canvas(8, 2.7, 1, 2, sharey=True)
     for i, (name, corpus) in enumerate(data["corpora"].items()):
         row[0].plot(corpus["betas"], marker=MARKERS[i], color=COLOURS[i], label=name)
         row[0].plot(corpus["again"], marker=MARKERS[i], color=COLOURS[i], ls=":", alpha=0.5, label="the same, another draw")
@@ -350,12 +305,12 @@ def _betas(data: dict) -> Figure:
         axes.set_xlabel("layer")
         axes.legend()
     row[0].set(ylabel="median beta", title="this model")
-    _paper(row[1], "Mixtral 8x7B (A.7)")
+    of_the_paper(row[1], "Mixtral 8x7B (A.7)")
     return figure
 
 
 def _trade_off(data: dict) -> Figure:
-    figure, [row] = _canvas(9, 2.9, 1, 3)
+    figure, [row] = canvas(9, 2.9, 1, 3)
     for i, r in enumerate(sorted({p["r"] for p in data["rows"]}, reverse=True)):
         points = [p for p in data["rows"] if p["r"] == r]
         seen = [100 * p["seen"] for p in points]
@@ -366,7 +321,7 @@ def _trade_off(data: dict) -> Figure:
     row[0].set(ylabel="relative reconstruction loss", title=f"calibrated on {data['corpora'][0]}")
     for axes, name in zip(row[1:], data["corpora"], strict=True):
         axes.set(ylabel="perplexity, held-out", title=name)
-        _log(axes)
+        log_axis(axes)
     for axes in row:
         axes.set_xlabel("second experts dropped, % (100: top-1)")
     row[2].legend(loc="upper left", bbox_to_anchor=(1, 1))
@@ -374,7 +329,7 @@ def _trade_off(data: dict) -> Figure:
 
 
 def _skipping_layers(data: dict) -> Figure:
-    figure, [row] = _canvas(7, 2.5, 1, 2)
+    figure, [row] = canvas(7, 2.5, 1, 2)
     row[0].bar(range(len(data["layers"])), [100 * layer["dropped"] for layer in data["layers"]], color=COLOURS[0])
     row[1].bar(range(len(data["layers"])), [layer["loss"] for layer in data["layers"]], color=COLOURS[1])
     row[0].set(
@@ -385,7 +340,7 @@ def _skipping_layers(data: dict) -> Figure:
 
 
 def _skipping_scores(data: dict) -> Figure:
-    figure, [row] = _canvas(8, 2.8, 1, 2)
+    figure, [row] = canvas(8, 2.8, 1, 2)
     sizes = sorted({p["r"] for p in data["rows"]}, reverse=True)
     for i, (kind, label) in enumerate(SKIPPING.items()):
         points = [next(p for p in data["rows"] if p["r"] == r and p["skipping"] == kind) for r in sizes]
@@ -398,7 +353,7 @@ def _skipping_scores(data: dict) -> Figure:
         points = [next(p["average"] for p in paper if p["r"] == r and p["skipping"] is kind) for r in (8, 6, 4)]
         row[1].bar([x + 0.25 * (i - 1) for x in range(3)], points, 0.23, color=COLOURS[i])
     row[1].set(ylabel="average of 8 tasks, %", ylim=(50, 70))
-    _paper(row[1], "Mixtral 8x7B (Table 5)")
+    of_the_paper(row[1], "Mixtral 8x7B (Table 5)")
     for axes, names in zip(row, (sizes, (8, 6, 4)), strict=True):
         axes.set(xticks=range(len(names)), xticklabels=[f"r = {r}" for r in names])
     figure.legend(*row[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
@@ -406,7 +361,7 @@ def _skipping_scores(data: dict) -> Figure:
 
 
 def _betas_of_pruned(data: dict) -> Figure:
-    figure, [row] = _canvas(8, 2.7, 1, 2)
+    figure, [row] = canvas(8, 2.7, 1, 2)
     for i, (name, found) in enumerate(data["rows"].items()):
         row[0].plot(found["betas"], marker=MARKERS[i], color=COLOURS[i], label=f"{name}: perplexity {found['perplexity']:.3f}")
         row[1].plot([100 * s for s in found["shares"]], marker=MARKERS[i], color=COLOURS[i])
@@ -418,7 +373,7 @@ def _betas_of_pruned(data: dict) -> Figure:
 
 
 def _distances(data: dict) -> Figure:
-    figure, [[axes]] = _canvas(5, 2.8)
+    figure, [[axes]] = canvas(5, 2.8)
     for i, layer in enumerate(data["layers"]):
         label = f"layer {i}: mean {layer['mean']:.2f}, deviation {100 * layer['variation']:.0f}%"
         axes.stairs(layer["density"], data["edges"], color=COLOURS[i % len(COLOURS)], label=label)
@@ -428,7 +383,7 @@ def _distances(data: dict) -> Figure:
 
 
 def _tail_rule(data: dict) -> Figure:
-    figure, [[axes]] = _canvas(4.5, 2.6)
+    figure, [[axes]] = canvas(4.5, 2.6)
     axes.plot(data["beta"], data["left"], marker="o", ms=3, color=COLOURS[0])
     axes.axvline(data["median"], color="0.5", ls="--", label=f"median rho, {data['median']:.2f}")
     axes.set(xlabel="beta", ylabel="experts a token runs, mean", ylim=(0, data["k"] + 0.5))
@@ -450,12 +405,12 @@ def _groups(axes, names: Sequence[str], groups: dict[str, Sequence[float]], fmt:
         at = [x + width * (i - (len(groups) - 1) / 2) for x in range(len(names))]
         axes.bar_label(axes.bar(at, values, 0.9 * width, color=COLOURS[i], label=label), fmt=fmt, fontsize=7)
     axes.set(xticks=range(len(names)), xticklabels=names)
-    axes.set_ylim(0, 1.3 * axes.dataLim.y1)  # room for the legend
-    axes.legend(loc="upper left", ncols=3, fontsize=7)
+    axes.set_ylim(0, 1.4 * axes.dataLim.y1)  # room for the legend
+    axes.legend(loc="upper left", ncols=2, fontsize=7)
 
 
 def _memory_and_speed(data: dict) -> Figure:
-    figure, grid = _canvas(11, 5.6, 2, 3)
+    figure, grid = canvas(9.6, 6, 2, 3)
     (memory, speed, protocol), (paper_memory, gains, paper_speed) = grid
     rows, first = data["rows"], data["rows"][0]
     names = [f"r = {row['r']}" for row in rows]
@@ -472,7 +427,7 @@ def _memory_and_speed(data: dict) -> Figure:
     runs = {"no skipping": "stock", "skipping": "skipping"}
     ours = {label: [base / row["protocol"][kind] for row in rows] for label, kind in runs.items()}
     _groups(protocol, names, ours, "%.2fx")
-    protocol.set(ylabel="speed-up", title="the paper's protocol here, on one device")
+    protocol.set(ylabel="speed-up", title="the paper's protocol, on one device")
     for i, (row, marker) in enumerate(zip(rows, MARKERS, strict=False)):
         batches = [found for found in row["decoding"].values() if not found["compiled"]]
         at = [found["batch"] for found in batches]
@@ -480,7 +435,7 @@ def _memory_and_speed(data: dict) -> Figure:
         gains.plot(at, [found["limit_gain"] for found in batches], ":", color=COLOURS[i])
     gains.axhline(1, color="0.7", lw=0.8, zorder=0)
     gains.set(xscale="log", xticks=at, xticklabels=at, xlabel="batch size", ylabel="gain from skipping")
-    gains.set_title("over the faster baseline; dotted: limit by bytes read")
+    gains.set_title("over the faster baseline (dotted: limit)")
     gains.minorticks_off()
     gains.legend(fontsize=7)
     paper = [row for row in data["paper_memory"] if row["method"] != "wanda 2:4"]
@@ -488,18 +443,18 @@ def _memory_and_speed(data: dict) -> Figure:
     paper_memory.bar_label(bars, fmt="%.0f", fontsize=8)
     paper_memory.margins(y=0.1)
     paper_memory.set_ylabel("MiB, summed over GPUs")
-    _paper(paper_memory, "memory (Table 9)")
+    of_the_paper(paper_memory, "memory (Table 9)")
     base_model = [row for row in data["paper_speed"] if row["model"] == "Mixtral 8x7B"]
     theirs = {label: [r["speedup"] for r in base_model if r["skipping"] is (label == "skipping")] for label in runs}
     _groups(paper_speed, SIZE_LABELS, theirs, "%.2fx")
     paper_speed.set_ylabel("speed-up")
-    _paper(paper_speed, "speed (Table 5)")
+    of_the_paper(paper_speed, "speed (Table 5)")
     return figure
 
 
 def _roofline(data: dict) -> Figure:
     """Arithmetic per byte read against arithmetic per second, under what memory and arithmetic units allow."""
-    figure, ((axes,),) = _canvas(7, 4.2)
+    figure, ((axes,),) = canvas(7, 4.2)
     points = data["points"]
     reach = [min(p["intensity"] for p in points) / 2, max(p["intensity"] for p in points) * 2]
     for (dtype, peak), style in zip(data["peaks"].items(), ("-", "--"), strict=False):
@@ -527,7 +482,7 @@ def panels(data: dict) -> Figure:
     """Panels of lines with bars from the least to the most over seeds, or of points; names of lines below all of them."""
     panels = data["panels"]
     columns = 2 if len(panels) == 4 else len(panels)
-    figure, grid = _canvas(3.2 * columns, 2.7 * (len(panels) // columns) + 0.3, len(panels) // columns, columns)
+    figure, grid = canvas(3.2 * columns, 2.7 * (len(panels) // columns) + 0.3, len(panels) // columns, columns)
     labels: dict = {}
     for axes, panel in zip(grid.flatten(), panels, strict=True):
         for i, line in enumerate(panel.get("lines", ())):
@@ -539,11 +494,11 @@ def panels(data: dict) -> Figure:
             labels.setdefault(points["label"], shown)
         axes.set(xlabel=panel["xlabel"], ylabel=panel["ylabel"], title=panel["title"])
         if panel.get("log"):
-            _log(axes)
+            log_axis(axes)
         if panel.get("falling"):
             axes.invert_xaxis()
         if panel.get("paper"):
-            _paper(axes, panel["title"])
+            of_the_paper(axes, panel["title"])
             axes.legend(fontsize=7)
     shared = {label: shown for label, shown in labels.items() if label in _names(panels[0])}
     figure.legend(shared.values(), shared.keys(), loc="outside lower center", ncols=5)
@@ -575,7 +530,7 @@ def _searches(data: dict) -> Figure:
     """Losses over the best found, a point a layer; each panel a model and a number of experts kept."""
     panels = data["panels"]
     methods = [method for method in panels[-1]["ratios"] if method != "enumerate"]
-    figure, [row] = _canvas(1.8 * len(panels) + 0.8, 2.8, 1, len(panels), sharey=True)
+    figure, [row] = canvas(1.8 * len(panels) + 0.8, 2.8, 1, len(panels), sharey=True)
     for axes, panel in zip(row, panels, strict=True):
         for i, method in enumerate(methods):
             ratios = panel["ratios"][method]
@@ -590,7 +545,7 @@ def _searches(data: dict) -> Figure:
 
 def _search_costs(data: dict) -> Figure:
     """Seconds against the number of experts: the trace, the search on it, and what enumeration would take."""
-    figure, [[axes]] = _canvas(5.5, 3.4)
+    figure, [[axes]] = canvas(5.5, 3.4)
     for i, (name, seconds) in enumerate(data["seconds"].items()):
         axes.plot(data["n"], seconds, f"-{MARKERS[i]}", color=COLOURS[i], label=name)
     axes.plot(data["n"], data["enumeration"], "--", color="0.4", label="enumeration (arithmetic)")
@@ -601,180 +556,7 @@ def _search_costs(data: dict) -> Figure:
     return figure
 
 
-# --- 11: views of which a slider changes a part ---------------------------------------------------------------------
-
-
-KEPT = ("removed", "kept", "kept for both", "only for {}", "only for {}")
-
-
-def _kept_view(figure, frame: dict) -> Callable[[dict], list]:
-    """Which experts stay: a grid of experts over layers, coloured by the corpus they are kept for."""
-    [[axes]] = figure.subplots(1, 1, squeeze=False)
-    shown = (0, 1) if len(frame["corpora"]) == 1 else (0, 2, 3, 4)
-    colours = [(1, 1, 1), (0.45, 0.45, 0.45), (0.45, 0.45, 0.45), COLOURS[0], COLOURS[1]]
-    picture = axes.imshow(
-        [[0] * frame["layers"]] * frame["n"], cmap=ListedColormap(colours), vmin=0, vmax=4, aspect="auto", origin="lower"
-    )
-    axes.set(xlabel="layer", ylabel="expert", xticks=_ticks(frame["layers"]), yticks=_ticks(frame["n"]))
-    names = [KEPT[i].format(frame["corpora"][i - 3] if i > 2 else "") for i in shown]
-    handles = [Patch(facecolor=colours[i], edgecolor="0.6", label=name) for i, name in zip(shown, names, strict=True)]
-    figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=7)
-    title = _caption(axes)
-
-    def update(data: dict) -> list:
-        layers = list(zip(*data["kept"].values(), strict=True))
-        picture.set_data([[_kept_state(expert, subsets) for subsets in layers] for expert in range(frame["n"])])
-        title.set_text(f"experts kept, r = {data['r']}, {data['method']}")
-        return [picture, title]
-
-    return update
-
-
-def _kept_state(expert: int, subsets: Sequence[Sequence[int]]) -> int:
-    inside = [expert in subset for subset in subsets]
-    if len(inside) == 1 or inside[0] == inside[1]:
-        return 0 if not inside[0] else len(inside)
-    return 3 if inside[0] else 4
-
-
-def _ticks(count: int) -> range:
-    return range(0, count, max(1, -(-count // 16)))
-
-
-def _caption(axes):
-    """A title that a frame may change: it stands where it is whatever it says."""
-    return axes.text(0.5, 1.03, "", transform=axes.transAxes, ha="center", va="bottom", clip_on=False)
-
-
-def _pairs_view(figure, frame: dict) -> Callable[[dict], list]:
-    """How often two experts are chosen together, side by side for each corpus, on one scale for all layers."""
-    [row] = figure.subplots(1, len(frame["corpora"]), squeeze=False)
-    blank = [[0.0] * frame["n"]] * frame["n"]
-    options = {"vmin": 0, "vmax": 100 * frame["pairs"] or 1, "cmap": "viridis", "origin": "lower"}
-    pictures = [axes.imshow(blank, **options) for axes in row]
-    for axes in row:
-        axes.set(xlabel="expert", xticks=_ticks(frame["n"]), yticks=_ticks(frame["n"]))
-    row[0].set_ylabel("expert")
-    figure.colorbar(pictures[-1], ax=list(row), label="tokens that choose both, %", shrink=0.8)
-    titles = [_caption(axes) for axes in row]
-
-    def update(data: dict) -> list:
-        for picture, title, (name, table) in zip(pictures, titles, data["tables"].items(), strict=True):
-            picture.set_data([[100 * value for value in line] for line in table])
-            title.set_text(f"{name}\nlayer {data['layer']}")
-        return [*pictures, *titles]
-
-    return update
-
-
-def _landscape_view(figure, frame: dict) -> Callable[[dict], list]:
-    """All subsets' losses, best first, and the one that was chosen."""
-    [[axes]] = figure.subplots(1, 1, squeeze=False)
-    axes.set(xlabel="all subsets, best first, %", ylabel="loss / norm of the output")
-    axes.set(xlim=(-3, 103), ylim=(0, 1.05 * frame["landscape"] or 1))
-    lines = [axes.plot([], [], color=COLOURS[i], lw=1.5)[0] for i in range(len(frame["corpora"]))]
-    points = [
-        axes.plot([], [], MARKERS[i], color=COLOURS[i], ms=9, mec="black", label=f"chosen, {name}")[0]
-        for i, name in enumerate(frame["corpora"])
-    ]
-    figure.legend(handles=points, loc="outside lower center", ncols=2, fontsize=7)
-    title = _caption(axes)
-
-    def update(data: dict) -> list:
-        for line, point, one in zip(lines, points, data["corpora"].values(), strict=True):
-            last = max(1, len(one["losses"]) - 1)
-            line.set_data([100 * i / last for i in range(len(one["losses"]))], one["losses"])
-            point.set_data([100 * one["better"] / last], [one["loss"]])
-        title.set_text(f"layer {data['layer']}, r = {data['r']}, {data['method']}")
-        return [*lines, *points, title]
-
-    return update
-
-
-def _skipping_view(figure, frame: dict) -> Callable[[dict], list]:
-    """In each layer the share of droppable pairs that is skipped, and what pruning and skipping cost together."""
-    [row] = figure.subplots(1, 2, squeeze=False)
-    layers = range(frame["layers"])
-    lines = {}
-    for axes, key in zip(row, ("dropped", "loss"), strict=True):
-        lines[key] = [
-            axes.plot(layers, [0] * len(layers), f"-{MARKERS[i]}", color=COLOURS[i], label=name)[0]
-            for i, name in enumerate(frame["corpora"])
-        ]
-        axes.set(xlabel="layer", xticks=_ticks(frame["layers"]), xlim=(-0.5, frame["layers"] - 0.5))
-    row[0].set(ylabel="second experts dropped, %" if frame["k"] == 2 else "pairs dropped, %", ylim=(-4, 104))
-    row[1].set(ylabel="loss / norm of the output", ylim=(0, 1.05 * frame["loss"] or 1))
-    figure.legend(handles=lines["dropped"], loc="outside lower center", ncols=2, fontsize=7)
-    title = _caption(row[1])
-
-    def update(data: dict) -> list:
-        for i, one in enumerate(data["corpora"].values()):
-            lines["dropped"][i].set_ydata([100 * value for value in one["dropped"]])
-            lines["loss"][i].set_ydata(one["loss"])
-        title.set_text(f"r = {data['r']}")
-        return [*lines["dropped"], *lines["loss"], title]
-
-    return update
-
-
-def _trade_off_view(figure, frame: dict) -> Callable[[dict], list]:
-    """What skipping more costs, over layers on average, and where the controls stand."""
-    [[axes]] = figure.subplots(1, 1, squeeze=False)
-    axes.set(xlabel="second experts dropped, %" if frame["k"] == 2 else "pairs dropped, %", xlim=(-4, 104))
-    axes.set(ylabel="mean loss / norm of the output", ylim=(0, 1.05 * frame["loss"] or 1))
-    lines = [axes.plot([], [], color=COLOURS[i], lw=1.5)[0] for i in range(len(frame["corpora"]))]
-    points = [
-        axes.plot([], [], MARKERS[i], color=COLOURS[i], ms=9, mec="black", label=f"now, {name}")[0]
-        for i, name in enumerate(frame["corpora"])
-    ]
-    figure.legend(handles=points, loc="outside lower center", ncols=2, fontsize=7)
-    title = _caption(axes)
-
-    def update(data: dict) -> list:
-        for line, point, one in zip(lines, points, data["corpora"].values(), strict=True):
-            line.set_data([100 * value for value in one.get("dropped", [])], one.get("loss", []))
-            point.set_data([100 * one["now"][0]], [one["now"][1]])
-        title.set_text(f"r = {data['r']}")
-        return [*lines, *points, title]
-
-    return update
-
-
-VIEWS: dict[str, tuple[tuple[float, float], Callable]] = {
-    "kept": ((3.6, 3.1), _kept_view),
-    "co_selection": ((4.8, 3.1), _pairs_view),
-    "landscape": ((3.6, 3.1), _landscape_view),
-    "skipping": ((4.8, 3.1), _skipping_view),
-    "trade_off": ((3.6, 3.1), _trade_off_view),
-}
-
-
-class Stage:
-    """One of `VIEWS` whose axes are drawn once; a frame draws what its data changes on top, in a few milliseconds.
-
-    frame: what all its pictures share, as `explorer.Explorer.frame`.
-    """
-
-    def __init__(self, name: str, frame: dict):
-        size, view = VIEWS[name]
-        with matplotlib.rc_context(STYLE):
-            self.figure = Figure(figsize=size, layout="constrained", dpi=80)
-            self.canvas = FigureCanvasAgg(self.figure)
-            self.update, self.ground = view(self.figure, frame), None
-
-    def png(self, data: dict) -> bytes:
-        moving = self.update(data)
-        if self.ground is None:
-            for artist in moving:
-                artist.set_animated(True)
-            self.canvas.draw()
-            self.ground = self.canvas.copy_from_bbox(self.figure.bbox)
-        self.canvas.restore_region(self.ground)
-        for artist in moving:
-            artist.axes.draw_artist(artist)
-        buffer = io.BytesIO()
-        Image.fromarray(np.asarray(self.canvas.buffer_rgba())).convert("RGB").save(buffer, "png", compress_level=1)
-        return buffer.getvalue()
+# --- 11 -------------------------------------------------------------------------------------------------------------
 
 
 def _views(data: dict) -> Figure:
@@ -820,45 +602,3 @@ FIGURES: dict[str, Callable[[dict], Figure]] = {
     "10_search_costs": _search_costs,
     "11_explorer": _views,
 }
-
-# Which figure or table of the paper each belongs to; the others go past it, or are ours alone.
-IN_THE_PAPER = {
-    "00_moe_layer": "Fig. 2",
-    "00_method": "Fig. 3",
-    "00_quickstart": "",
-    "01_frequency": "Section A.1",
-    "01_co_selection": "Fig. 5",
-    "02_kept_experts": "Fig. 4",
-    "02_divergence": "Section 3.2, remark",
-    "03_loss_landscape": "Eq. 3",
-    "03_held_out": "Eq. 3",
-    "03_methods": "Tables 2, 6",
-    "03_calibration_size": "Table 7",
-    "04_ratios": "Section 3.3",
-    "04_betas": "A.7",
-    "05_trade_off": "Table 5",
-    "05_layers": "Section 3.3",
-    "05_scores": "Table 5",
-    "05_betas_of_pruned": "Section 4.3",
-    "05_expert_distances": "A.2",
-    "05_tail_rule": "A.2",
-    "06_memory_and_speed": "Fig. 1, Tables 1, 5, 9",
-    "07_domain_specific": "Table 3",
-    "07_betas": "Table 8",
-    "08_recovery": "Section 4.2",
-    "08_fine_tuning": "Table 4",
-    "09_weight_pruning": "Table 1",
-}
-
-
-def manifest() -> dict[str, dict[str, str]]:
-    """Every figure: its notebook, what it is in the paper, the numbers it is drawn from and the command that draws it."""
-    return {
-        name: {
-            "notebook": next((checkout() / "notebooks").glob(f"{name[:2]}_*.ipynb")).name,
-            "paper": IN_THE_PAPER.get(name, "past the paper"),
-            "data": f"figures/{name}.json",
-            "command": f"python -m esparse figures {name}",
-        }
-        for name in FIGURES
-    }

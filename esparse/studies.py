@@ -13,7 +13,7 @@ from .many import compare
 from .pruning import masked
 from .routers import skip_ratios
 from .runs import Run
-from .search import best_subset, subset_losses
+from .search import best_subset, search_experts, search_layer, subset_losses
 from .skips import skipped_shares
 from .traces import (
     LayerTrace,
@@ -45,21 +45,32 @@ def layer_scheme(run: Run, number: int = 0) -> dict:
 
 
 def method_scheme(run: Run, r: int, number: int = 0) -> dict:
-    """Fig. 3 on a real layer: the best subset, the median and the worst one; and what skipping at the median beta does with
-    six tokens."""
+    """Fig. 3 on a real layer: the subset that METHOD chooses beside others; and what skipping at the median beta does with
+    six tokens, whose ratios stand for a sixth of all each."""
     layer = run.trace(run.general).layers[number]
-    subsets, losses = subset_losses(layer, r)
-    order = losses.argsort().tolist()
-    picked = [order[0], order[len(order) // 2], order[-1]]
     norm, beta = output_norm(layer), median_betas(Trace([layer], "", ""))[0]
+    rising = (layer.weights[:, 1] / layer.weights[:, 0]).argsort()
+    tokens = rising[[len(rising) * part // 12 for part in (11, 9, 7, 5, 3, 1)]]
     return {
         "layer": number,
         "n": layer.n,
         "r": r,
-        "candidates": [{"kept": list(subsets[i]), "loss": losses[i].item() / norm} for i in picked],
+        "candidates": [{"kept": list(kept), "loss": loss / norm} for kept, loss in _candidates(layer, r, run.method)],
         "beta": beta,
-        "tokens": layer.weights[:6, :2].tolist(),
+        "tokens": layer.weights[tokens, :2].tolist(),
     }
+
+
+def _candidates(layer: LayerTrace, r: int, method: str) -> list[tuple[Sequence[int], float]]:
+    """The best subset, the median and the worst one; where they are too many to try, what a method and chance choose."""
+    if method == "enumerate":
+        subsets, losses = subset_losses(layer, r)
+        order = losses.argsort().tolist()
+        return [(subsets[i], losses[i].item()) for i in (order[0], order[len(order) // 2], order[-1])]
+    generator = torch.Generator().manual_seed(0)
+    return sorted(
+        (search_layer(layer, r, name, generator)[:2] for name in (method, "random", "random")), key=lambda one: one[1]
+    )
 
 
 # --- 01 and 02: which experts are chosen, and kept -----------------------------------------------------------------
@@ -78,14 +89,15 @@ def selection(run: Run) -> dict:
     return data
 
 
-def _again(run: Run, corpus: str):
-    """The trace of another draw of sequences from the same corpus: what differs between the two is noise."""
-    return run.trace(corpus, tokens=run.tokens(corpus, seed=run.seed + 1000))
+def _again(run: Run, corpus: str) -> tuple[Trace, torch.Tensor]:
+    """The trace of another draw of sequences from the same corpus, and its tokens: what differs from the first is noise."""
+    tokens = run.tokens(corpus, seed=run.seed + 1000)
+    return run.trace(corpus, tokens=tokens), tokens
 
 
 def divergence(run: Run) -> dict:
     """Total variation of the routing between the corpora, per layer, and between two draws of the general one."""
-    general, domain, again = run.trace(run.general), run.trace(run.domain), _again(run, run.general)
+    general, domain, again = run.trace(run.general), run.trace(run.domain), _again(run, run.general)[0]
     return {
         "labels": [run.label(run.general), run.label(run.domain)],
         "between": [routing_divergence(a, b) for a, b in zip(general.layers, domain.layers, strict=True)],
@@ -100,7 +112,9 @@ def kept_experts(run: Run, r: int) -> dict:
     """
     general, domain = run.plan(run.general, r), run.plan(run.domain, r)
     n = run.trace(run.general).layers[0].n
-    redrawn = [best_subset(layer, r)[0] for layer in _again(run, run.general).layers]
+    again, tokens = _again(run, run.general)
+    model = run.model if run.method == "progressive" else None
+    redrawn = search_experts(again, r, method=run.method, model=model, tokens=tokens, seed=run.seed).kept
     return {
         "r": r,
         "n": n,
@@ -203,7 +217,7 @@ def betas(run: Run, bins: int = 40) -> dict:
         ratios = [skip_ratios(layer.weights).flatten().float().cpu() for layer in traced.layers]
         data["corpora"][run.label(corpus)] = {
             "betas": median_betas(traced),
-            "again": median_betas(_again(run, corpus)),
+            "again": median_betas(_again(run, corpus)[0]),
             "density": [torch.histogram(r, bins, range=(0.0, 1.0), density=True).hist.tolist() for r in ratios],
         }
     return data

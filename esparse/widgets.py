@@ -13,8 +13,8 @@ from pathlib import Path
 import ipywidgets
 
 from .explorer import BETAS, SHARES, VIEWS, Choice, Explorer
-from .plots import VIEWS as SIZES
-from .plots import Stage
+from .stages import DPI, Stage
+from .stages import VIEWS as SIZES
 
 CONTROLS = ("r", "method", "layer", "skip")
 SKIPPING = ("a share of the pairs", "one beta", "a beta for each layer")
@@ -161,9 +161,11 @@ class Dashboard:
     def _draw(self, name: str, choice: Choice) -> str:
         """The view as an <img> with its text alternative, which a plain image widget lacks."""
         png = base64.b64encode(self.stages[name].png(self.explorer.view(name, choice))).decode()
-        width, height = (round(80 * side) for side in SIZES[name][0])
+        width, height = (round(DPI * side) for side in SIZES[name][0])
         alt = html.escape(self.explorer.caption(name, choice), quote=True)
-        return f'<img width="{width}" height="{height}" alt="{alt}" src="data:image/png;base64,{png}">'
+        # Decoded with the change itself, so that no frame is blank.
+        size = f'decoding="sync" width="{width}" height="{height}"'
+        return f'<img {size} alt="{alt}" src="data:image/png;base64,{png}">'
 
 
 def _alert(sentence: str) -> str:

@@ -9,10 +9,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may need the networ
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 
 import esparse
 from esparse.files import checkout
 from esparse.models import moe_layers
+from esparse.tests.families import NEWER
 
 SHAPE = {
     "vocab_size": 60,
@@ -89,6 +91,16 @@ def finished(tmp_path_factory):
     result = command("notebooks", "--set", "LIMIT=30", "--run-dir", str(folder))
     assert result.returncode == 0, result.stdout + result.stderr
     return folder, result.stdout
+
+
+def pytest_collection_modifyitems(config, items):
+    """With an older transformers, families it lacks are left out, and counted by pytest as deselected."""
+    if Version(transformers.__version__) >= Version("5.23"):
+        return
+    named = {item: set(map(str, item.callspec.params.values())) if hasattr(item, "callspec") else set() for item in items}
+    lacking = [item for item in items if named[item] & {*NEWER}]
+    config.hook.pytest_deselected(items=lacking)
+    items[:] = [item for item in items if item not in lacking]
 
 
 @pytest.hookimpl(hookwrapper=True)

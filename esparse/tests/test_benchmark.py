@@ -90,6 +90,7 @@ def test_rounds_take_turns_and_each_begins_with_another():
     assert found == {"a": [6, 8, 10], "b": [4, 9, 11], "c": [5, 7, 12]}
 
 
+@pytest.mark.slow
 def test_streaming_is_measured_in_a_process_of_its_own(tmp_path):
     shape = {"vocab_size": 1024, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     printed = benchmark.bench_stream(tmp_path / "stream.json", {**shape, "num_key_value_heads": 2})
@@ -146,6 +147,7 @@ def test_bytes_of_a_step_are_those_of_the_weights_in_use():
     assert speed.memory(model, 5, 10)["cache_mib"] * 2**20 == 2 * cache
 
 
+@pytest.mark.slow
 def test_the_small_benchmark_guards_against_getting_slower(tmp_path):
     """Ratios of what ran side by side, with margins for a busy machine; never times."""
     size = replace(speed.SIZES["small"], protocol=24)

@@ -18,16 +18,27 @@ import urllib.request
 import pytest
 
 import esparse
-from esparse import plots, widgets
+from esparse import stages, widgets
 from esparse.explorer import BETAS, SHARES, VIEWS
 from esparse.files import checkout
 
 NOTEBOOKS = ("03_expert_pruning", "05_dynamic_skipping", "11_explorer")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 KEPT = checkout() / ".runs" / "browser"  # screenshots of what failed
-# Key press to decoded image: every picture that comes after a key is noted with the milliseconds it took.
+# Key press to decoded image: every picture that comes after a key is noted with the milliseconds it took. Flicker: frames
+# in which fewer pictures stand, or one is not there to be painted, or the page below them has moved, are counted.
 WATCH = """() => {
-  window.taken = [];
+  window.taken = []; window.flickered = 0; window.frames = 0;
+  const shown = () => [...document.querySelectorAll('.jupyter-widgets img')];
+  const count = shown().length, heights = () => shown().map((image) => image.offsetHeight).join();
+  const first = heights();
+  const look = () => {
+    const images = shown();
+    window.frames += 1;
+    window.flickered += images.length < count || heights() !== first || images.some((i) => !i.complete || !i.naturalWidth);
+    requestAnimationFrame(look);
+  };
+  requestAnimationFrame(look);
   document.addEventListener('keydown', () => { window.pressed = performance.now(); }, true);
   const note = (image) => image.decode().then(() => window.taken.push(performance.now() - window.pressed));
   new MutationObserver((changes) => changes.forEach((change) => change.addedNodes.forEach((node) => {
@@ -128,7 +139,7 @@ def open_notebook(browser, lab, request):
     assert said == []
 
 
-def source_of(stage: plots.Stage, data: dict) -> str:
+def source_of(stage: stages.Stage, data: dict) -> str:
     return f"data:image/png;base64,{base64.b64encode(stage.png(data)).decode()}"
 
 
@@ -138,7 +149,7 @@ class Driver:
     def __init__(self, page, run: esparse.Run, views=VIEWS, controls=widgets.CONTROLS):
         self.page, self.explorer, self.views = page, run.explorer(), views
         self.board = widgets.Dashboard(self.explorer, views, controls)  # the reference: no page is attached to it
-        self.stages, self.settled = {name: plots.Stage(name, self.explorer.frame) for name in views}, 0
+        self.stages, self.settled = {name: stages.Stage(name, self.explorer.frame) for name in views}, 0
 
     def settle(self) -> None:
         """Wait until the page shows what the reference says, pictures and words."""
@@ -197,6 +208,7 @@ def test_every_control_of_the_explorer_by_keyboard(open_notebook, run):
         driver.up(board.beta, 2)
         driver.up(board.layer)
     assert len(page.evaluate("() => window.taken")) > driver.settled > 150
+    assert page.evaluate("() => window.frames") > 150 and page.evaluate("() => window.flickered") == 0
 
 
 def test_a_key_press_changes_the_pictures_within_a_tenth_of_a_second(open_notebook, run):

@@ -70,6 +70,7 @@ def test_evaluation_sees_masks_and_skipping(tiny, tiny_trace):
     assert masked < plain == esparse.evaluate(*tiny, ["web_facts"], limit=40).value.item()
 
 
+@pytest.mark.slow
 def test_lm_evals_own_tasks_are_known_and_name_what_works_offline(tiny):
     with pytest.raises(ConnectionError, match="arc_easy .*offline, take tasks among web_facts"):
         esparse.evaluate(*tiny, ["arc_easy"], limit=2)
@@ -151,6 +152,7 @@ def run_command(*words: str, **environment: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_our_numbers_are_those_of_lm_evals_own_command(tiny, tmp_path):
     tasks = ("web_facts", "arithmetic_problems")
     run_command(
@@ -165,6 +167,7 @@ def test_our_numbers_are_those_of_lm_evals_own_command(tiny, tmp_path):
     assert ours.value["arithmetic_problems"] == theirs["arithmetic_problems"]["exact_match,strict-match"]
 
 
+@pytest.mark.slow
 def test_the_command_scores_plans_and_betas_and_keeps_what_it_has(tiny, tiny_trace, tmp_path):
     plan = esparse.search_experts(tiny_trace, 6)
     plan.save(tmp_path / "plan.json")
@@ -180,6 +183,7 @@ def test_the_command_scores_plans_and_betas_and_keeps_what_it_has(tiny, tiny_tra
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
 
+@pytest.mark.slow
 def test_processes_share_the_items(tiny, tmp_path):
     """As `accelerate launch` starts them on GPUs; on a CPU accelerate asks for its own word and torchrun's."""
     script = tmp_path / "shared.py"

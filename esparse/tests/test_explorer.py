@@ -12,7 +12,7 @@ from PIL import Image
 
 import esparse
 from esparse import explorer as explorers
-from esparse import plots, widgets
+from esparse import stages, widgets
 from esparse.explorer import BETAS, SHARES, VIEWS, Choice, Explorer
 from esparse.tests.conftest import random_model, random_tokens
 from esparse.tests.families import family_model
@@ -109,11 +109,11 @@ def test_sizes_of_a_real_model_are_counted_right(shown):
 def test_frames_leave_nothing_of_the_frame_before(shown):
     places = [Choice(6, "enumerate", 0, ("share", 0.5)), Choice(4, "frequency", 5, ("betas", (0.9,) * 6))]
     for name in VIEWS:
-        stage = plots.Stage(name, shown.frame)
+        stage = stages.Stage(name, shown.frame)
         one, other, again = (stage.png(shown.view(name, place)) for place in (*places, places[0]))
         assert one == again != other
         picture = Image.open(io.BytesIO(one))
-        assert picture.size == tuple(round(80 * side) for side in plots.VIEWS[name][0])
+        assert picture.size == tuple(round(stages.DPI * side) for side in stages.VIEWS[name][0])
 
 
 def test_every_control_through_its_range(shown):
@@ -132,7 +132,9 @@ def test_every_control_through_its_range(shown):
         board.method.value = method
         assert board.choice.method == method and method in board.pictures["kept"].value
     for picture in board.pictures.values():
-        assert re.fullmatch(r'<img width="\d+" height="\d+" alt="[^"]+\." src="data:image/png;base64,[^"]+">', picture.value)
+        assert re.fullmatch(
+            r'<img decoding="sync" width="\d+" height="\d+" alt="[^"]+\." src="data:image/png;base64,[^"]+">', picture.value
+        )
 
 
 def test_betas_for_all_and_for_each_layer(shown):

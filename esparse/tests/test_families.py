@@ -15,7 +15,7 @@ from esparse.files import checkout
 from esparse.models import moe_layers
 from esparse.pruning import PruningPlan
 from esparse.tests.conftest import random_tokens
-from esparse.tests.families import CARRIED, FAMILIES, REFUSED, family_config, family_model, stock_pruned
+from esparse.tests.families import CARRIED, FAMILIES, NEWER, REFUSED, family_config, family_model, stock_pruned
 
 KEPT = [0, 2, 3, 5, 6, 7]
 GROUPED = {"n_group": 2, "topk_group": 1, "topk_method": "group_limited_greedy"}
@@ -162,3 +162,37 @@ def test_the_readme_lists_exactly_the_families_that_are_tested():
     readme = (checkout() / "README.md").read_text()
     assert families_table() in readme
     assert f"{len(FAMILIES)} model types that work, {len(REFUSED)} that cannot" in readme
+    assert f"5.17, {len(FAMILIES) - len(NEWER)} of the {len(FAMILIES)} pass the same tests" in readme
+    assert ", ".join(f"`{name}`" for name in NEWER[:-1]) + f" and `{NEWER[-1]}` need a newer one" in readme
+
+
+@pytest.mark.parametrize("family", ["granitemoe", "olmoe", "mixtral"])
+def test_in_half_precision_as_on_a_t4(family):
+    """float16 weights, a float32 Gram: the losses and choices of the same weights in float32."""
+    half, tokens = family_model(family).half(), random_tokens()
+    single = copy.deepcopy(half).float()
+    traces = [esparse.trace(model, tokens, keep=6) for model in (half, single)]
+    for mine, expected in zip(*(one.layers for one in traces), strict=True):
+        assert mine.gram.dtype == torch.float32
+        torch.testing.assert_close(mine.weights.float(), expected.weights, atol=2e-3, rtol=2e-2)
+    plans = [esparse.search_experts(one, 6) for one in traces]
+    assert plans[0].kept == plans[1].kept
+    assert plans[0].losses == pytest.approx(plans[1].losses, rel=5e-3)
+    betas = [1.5 * beta for beta in esparse.median_betas(traces[1])]
+    skipped = []
+    for model in (half, single):
+        with torch.no_grad(), esparse.skipping(model, betas):
+            skipped.append(run(model, tokens).float())
+    assert (skipped[0] - skipped[1]).abs().median() < 2e-3 * skipped[1].abs().max()  # a pair at the edge may fall otherwise
+    with torch.no_grad(), esparse.masked(half, plans[0]):
+        expected = run(half, tokens)
+    with torch.no_grad():
+        assert torch.equal(run(esparse.prune(half, plans[0]), tokens), expected) and expected.dtype == torch.float16
+
+
+def test_an_overflow_in_half_precision_is_one_sentence():
+    model = family_model("olmoe").half()
+    with torch.no_grad():
+        moe_layers(model)[1].experts.down_proj.mul_(60000)
+    with pytest.raises(ValueError, match=r"layers\.1.*expert outputs are not finite; the model or its dtype overflows"):
+        esparse.trace(model, random_tokens())

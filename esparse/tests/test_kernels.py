@@ -53,6 +53,7 @@ for capability, dtype, rows in [(75, "fp16", 2), (80, "bf16", 2), (80, "bf16", 4
 
 
 @pytest.mark.parametrize(("script", "said"), [(_INTERPRETED, "cases 20"), (_COMPILED, "compiled 90 fp32 4096")])
+@pytest.mark.slow
 def test_the_kernel_multiplies_rightly_and_compiles_for_gpus_from_the_t4_on(script, said):
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and said in done.stdout, done.stderr[-2000:]

@@ -16,6 +16,7 @@ from esparse.tests.families import family_model
 FAMILIES = ("mixtral", "olmoe", "deepseek_v3", "dots1", "gpt_oss", "kolibri1", "lfm2_moe", "hy_v3")
 
 
+@pytest.mark.slow
 def test_greedy_finds_the_optimum_in_at_least_95_of_100_layers():
     found = many.hits(many.random_cases(200))
     assert found["layers"] == 200 and found["optimal"] >= 190, found

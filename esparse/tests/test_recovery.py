@@ -140,6 +140,7 @@ def plain_differences(student, teacher, kept, tokens) -> list[list[float]]:
     return found
 
 
+@pytest.mark.slow
 def test_expert_differences_are_those_of_every_token_by_itself():
     teacher = random_model("mixtral", 6, 2)
     student, _, plan = pruned_to(teacher, 4)
@@ -245,6 +246,7 @@ def test_equal_experts_have_nothing_to_teach():
 
 
 @pytest.mark.parametrize(("rung", "rounding"), [("tune", 1e-3), ("experts", 0.2)])  # an expert's mean is over a process
+@pytest.mark.slow
 def test_two_processes_train_what_one_does(rung, rounding, tiny, tiny_trace, tmp_path):
     """Two processes with two sequences each take the step that one with all four takes."""
     plan = esparse.search_experts(tiny_trace, 6)

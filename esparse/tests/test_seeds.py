@@ -50,6 +50,7 @@ def test_a_sparse_run_is_the_model_with_pruned_weights(run, tiny):
     assert different < 1e-4 * total  # two scores that rounding cannot tell apart
 
 
+@pytest.mark.slow
 def test_rungs_are_taken_once_and_told_of(run):
     rows = list(seeds.ladder_rows(run, 6, "web", "web+arithmetic", rungs=("scales", "output", "tune"), steps=2))
     assert [row["rung"] for row in rows] == ["pruned", "scales", "output", "tune"]

@@ -327,6 +327,7 @@ print("kills", kills)
 
 
 @pytest.mark.parametrize("method", ["enumerate", "progressive"])
+@pytest.mark.slow
 def test_killed_at_twenty_random_points_it_goes_on_and_ends_the_same(source, tmp_path, method):
     words = [sys.executable, "-c", _KILLER, str(source), str(tmp_path), method]
     done = subprocess.run(words, capture_output=True, text=True, timeout=500)
@@ -418,6 +419,7 @@ def test_a_killed_trace_goes_on(source, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("processes", "method"), [(2, "enumerate"), (4, "greedy"), (2, "progressive"), (2, "reap")])
+@pytest.mark.slow
 def test_processes_together_choose_as_one(processes, method, tmp_path):
     words = ["prune", "data/tiny", "{}", "--experts", "6", "--calibration", "web", "--sequences", "10", "--length", "64"]
     words += ["--method", method, "--dtype", "float32"]

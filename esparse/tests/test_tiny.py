@@ -21,6 +21,7 @@ def scores(tiny):
     return esparse.evaluate(*tiny, TINY_TASKS)
 
 
+@pytest.mark.slow
 def test_it_solves_problems_whose_operands_never_occurred_in_training(scores):
     assert scores.value["arithmetic_problems"] >= 0.75
     assert scores.value["web_facts"] >= 0.85
@@ -71,6 +72,7 @@ def test_matched_calibration_is_better_on_its_own_corpus(tiny):
     assert found["arithmetic"] < found["web"]
 
 
+@pytest.mark.slow
 def test_the_recipe_makes_the_same_model_twice_and_learns():
     from esparse.training import train_model, train_tokenizer
 
@@ -100,6 +102,7 @@ def test_tail_rule_halves_the_droppable_pairs_at_the_median():
     assert left[above] <= 1 + (tail["k"] - 1) / 2 + 0.01 and left[below] >= 1 + (tail["k"] - 1) / 2 - 0.01
 
 
+@pytest.mark.slow
 def test_the_tiny_model_loads_from_an_installed_wheel(tmp_path):
     """A wheel built from the checkout, unpacked elsewhere, with only that on the path."""
     pip = [sys.executable, "-m", "pip"]
