@@ -94,10 +94,12 @@ def _evaluate(arguments) -> None:
     run = Run(
         arguments.model,
         arguments.revision,
+        arguments.dtype,
         device_map=arguments.device_map,
         tasks=tasks or None,
         limit=arguments.limit,
         folder=arguments.run_dir,
+        batch_size=arguments.batch_size,
     )
     plan = PruningPlan.load(arguments.plan) if arguments.plan else None
     betas = read_json(arguments.betas, "file of betas") if arguments.betas else plan and plan.betas
@@ -241,6 +243,8 @@ def _parser() -> argparse.ArgumentParser:
         "--betas", metavar="FILE", help="JSON with one beta per MoE layer, or such a list under 'betas' (the plan's)"
     )
     evaluate.add_argument("--limit", type=int, metavar="N", help="items of each task (all; 100 for the tiny model)")
+    evaluate.add_argument("--dtype", help="of the weights, such as bfloat16 or int8 (the checkpoint's)")
+    evaluate.add_argument("--batch-size", type=int, metavar="B", help="items at once (64 for the tiny model, 8 for others)")
     evaluate.add_argument("--device-map", metavar="MAP", help="such as auto")
     evaluate.add_argument("--revision", help="of the hub id")
     evaluate.add_argument("--run-dir", metavar="DIR", help="where scores are kept, so that nothing is computed twice")

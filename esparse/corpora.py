@@ -35,8 +35,9 @@ def calibration_tokens(
 
     corpus: "c4", "math", "gsm8k" or "metamath" (from the hub, or its local cache), "web" or "arithmetic" (synthetic,
     offline), each with an optional split as in "gsm8k/test", "c4/validation" or "web/heldout"; or a path to a .txt,
-    .json(.gz) or .jsonl(.gz) file; or several with plus signs between them, whose sequences then take turns. Records may
-    have `text`, `problem` and `solution`, `question` and `answer`, or `query` and `response`.
+    .json(.gz) or .jsonl(.gz) file, with "/heldout" behind it for the fifth of its documents that "/rest" leaves out; or
+    several with plus signs between them, whose sequences then take turns. Records may have `text`, `problem` and
+    `solution`, `question` and `answer`, or `query` and `response`.
     protocol "paper" (A.7): shuffle with the seed, take the first 16 x sequences documents, tokenise one by one with BOS,
     pack each batch of 1,000 documents, drop its remainder, cut to length.
     Raises ValueError for an unknown corpus or protocol, a malformed line, or too little text; FileNotFoundError for a
@@ -83,6 +84,9 @@ def documents(corpus: str) -> Sequence[str]:
         if not path.exists():
             raise ValueError(f"The corpus {corpus!r} has no such split: there are '{name}' and '{name}/heldout'.")
         return read_documents(path)
+    path, _, part = corpus.rpartition("/")
+    if part in ("heldout", "rest") and Path(path).is_file():
+        return [text for text in read_documents(Path(path)) if (zlib.crc32(text.encode()) % 5 == 0) == (part == "heldout")]
     if name in HUB and not Path(corpus).exists():
         return _Texts(_from_hub(name, split or "train"))
     if Path(corpus).suffix or Path(corpus).exists():

@@ -235,8 +235,8 @@ def check_teacher(model, teacher, plan: PruningPlan | None, rung: str) -> None:
         raise ValueError(f"The layers do not match: the teacher has {len(other)} MoE layers, the student {len(one)}.")
     if plan and len(plan.kept) != len(one):
         raise ValueError(f"The pruning plan is for {len(plan.kept)} MoE layers, the models have {len(one)}.")
-    if rung == "router" and model.config.get_text_config().vocab_size != teacher.config.get_text_config().vocab_size:
-        raise ValueError("The teacher has another vocabulary than the student: their next-token distributions do not compare.")
+    if model.config.get_text_config().vocab_size != teacher.config.get_text_config().vocab_size:
+        raise ValueError("The teacher has another vocabulary than the student: they cannot be fed the same tokens.")
     for number, (mine, theirs) in enumerate(zip(one, other, strict=True)):
         kept = plan.kept[number] if plan else list(range(theirs.n))
         if len(kept) != mine.n or kept[-1] >= theirs.n:

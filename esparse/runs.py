@@ -59,6 +59,7 @@ class Run:
     tasks: Sequence[str] | None = None
     limit: int | None = None
     folder: str | Path | None = None
+    batch_size: int | None = None  # items of a task at once: 64 for the tiny models, 8 for others
 
     def __post_init__(self):
         tiny = self.model_name in PRESETS
@@ -68,6 +69,7 @@ class Run:
         self.length = self.length or (256 if tiny else 2048)
         self.tasks = tuple(task_names(self.tasks or ("tiny" if tiny else "paper")))
         self.limit = self.limit or (100 if tiny else None)
+        self.batch_size = self.batch_size or (64 if tiny else 8)
         self.default_folder = self.folder is None
         self.folder = Path(self.folder) if self.folder else default_folder(self.model_name)
 
@@ -141,13 +143,22 @@ class Run:
         return sorted({max(k, r) for r in self.keep or [n * part // 8 for part in (7, 6, 5, 4)]}, reverse=True)
 
     def tokens(self, corpus: str, *, sequences: int | None = None, seed: int | None = None) -> torch.Tensor:
-        """The calibration set of a corpus, [sequences, length]."""
-        options = {"sequences": sequences or self.sequences, "length": self.length}
-        return calibration_tokens(corpus, self.tokenizer, seed=self.seed if seed is None else seed, **options)
+        """The calibration set of a corpus, [sequences, length]; of a file without its documents held out."""
+        names = "+".join(f"{name}/rest" if _is_file(name) else name for name in corpus.split("+"))
+        drawn = (names, sequences or self.sequences, self.length, self.seed if seed is None else seed)
+        if drawn not in self._drawn:
+            options = dict(zip(("sequences", "length", "seed"), drawn[1:], strict=True))
+            self._drawn[drawn] = calibration_tokens(names, self.tokenizer, **options)
+        return self._drawn[drawn]
+
+    @cached_property
+    def _drawn(self) -> dict[tuple, torch.Tensor]:
+        """Calibration sets by what they were drawn by: putting one together takes longer than most of what is asked of it."""
+        return {}
 
     def held_out(self, corpus: str) -> torch.Tensor:
-        """As many sequences again that the calibration set does not hold: the other split, or the same with another seed."""
-        split = HELD_OUT.get(corpus)
+        """As many sequences again that no calibration set holds: of the other split, or of a file every fifth document."""
+        split = HELD_OUT.get(corpus) or ("heldout" if _is_file(corpus) else None)
         return self.tokens(f"{corpus}/{split}" if split else corpus, seed=self.seed + 1)
 
     def trace(self, corpus: str, *, tokens: torch.Tensor | None = None) -> Trace:
@@ -185,7 +196,7 @@ class Run:
 
     def scores(self, plan: PruningPlan | None = None, betas: Sequence[float] | None = None) -> "pd.DataFrame":
         """TASKS on the model, masked to a plan and skipping with betas where given; see `evaluation.evaluate`. Each task is
-        kept by itself: what was interrupted goes on with the next."""
+        kept by itself, and what was interrupted goes on with the next; up to a hundred items each are asked all at once."""
         import pandas as pd
 
         key = (self.model_key, plan and plan.kept, betas)
@@ -195,7 +206,7 @@ class Run:
         parts = [missing] if few and missing else [[task] for task in missing]
         for some in tqdm(parts, desc="tasks", leave=False):
             with self._inside(plan, betas):
-                table = evaluate(self.model, self.tokenizer, some, limit=self.limit)
+                table = evaluate(self.model, self.tokenizer, some, limit=self.limit, batch_size=self.batch_size)
             for row in json.loads(table.reset_index().to_json(orient="records", double_precision=15)):
                 write_json(paths[row["task"]], row)
         return pd.DataFrame([read_json(paths[task], "result") for task in self.tasks]).set_index("task")
@@ -280,8 +291,12 @@ class Run:
         """The parameters as resolved."""
         import pandas as pd
 
-        values = {key: value for key, value in asdict(self).items() if key != "folder"}
+        values = {key: value for key, value in asdict(self).items() if key not in ("folder", "batch_size")}
         return pd.Series(values, name="value")
+
+
+def _is_file(corpus: str) -> bool:
+    return Path(corpus).suffix != "" and Path(corpus).is_file()
 
 
 def default_folder(model_name: str) -> Path:

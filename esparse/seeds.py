@@ -27,7 +27,7 @@ from .recovery import RUNGS, choose_by_output, recover, scale_experts
 from .runs import Run
 from .speed import aligned
 from .studies import moe_experts, quality
-from .traces import Trace, median_betas
+from .traces import Trace, median_betas, tokens_digest
 from .training import train_model
 from .weights import METHODS, SCOPES, equal_share
 
@@ -63,7 +63,7 @@ def domain_rows(run: Run) -> Iterator[dict]:
     n, corpora = moe_experts(run), (run.general, run.domain, f"{run.general}+{run.domain}")
     for number, r in enumerate((n, *run.sizes)):
         yield from enumerated_rows(run, r, corpora if number % 2 == 0 else ())
-        for corpus in corpora if r < n else ():
+        for corpus in corpora if r < n and run.method != "frequency" else ():
             frequent = run.plan(corpus, r, "frequency")
             yield {"r": r, "method": "frequency", "calibration": corpus, "betas": None} | quality(run, frequent)
         for draw in range(DRAWS if r < n else 0):
@@ -78,10 +78,10 @@ def enumerated_rows(run: Run, r: int, beta_corpora: Sequence[str] = ()) -> Itera
     """Enumeration at r on each corpus and on both mixed (the full model, where r is all), alone and with betas of corpora."""
     whole = r == moe_experts(run)
     for corpus in (None,) if whole else (run.general, run.domain, f"{run.general}+{run.domain}"):
-        plan = run.plan(corpus, r, "enumerate") if corpus else None
+        plan = run.plan(corpus, r) if corpus else None
         for beta_corpus in (None, *beta_corpora):
             betas = median_betas(run.trace(beta_corpus), plan and plan.kept) if beta_corpus else None
-            about = {"r": r, "method": "enumerate" if corpus else "none", "calibration": corpus, "betas": beta_corpus}
+            about = {"r": r, "method": run.method if corpus else "none", "calibration": corpus, "betas": beta_corpus}
             yield about | quality(run, plan, betas)
 
 
@@ -91,7 +91,7 @@ def enumerated_rows(run: Run, r: int, beta_corpora: Sequence[str] = ()) -> Itera
 def recovered(run: Run, plan: PruningPlan | None, what: dict, change: Callable[[object], dict]) -> tuple[Run, dict]:
     """A run of the model pruned to a plan (the full one, if None) and then changed in place by `change`, kept on disk under
     the name of `what` was done; and what `change` told of it."""
-    folder = run.folder / "recovered" / digest(_settings(run, plan), what)
+    folder = run.folder / "recovered" / digest(_settings(run, plan, what.get("text")), what)
     about = folder.with_suffix(".json")
     if not about.exists():
         model, tokenizer = load_model(run.model_name, dtype=run.model.dtype, revision=run.revision)
@@ -102,9 +102,10 @@ def recovered(run: Run, plan: PruningPlan | None, what: dict, change: Callable[[
     return run.of(folder), read_json(about, "record of a recovery")
 
 
-def _settings(run: Run, plan: PruningPlan | None) -> list:
-    """What a recovery depends on besides the rung: the model, the plan and its calibration set, the text."""
-    return [run.model_key, plan and [plan.kept, plan.tokens], run.seed, run.length, RATE]
+def _settings(run: Run, plan: PruningPlan | None, text: str | None = None) -> list:
+    """What a recovery depends on besides the rung: the model, the plan and its calibration set, the text that is learnt."""
+    learnt = text and tokens_digest(run.tokens(text, sequences=8, seed=run.seed + 3000))
+    return [run.model_key, plan and [plan.kept, plan.tokens], run.seed, run.length, RATE, learnt]
 
 
 def ladder_rows(
@@ -112,7 +113,7 @@ def ladder_rows(
 ) -> Iterator[dict]:
     """From a model pruned to r experts on a corpus back up, each rung by itself: quality on held-out text, the seconds it
     took and the parameters it trained. text: the corpus that rungs learn from, of which nothing is held out."""
-    plan, traced = run.plan(corpus, r, "enumerate"), run.trace(corpus)
+    plan, traced = run.plan(corpus, r), run.trace(corpus)
     calls = {
         "scales": lambda model: {"trained": 0, "scales": scale_experts(model, traced, plan)},
         **{rung: partial(_train, run, text, rung, plan, steps) for rung in RUNGS},
@@ -120,8 +121,10 @@ def ladder_rows(
     about = {"r": r, "calibration": corpus, "text": text}
     yield about | {"rung": "pruned", "seconds": 0.0, "trained": 0} | quality(run, plan)
     for rung in rungs:
+        if rung == "output" and run.method != "enumerate":
+            continue  # it chooses among the best of all subsets, which then are too many
         if rung == "output":
-            chosen = run.once(lambda: _chosen(run, plan, traced, text), _settings(run, plan), "output", text)
+            chosen = run.once(lambda: _chosen(run, plan, traced, text), _settings(run, plan, text), "output", text)
             told, found = chosen["told"], quality(run, PruningPlan(**chosen["plan"]))
         else:
             other, told = recovered(run, plan, {"rung": rung, "text": text, "steps": steps}, _timed(calls[rung]))
@@ -156,7 +159,7 @@ def tuned_rows(run: Run, cases: Sequence[tuple[int, str | None]], *, steps: int 
     """Table 4: the full model and pruned ones, each fine-tuned on the domain for the same steps. cases: r, and the corpus
     that pruning was calibrated on."""
     for r, corpus in cases:
-        plan = run.plan(corpus, r, "enumerate") if corpus else None
+        plan = run.plan(corpus, r) if corpus else None
         what = {"rung": "tune", "text": run.domain, "steps": steps}
         other, told = recovered(run, plan, what, partial(_train, run, run.domain, "tune", plan, steps))
         yield {"r": r, "calibration": corpus} | told | quality(other) | {"before": quality(run, plan)}
@@ -184,7 +187,7 @@ def equal_bytes_rows(run: Run) -> Iterator[dict]:
     n = moe_experts(run)
     for r in run.sizes:
         share = round(equal_share(n, r), 4)
-        yield {"r": r, "method": "enumerate", "sparsity": None} | quality(run, run.plan(run.general, r, "enumerate"))
+        yield {"r": r, "method": run.method, "sparsity": None} | quality(run, run.plan(run.general, r))
         yield {"r": r, "method": "frequency", "sparsity": None} | quality(run, run.plan(run.general, r, "frequency"))
         for method in ("wanda", "moe-pruner"):
             yield {"r": r, "method": method, "sparsity": share} | quality(run.sparse(run.general, share, method))
@@ -193,7 +196,7 @@ def equal_bytes_rows(run: Run) -> Iterator[dict]:
 def quantised_rows(run: Run) -> Iterator[dict]:
     """A.6: expert pruning and 8-bit weights, each alone and together, with the bytes of each."""
     for r in (moe_experts(run), *run.sizes):
-        plan = run.plan(run.general, r, "enumerate") if r < moe_experts(run) else None
+        plan = run.plan(run.general, r) if r < moe_experts(run) else None
         whole = recovered(run, plan, {"rung": "none"}, lambda model: {})[0]
         for some in (whole, replace(whole, dtype="int8")):
             about = {"r": r, "weights": some.dtype or "stored", "mib": weight_bytes(some.model) / 2**20}
@@ -261,10 +264,11 @@ def _short(rows: Sequence[dict]) -> list[dict]:
 
 # --- figures and tables from the rows -------------------------------------------------------------------------------
 
+EXACT = ("arithmetic_problems", "gsm8k")  # tasks that are scored by exact match; a model without them shows none
 MEASURES = {
     "general": lambda row: row["perplexity"][0],
     "domain": lambda row: row["perplexity"][1],
-    "exact match": lambda row: row["tasks"].get("arithmetic_problems", row["average"]),
+    "exact match": lambda row: next((row["tasks"][task] for task in EXACT if task in row["tasks"]), math.nan),
     "average": lambda row: row["average"],
 }
 
@@ -358,7 +362,7 @@ def domain_figure(run: Run, rows: Sequence[dict], paper: Sequence[dict]) -> dict
     full, panels = pick(rows, method="none", betas=None), []
     for key in ("general", "domain", "exact match"):
         lines = [
-            line(run.label(corpus), full + pick(rows, method="enumerate", calibration=corpus, betas=None), "r", MEASURES[key])
+            line(run.label(corpus), full + pick(rows, method=run.method, calibration=corpus, betas=None), "r", MEASURES[key])
             for corpus in corpora_of(rows)
         ]
         lines.insert(2, line("random", full + pick(rows, method="random"), "r", MEASURES[key]))  # third, as the paper's is
@@ -380,7 +384,7 @@ def beta_figure(run: Run, rows: Sequence[dict], paper: Sequence[dict]) -> dict:
     for key in ("general", "domain", "exact match"):
         lines = []
         for r in sizes:
-            mine = pick(rows, r=r, calibration=run.domain, method="enumerate") or pick(rows, r=r, method="none")
+            mine = pick(rows, r=r, calibration=run.domain, method=run.method) or pick(rows, r=r, method="none")
             lines.append(line(f"r = {r}", mine, lambda row: _in_lines(run, row["betas"]), MEASURES[key]))
         panels.append(_measured(run, key) | {"xlabel": "betas of", "lines": lines})
     base = pick(paper, model="Mixtral 8x7B")
@@ -410,7 +414,7 @@ def equal_bytes_figure(run: Run, rows: Sequence[dict], full: Sequence[dict]) -> 
     n, panels = moe_experts(run), []
     left = lambda row: 100 * row["r"] / n  # noqa: E731
     whole = [{**row, "r": n} for row in full]
-    names = {"enumerate": "experts, enumerate", "frequency": "experts, frequency"}
+    names = {run.method: f"experts, {run.method}", "frequency": "experts, frequency"}
     names |= {"wanda": "weights, Wanda", "moe-pruner": "weights, MoE-Pruner"}
     for key in ("general", "domain", "average"):
         lines = [line(name, whole + pick(rows, method=method), left, MEASURES[key]) for method, name in names.items()]

@@ -160,6 +160,7 @@ def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
 def quality(run: Run, plan=None, betas=None) -> dict:
     """Held-out perplexity on both corpora, the mean over tasks and its standard error, each task by itself."""
     scores = run.scores(plan, betas)
+    scores = scores[~scores.metric.str.contains("perplexity")]  # which is no share, and has no place in an average
     stderr = math.sqrt((scores.stderr.fillna(0) ** 2).sum()) / len(scores)
     return {
         "perplexity": [run.perplexity(corpus, plan, betas) for corpus in (run.general, run.domain)],

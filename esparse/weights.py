@@ -54,7 +54,9 @@ class Sparsity:
         return cls(share)
 
     def check(self, width: int) -> None:
-        """ValueError unless a row of so many weights divides into groups of M."""
+        """ValueError unless a row of so many weights divides into groups of M, and loses some but not all."""
+        if not 0 < round(self.share * (self.group or width)) < (self.group or width):
+            raise ValueError(f"The sparsity {self} of a row of {width} weights removes none, or all: take one in between.")
         if self.group and width % self.group:
             raise ValueError(f"Rows of {width} weights do not divide into groups of {self.group} ({self}).")
 
@@ -343,9 +345,10 @@ def zeros(model) -> dict[str, torch.Tensor]:
 def restore_zeros(model, present: dict[str, torch.Tensor]) -> None:
     """Set what is not `present` to zero again, after a step of an optimiser. Raises ValueError for another model's masks."""
     parameters = dict(model.named_parameters())
-    for name, mask in present.items():
+    for name, mask in present.items():  # all of them before any weight changes
         if name not in parameters or parameters[name].shape != mask.shape:
             raise ValueError(f"These masks belong to another model: {name} is not there, or of another shape.")
+    for name, mask in present.items():
         parameters[name].mul_(mask)
 
 

@@ -27,6 +27,17 @@ def paper_protocol(texts, encode, sequences, length, seed):
     return torch.tensor(packed[:sequences])
 
 
+def test_of_a_file_every_fifth_document_is_held_out(tiny, tmp_path):
+    path = tmp_path / "some.txt"
+    path.write_text("\n\n".join(f"Document {i} is about {i * 7919 % 1000} things. " * 8 for i in range(400)))
+    whole, rest, held_out = (set(corpora.documents(name)) for name in (str(path), f"{path}/rest", f"{path}/heldout"))
+    assert rest | held_out == whole and not rest & held_out and 60 < len(held_out) < 100
+    run = esparse.Run(general=str(path), domain="arithmetic", sequences=8, length=64, folder=tmp_path)
+    said = lambda tokens: set(re.findall(r"Document (\d+) is", " ".join(tiny[1].batch_decode(tokens))))  # noqa: E731
+    mine, others = said(run.tokens(f"{path}+arithmetic")) | said(run.tokens(str(path), seed=7)), said(run.held_out(str(path)))
+    assert mine and others and not mine & others
+
+
 def test_packing_is_the_papers(tiny, tmp_path):
     texts = [" ".join(["word"] * (i % 7 + 1)) + f" {i}" for i in range(1500)]
     path = tmp_path / "texts.jsonl"

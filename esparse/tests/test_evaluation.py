@@ -6,6 +6,8 @@ import os
 import re
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -13,8 +15,9 @@ import torch
 
 import esparse
 from esparse import runs
-from esparse.evaluation import PAPER_TASKS
+from esparse.evaluation import PAPER_TASKS, task_version
 from esparse.files import data_folder
+from esparse.studies import quality
 
 
 def items(task):
@@ -212,7 +215,7 @@ def test_an_interrupted_run_goes_on_with_the_next_task(tmp_path, monkeypatch):
     run.limit = None  # whole tasks, which are kept one by one
     real = runs.evaluate
 
-    def dies(model, tokenizer, tasks, limit):
+    def dies(model, tokenizer, tasks, limit, batch_size):
         seen.append(*tasks)
         if seen == ["web_facts", "web_walks"]:
             raise KeyboardInterrupt
@@ -222,3 +225,24 @@ def test_an_interrupted_run_goes_on_with_the_next_task(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run.scores()
     assert [*run.scores().index] == ["web_facts", "web_walks"] and seen == ["web_facts", "web_walks", "web_walks"]
+    monkeypatch.setattr(runs, "task_version", lambda task: f"another {task}" if task == "web_walks" else task_version(task))
+    run.scores()
+    assert seen[3:] == ["web_walks"]  # a task that has changed is asked again
+
+
+@pytest.mark.slow
+def test_the_offline_suite_takes_less_than_a_minute(tiny):
+    started = time.perf_counter()
+    table = esparse.evaluate(*tiny, "tiny", limit=100)
+    assert len(table) == 6 and (table["items"] == 100).all() and time.perf_counter() - started < 60
+
+
+def test_a_perplexity_is_no_part_of_an_average():
+    values = {"value": [0.5, 7.0, 0.7], "stderr": [0.03, float("nan"), 0.04]}
+    table = pd.DataFrame(
+        {"metric": ["acc,none", "word_perplexity,none", "acc,none"]} | values, index=["one", "wikitext", "two"]
+    )
+    run = SimpleNamespace(scores=lambda *_: table, perplexity=lambda *_: 2.0, general="web", domain="arithmetic")
+    found = quality(run)
+    assert found["average"] == pytest.approx(60) and found["tasks"] == {"one": 50, "two": 70}
+    assert found["stderr"] == pytest.approx(2.5)

@@ -114,15 +114,22 @@ def test_what_is_committed_is_what_the_code_computes(finished):
 
 
 def test_an_interrupted_run_goes_on(finished, tmp_path):
-    """With the traces, plans and results of a run but no finished notebook, nothing is computed twice."""
-    for part in ("traces", "plans", "results"):
+    """With the traces, plans and results of a run but no finished notebook, nothing is computed twice, the numbers are the
+    same, and a notebook that took long takes a fraction of it."""
+    for part in ("traces", "plans", "results", "explorer"):
         shutil.copytree(finished[0] / part, tmp_path / part)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
-    result = command("notebooks", "02", "--set", "LIMIT=30", "--run-dir", str(tmp_path))
+    result = command("notebooks", "03", "--set", "LIMIT=30", "--run-dir", str(tmp_path))
     assert result.returncode == 0, result.stderr
-    for part in ("traces", "plans", "results"):
+    for part in ("traces", "plans", "results", "explorer"):
         files = [path for path in (tmp_path / part).rglob("*") if path.is_file()]
         assert {path: path.stat().st_mtime_ns for path in files} == {p: t for p, t in before.items() if p in files}
+    first, second = (
+        json.loads((folder / "notebooks" / f"{PATHS[3].stem}.json").read_text()) for folder in (finished[0], tmp_path)
+    )
+    assert first["seconds"] > 2 * second["seconds"]  # with few items: at the default limit it is more
+    for path in (tmp_path / "figures").glob("*.json"):
+        assert_alike(json.loads(path.read_text()), json.loads((finished[0] / "figures" / path.name).read_text()), path.stem)
 
 
 @pytest.mark.parametrize(

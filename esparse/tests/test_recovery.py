@@ -229,6 +229,7 @@ def plan_like(layers: int) -> esparse.PruningPlan:
         ("experts", {"plan": plan_like(layers=4)}, "plan is for 4 MoE layers, the models have 3"),
         ("experts", {"plan": plan_like(layers=3)}, "plan was made with another model"),
         ("router", {"teacher": family_model("mixtral", vocab_size=70)}, "another vocabulary"),
+        ("experts", {"teacher": family_model("mixtral", vocab_size=50)}, "another vocabulary"),
     ],
 )
 def test_models_that_do_not_match_are_refused(rung, change, message):

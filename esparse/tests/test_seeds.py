@@ -105,6 +105,11 @@ def test_what_a_rung_wins_back_is_a_share_of_what_was_lost():
     assert found["in exact match"] == pytest.approx(100 * (33.5 - 34) / (32 - 34))
 
 
+def test_exact_match_is_that_of_a_task_that_is_scored_so():
+    rows = [{"tasks": tasks, "average": 64.2} for tasks in ({"arithmetic_problems": 91.0}, {"gsm8k": 51.0}, {"boolq": 80.0})]
+    assert [seeds.MEASURES["exact match"](row) for row in rows] == [91.0, 51.0, pytest.approx(float("nan"), nan_ok=True)]
+
+
 def test_lines_are_means_and_ranges_over_seeds():
     rows = [fake(seed, r, 2.0 + seed) for seed in (0, 1, 2) for r in (7, 6)]
     line = seeds.line("some", rows, "r", seeds.MEASURES["general"])

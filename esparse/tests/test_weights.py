@@ -224,8 +224,11 @@ def test_zeros_stay_through_steps_of_an_optimiser():
     assert present.keys() == {name for name in parameters if ".experts." in name}
     for name, mask in present.items():
         assert (parameters[name][~mask] == 0).all() and parameters[name][mask].count_nonzero() == mask.sum()
-    with pytest.raises(ValueError, match="belong to another model"):
-        weights.restore_zeros(family_model("mixtral", 4), present)
+    other = family_model("mixtral", vocab_size=70)  # of another shape in its last matrix alone
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match="belong to another model: lm_head.weight is not there, or of another shape"):
+        weights.restore_zeros(other, present | {"lm_head.weight": model.lm_head.weight != 0})
+    assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
 
 
 def test_equal_bytes_count_the_places_too():
@@ -243,6 +246,8 @@ def test_equal_bytes_count_the_places_too():
         ("4:4", {}, "N from 1 to M - 1"),
         ("half", {}, "Cannot read the sparsity 'half'"),
         ("2:5", {}, "do not divide into groups of 5"),
+        (0.001, {}, "0.001 of a row of 32 weights removes none, or all"),
+        (0.999, {}, "0.999 of a row of 32 weights removes none, or all"),
         (0.5, {"method": "sparsegpt"}, "Unknown score 'sparsegpt': choose from magnitude, wanda, moe-pruner"),
         (0.5, {"scope": "router"}, "Unknown scope 'router'"),
     ],
