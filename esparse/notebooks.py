@@ -16,6 +16,7 @@ from nbclient.exceptions import CellExecutionError
 from tqdm.auto import tqdm
 
 from .files import PACKAGE, checkout, digest, write_json, write_text
+from .gallery import manifest
 from .runs import default_folder
 
 NOISE = ("application/vnd.jupyter.widget-view+json",)  # outputs that mean nothing without a kernel
@@ -164,6 +165,8 @@ def run_notebooks(
     for path in bar:
         bar.set_postfix_str(path.stem)
         results.append(_run_one(path, settings, target, update))
+    if update:
+        write_json(checkout() / "figures" / "manifest.json", manifest())
     return pd.DataFrame(results)
 
 

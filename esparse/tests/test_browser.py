@@ -45,6 +45,7 @@ WATCH = """() => {
     if (node.querySelectorAll) [node, ...node.querySelectorAll('img')].filter((n) => n.tagName === 'IMG').forEach(note);
   }))).observe(document.body, {subtree: true, childList: true});
 }"""
+BADGE = '<svg xmlns="http://www.w3.org/2000/svg"/>'  # in the place of what lies elsewhere: nothing here needs the network
 RUNNING = """() => window.jupyterapp.shell.currentWidget.content.widgets
   .filter((cell) => cell.model.type === 'code' && cell.model.executionState !== 'idle').length"""
 ERRORS = """() => window.jupyterapp.shell.currentWidget.content.widgets.flatMap((cell) => cell.model.type === 'code'
@@ -118,6 +119,7 @@ def open_notebook(browser, lab, request):
     said = []
     page.on("console", lambda message: said.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: said.append(str(error)))
+    page.route(lambda url: not url.startswith(lab), lambda route: route.fulfill(content_type="image/svg+xml", body=BADGE))
 
     def opened(name: str):
         page.goto(f"{lab}/lab/tree/{name}.ipynb?reset")
@@ -215,7 +217,7 @@ def test_a_key_press_changes_the_pictures_within_a_tenth_of_a_second(open_notebo
     """p95 over every picture that a key changes; another try where something else held up the machine."""
     page = open_notebook("11_explorer")
     driver, p95 = Driver(page, run), math.inf
-    for _ in range(3):
+    for _ in range(5):
         page.evaluate("() => { window.taken = []; }")
         for slider, steps in ((driver.board.r, (2, -4, 2)), (driver.board.layer, (5, -5)), (driver.board.share, (10, -20, 10))):
             for some in steps:
