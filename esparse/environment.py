@@ -15,11 +15,11 @@ ADDED = ("accelerate", "datasets", "ipywidgets", "lm-eval", "matplotlib", "panda
 
 
 def installed() -> dict[str, str]:
-    """The versions of what is named here and installed."""
+    """The versions of what is named here and installed; of what is in memory already, that one's."""
     found = {}
     for name in {*FLOORS, *KEPT, *ADDED}:
         try:
-            found[name] = metadata.version(name)
+            found[name] = getattr(sys.modules.get(name), "__version__", None) or metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
     return found

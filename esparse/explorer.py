@@ -17,8 +17,9 @@ from .search import SCORES, all_subsets, search_layer, subset_losses
 from .speed import decoding_rows, results
 from .traces import LayerTrace, Trace, co_selection, output_norm, part
 
-BETAS = [i / 100 for i in range(101)]
+BETAS = [i / 100 for i in range(101)]  # for two experts a token; see `beta_grid`
 SHARES = [i / 20 for i in range(21)]
+FORMAT = 2  # of what is kept of a grid: another one is computed anew
 POINTS = 200  # of a loss landscape, at most
 ENUMERABLE = 5000  # subsets of a layer, beyond which no landscape is drawn
 ROWS = 65536
@@ -53,10 +54,16 @@ def skip_curve(layer: LayerTrace, kept: Sequence[int] | None = None) -> tuple[to
     return ordered.values, torch.cat([running.new_tensor([whole]), running]).clamp(min=0)
 
 
+def beta_grid(k: int) -> list[float]:
+    """The betas on the grid: up to k - 1, at which every pair that can be dropped is."""
+    return BETAS if k == 2 else [i / 20 for i in range(20 * (k - 1) + 1)]
+
+
 def _skipping(layer: LayerTrace, kept: Sequence[int] | None, norm: float) -> dict:
     """Share dropped and relative loss on the grid of betas, and the betas that drop each share of the other grid."""
     ratios, squares = skip_curve(layer, kept)
-    at = torch.searchsorted(ratios, torch.tensor(BETAS, dtype=torch.float64))  # a pair goes when its ratio is below beta
+    grid = torch.tensor(beta_grid(layer.k), dtype=torch.float64)
+    at = torch.searchsorted(ratios, grid)  # a pair goes when its ratio is below beta
     some = [min(int(share * len(ratios)), len(ratios) - 1) for share in SHARES]
     betas = [0.0, *ratios[some[1:-1]].tolist(), math.nextafter(ratios[-1].item(), math.inf)]
     aimed = torch.searchsorted(ratios, torch.tensor(betas, dtype=torch.float64))
@@ -134,7 +141,7 @@ def _sizes(trace: Trace) -> list[int]:
 
 def _cached_grid(trace: Trace, folder: Path) -> dict:
     grams = [layer.gram.double().sum().item() for layer in trace.layers]
-    path = folder / f"{digest('explorer', trace.model, trace.tokens, trace.keep, grams)}.json"
+    path = folder / f"{digest('explorer', FORMAT, trace.model, trace.tokens, trace.keep, grams)}.json"
     if not path.exists():
         write_json(path, grid(trace, _sizes(trace)))
     return read_json(path, "explorer's grid")
@@ -145,7 +152,7 @@ def _cached_grid(trace: Trace, folder: Path) -> dict:
 
 @dataclass(frozen=True)
 class Choice:
-    """A place of the controls. skip: ("betas", one for each layer) on the grid of `BETAS`, or ("share", one of `SHARES`)."""
+    """A place of the controls. skip: ("betas", one for each layer) on the `beta_grid`, or ("share", one of `SHARES`)."""
 
     r: int
     method: str
@@ -164,6 +171,8 @@ class Explorer:
         if not 1 <= len(traces) <= 2:
             raise ValueError(f"The explorer shows one trace, or two side by side, got {len(traces)}.")
         read = {name: one if isinstance(one, Trace) else Trace.load(one) for name, one in traces.items()}
+        if not all(one.layers for one in read.values()):
+            raise ValueError("This trace holds no MoE layer: trace again.")
         if len({(one.model, len(one.layers), one.keep) for one in read.values()}) > 1:
             raise ValueError("These traces are of different models or sizes, and cannot stand side by side.")
         folder = Path(folder) if folder else checkout() / ".runs" / "explorer"
@@ -171,6 +180,11 @@ class Explorer:
         first = next(iter(self.grids.values()))
         self.n, self.k, self.sizes, self.methods = (first[key] for key in ("n", "k", "sizes", "methods"))
         self.layers = len(first["co_selection"])
+
+    @cached_property
+    def betas(self) -> list[float]:
+        """The betas that can be chosen."""
+        return beta_grid(self.k)
 
     @property
     def default(self) -> Choice:
@@ -201,8 +215,8 @@ class Explorer:
                 at = round(values * (len(SHARES) - 1))
                 row = tuple(layer[f"aimed {key}"][at] for key in ("betas", "dropped", "loss"))
             else:
-                at = round(values[i] * (len(BETAS) - 1))
-                row = BETAS[at], layer["dropped"][at], layer["loss"][at]
+                at = min(range(len(self.betas)), key=lambda j: abs(self.betas[j] - values[i]))
+                row = self.betas[at], layer["dropped"][at], layer["loss"][at]
             for column, value in zip(found.values(), row, strict=True):
                 column.append(value)
         return found
@@ -215,7 +229,7 @@ class Explorer:
         grids = self.grids.values()
         landscapes = [loss for one in grids for rows in one["landscape"].values() for losses in rows for loss in losses]
         places = [layer for one in grids for rows in one["places"].values() for layer in rows]
-        losses = [max([layer["relative"], *layer.get("loss", [])]) for layer in places]
+        losses = [max([layer["relative"], *layer.get("loss", []), *layer.get("aimed loss", [])]) for layer in places]
         pairs = max((value for one in grids for table in one["co_selection"] for row in table for value in row), default=0.0)
         shape = {"n": self.n, "k": self.k, "layers": self.layers, "corpora": list(self.grids), "pairs": pairs}
         return shape | {"landscape": max([0.0, *landscapes, *(layer["relative"] for layer in places)]), "loss": max(losses)}
@@ -264,11 +278,15 @@ class Explorer:
         )
         pairs = "; ".join(f"{corpus}: {self._pair(corpus, choice.layer)}" for corpus in self.grids)
         chosen = "; ".join(f"{c}: {self._place(c, choice)[choice.layer]['relative']:.3f}" for c in self.grids)
+        drawn = any(one["losses"] for one in self._landscape(choice)["corpora"].values())
+        subsets = (
+            "Losses of all subsets" if drawn else "No landscape is drawn, since every expert stays or subsets are too many,"
+        )
         kept = ", ".join(map(str, self.kept(first, choice)[0]))
         return {
             "kept": f"Grid of the experts kept in every layer, {at}; for {first} layer 0 keeps {kept}.",
             "co_selection": f"Heatmap of experts chosen together in layer {choice.layer}; most often, {pairs}.",
-            "landscape": f"Losses of all subsets of layer {choice.layer}, {at}; of the chosen one, {chosen}.",
+            "landscape": f"{subsets} of layer {choice.layer}, {at}; loss of the chosen one, {chosen}.",
             "skipping": f"Share dropped and loss in every layer, {at}; on average, {means}.",
             "trade_off": f"Mean loss over the share dropped, {at}; now, {means}.",
         }[name]
@@ -280,11 +298,15 @@ class Explorer:
             now, mine = self.skipping(name, choice), self._place(name, choice)[choice.layer]
             same = sum(len({tuple(one[i]) for one in self._all_kept(choice)}) == 1 for i in range(self.layers))
             words[name] = {
+                "chosen": f"{choice.r} of {self.n} experts by {choice.method}",
                 f"{layer} keeps": ", ".join(map(str, mine["kept"])),
+                "all layers keep": "; ".join(" ".join(map(str, kept)) for kept in self.kept(name, choice)),
                 f"{layer}, loss by pruning": f"{mine['relative']:.3f} of the output's norm",
                 f"{layer}, most often together": self._pair(name, choice.layer),
                 "mean loss with skipping": f"{_mean(now['loss']):.3f}",
+                "layer by layer": ", ".join(f"{loss:.2f}" for loss in now["loss"]),
                 "pairs dropped": f"{100 * _mean(now['dropped']):.1f}%",
+                "layer by layer, %": ", ".join(f"{100 * share:.0f}" for share in now["dropped"]),
                 "betas": ", ".join(f"{beta:.2f}" for beta in now["beta"]),
             } | ({"layers that keep the same": f"{same} of {self.layers}"} if len(self.grids) == 2 else {})
         return words
@@ -295,17 +317,20 @@ class Explorer:
     def _pair(self, name: str, layer: int) -> str:
         table = self.grids[name]["co_selection"][layer]
         share, i, j = max((table[i][j], i, j) for i in range(self.n) for j in range(i, self.n))
+        if share == 0:
+            return "no two, since each token has one expert"
         return f"experts {i} and {j}, for {100 * share:.1f}% of tokens"
 
     def estimate(self, choice: Choice, shape: Mapping = MIXTRAL) -> dict[str, str]:
         """What a choice (of the first corpus) would mean for a real model's shape: counted, and as measured where it was."""
-        share = _mean(self.skipping(next(iter(self.grids)), choice)["dropped"])
+        first = next(iter(self.grids))
+        share = _mean(self.skipping(first, choice)["dropped"])
         experts = max(shape["num_experts_per_tok"], round(shape["num_local_experts"] * choice.r / self.n))
         total, used, read = (mixtral_parameters(shape, experts, skipped) for skipped in (None, share, 0.0))
         return {
             f"{shape['name']} with {experts} experts": f"{2 * total / 2**20:,.0f} MiB in bf16; {total / 1e9:.1f} B parameters, "
             f"{used / 1e9:.1f} B for a token",
-            "decoding it at batch 1": f"at most {read / used:.2f} times as fast as without skipping",
+            "decoding it at batch 1": f"at most {read / used:.2f} times as fast as without skipping (as on {first})",
             "as measured": _measured(experts),
         }
 

@@ -32,6 +32,8 @@ def data_folder() -> Path:
 
 def local_folder(source: str | Path) -> Path | None:
     """The folder that a model's name means, or None for a hub id. Raises FileNotFoundError for a path that is not there."""
+    if str(source) == "tiny":
+        return data_folder() / "tiny"
     if Path(source).is_dir():
         return Path(source)
     if Path(source).is_absolute() or str(source).startswith("."):

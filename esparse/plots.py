@@ -110,10 +110,13 @@ def _method(data: dict) -> Figure:
         right.add_patch(Rectangle((first, -row + 0.1), second, 0.7, edgecolor="0.4", lw=0.6, **style))
         right.text(1.03, -row + 0.45, f"{second / first:.2f}" + (", skipped" if dropped else ""), va="center")
     right.set(xlim=(0, 1.5), ylim=(-len(data["tokens"]) + 0.9, 1))
-    right.set_title(f"skipping: a second expert below {data['beta']:.2f} of the first")
+    behind = "a second expert" if data["k"] == 2 else "experts behind the first, together"
+    right.set_title(f"skipping: {behind} below {data['beta']:.2f} of the first")
     for axes in (left, right):
         axes.set_axis_off()
-    figure.supxlabel(f"layer {data['layer']}; hatched: not computed; ratio of the two routing weights on the right", fontsize=9)
+    figure.supxlabel(
+        f"layer {data['layer']}; hatched: not computed; on the right, the ratio of the routing weights", fontsize=9
+    )
     return figure
 
 

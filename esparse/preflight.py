@@ -36,6 +36,7 @@ def preflight(
     Raises ValueError where r cannot be kept, and as `load_model` where a hub id cannot be had.
     """
     local = local_folder(source) is not None
+    source = local_folder(source) or source
     load = lambda: transformers.AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)  # noqa: E731
     config = load() if local else from_hub(load, f"the model {source!r}", str(source), "a local folder works offline")
     quantised = (getattr(config, "quantization_config", None) or {}).get("quant_method")

@@ -180,8 +180,7 @@ class Run:
         from .explorer import Explorer
 
         traces = {self.label(corpus): self.trace(corpus) for corpus in (self.general, self.domain)}
-        model = f"data/{self.model_name}" if self.model_name in PRESETS else self.model_name
-        return Explorer(traces, self.folder / "explorer", model)
+        return Explorer(traces, self.folder / "explorer", self.model_name)
 
     def plan(self, corpus: str, r: int, method: str | None = None, *, seed: int | None = None) -> PruningPlan:
         """The experts to keep, by METHOD unless another is named, calibrated on a corpus; made once, then read."""

@@ -46,10 +46,11 @@ def layer_scheme(run: Run, number: int = 0) -> dict:
 
 def method_scheme(run: Run, r: int, number: int = 0) -> dict:
     """Fig. 3 on a real layer: the subset that METHOD chooses beside others; and what skipping at the median beta does with
-    six tokens, whose ratios stand for a sixth of all each."""
+    six tokens, whose ratios stand for a sixth of all each: the weight of the first expert, and of all behind it."""
     layer = run.trace(run.general).layers[number]
     norm, beta = output_norm(layer), median_betas(Trace([layer], "", ""))[0]
-    rising = (layer.weights[:, 1] / layer.weights[:, 0]).argsort()
+    halves = torch.stack([layer.weights[:, 0], layer.weights[:, 1:].sum(1)], 1)
+    rising = (halves[:, 1] / halves[:, 0]).argsort()
     tokens = rising[[len(rising) * part // 12 for part in (11, 9, 7, 5, 3, 1)]]
     return {
         "layer": number,
@@ -57,7 +58,8 @@ def method_scheme(run: Run, r: int, number: int = 0) -> dict:
         "r": r,
         "candidates": [{"kept": list(kept), "loss": loss / norm} for kept, loss in _candidates(layer, r, run.method)],
         "beta": beta,
-        "tokens": layer.weights[tokens, :2].tolist(),
+        "k": layer.k,
+        "tokens": halves[tokens].tolist(),
     }
 
 

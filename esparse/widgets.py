@@ -12,7 +12,7 @@ from pathlib import Path
 
 import ipywidgets
 
-from .explorer import BETAS, SHARES, VIEWS, Choice, Explorer
+from .explorer import SHARES, VIEWS, Choice, Explorer
 from .stages import DPI, Stage
 from .stages import VIEWS as SIZES
 
@@ -54,7 +54,13 @@ class Slider:
         self.slider.value = value
 
     def observe(self, call: Callable) -> None:
-        self.slider.observe(call, "value")
+        def changed(change) -> None:
+            if abs(self.slider.value - self.value) > 1e-9:  # typed, between two values: both show the nearest
+                self.slider.value = self.value
+            else:
+                call(change)
+
+        self.slider.observe(changed, "value")
 
     def show(self, shown: bool) -> None:
         self.box.layout.display = None if shown else "none"
@@ -80,9 +86,9 @@ class Dashboard:
         self.r = Slider("experts kept, r", explorer.sizes, start.r)
         self.method = _buttons("method", explorer.methods)
         self.layer = Slider("layer", range(explorer.layers), 0)
-        self.mode = _buttons("skip by", SKIPPING)
+        self.mode = _buttons("skip by", SKIPPING if "layer" in controls else SKIPPING[:2])
         self.share = Slider("share skipped, %", [round(100 * share) for share in SHARES], 50 if "skip" in controls else 0)
-        self.beta = Slider("beta", BETAS, 0.5)
+        self.beta = Slider("beta", explorer.betas if explorer.k > 1 else [0.0], 0.5 if explorer.k > 1 else 0.0)
         self.beta.show(False)
         self.message, self.readout = ipywidgets.HTML(), ipywidgets.HTML()
         self.stages = {name: Stage(name, explorer.frame) for name in views}
@@ -133,17 +139,20 @@ class Dashboard:
         self.beta.show(betas)
         if self.mode.value == SKIPPING[1]:
             self.betas = [self.beta.value] * self.explorer.layers
+        elif self.mode.value == SKIPPING[2]:
+            self.beta.value = self.betas[self.layer.value]
         self.refresh()
 
     def _change_beta(self) -> None:
         if self.mode.value == SKIPPING[2]:
             self.betas[self.layer.value] = self.beta.value
-        else:
+        elif self.mode.value == SKIPPING[1]:
             self.betas = [self.beta.value] * self.explorer.layers
         self.refresh()
 
     def _change_layer(self) -> None:
-        self.beta.value = self.betas[self.layer.value]  # of the layer, where each has its own
+        if self.mode.value == SKIPPING[2]:
+            self.beta.value = self.betas[self.layer.value]
         self.refresh()
 
     def refresh(self) -> None:
@@ -209,7 +218,7 @@ class _Export:
         except FileExistsError:
             raise ValueError(f"{path} already exists: choose another name.") from None
         self.dashboard.say("")
-        lines = "".join(f"<pre>{html.escape(command)}</pre>" for command in explorer.commands(path))
+        lines = "".join(f"<pre>{html.escape(command)}</pre>" for command in explorer.commands(path.resolve()))
         self.told.value = f'<div role="status">{html.escape(str(path))} is written.{lines}</div>'
 
 
@@ -232,11 +241,17 @@ class Page:
 
     def open(self, traces: Explorer | Mapping) -> None:
         """Show these traces; what cannot be read is said in one sentence, and what was shown stays."""
+        self.message.value = '<p role="status">Reading, and computing once what the sliders will show...</p>'
         try:
             shown = traces if isinstance(traces, Explorer) else Explorer(traces, self.folder)
             self.dashboard = Dashboard(shown)
         except (ValueError, OSError) as error:
             self.message.value = _alert(str(error))
+            return
+        except Exception as error:  # whatever else is wrong inside a file: a callback's error would be seen nowhere
+            self.message.value = _alert(
+                f"This trace is damaged or of another version ({type(error).__name__}: {error}): trace again."
+            )
             return
         self.export = _Export(self.dashboard)
         self.body.children, self.message.value = (self.dashboard.widget, self.export.widget), ""

@@ -22,6 +22,7 @@ from esparse import stages, widgets
 from esparse.explorer import BETAS, SHARES, VIEWS
 from esparse.files import checkout
 
+pytestmark = pytest.mark.slow
 NOTEBOOKS = ("03_expert_pruning", "05_dynamic_skipping", "11_explorer")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 KEPT = checkout() / ".runs" / "browser"  # screenshots of what failed
@@ -116,7 +117,8 @@ def wait_for(address: str, seconds: int = 60) -> None:
 def open_notebook(browser, lab, request):
     """Opens a notebook and runs all its cells. Afterwards the console must be clean; of a failure a picture is kept."""
     page = browser.new_page(viewport={"width": 1400, "height": 1600})
-    said = []
+    said, states = [], []
+    page.states = states
     page.on("console", lambda message: said.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: said.append(str(error)))
     page.route(lambda url: not url.startswith(lab), lambda route: route.fulfill(content_type="image/svg+xml", body=BADGE))
@@ -134,9 +136,11 @@ def open_notebook(browser, lab, request):
 
     yield opened
     failed = getattr(request.node, "failed", False) or said
-    if failed:
-        KEPT.mkdir(parents=True, exist_ok=True)
-        page.screenshot(path=KEPT / f"{request.node.name}.png")
+    if failed:  # a picture of every state up to the one that failed
+        shutil.rmtree(KEPT / request.node.name, ignore_errors=True)
+        (KEPT / request.node.name).mkdir(parents=True)
+        for number, picture in enumerate([*states, page.screenshot(type="jpeg")]):
+            (KEPT / request.node.name / f"{number:03d}.jpg").write_bytes(picture)
     page.close()
     assert said == []
 
@@ -149,7 +153,7 @@ class Driver:
     """The dashboard of a page, and beside it the same state computed here."""
 
     def __init__(self, page, run: esparse.Run, views=VIEWS, controls=widgets.CONTROLS):
-        self.page, self.explorer, self.views = page, run.explorer(), views
+        self.page, self.explorer, self.views, self.timed = page, run.explorer(), views, False
         self.board = widgets.Dashboard(self.explorer, views, controls)  # the reference: no page is attached to it
         self.stages, self.settled = {name: stages.Stage(name, self.explorer.frame) for name in views}, 0
 
@@ -164,6 +168,8 @@ class Driver:
         words = rows | {what: [words] for what, words in estimate.items()}
         for _ in range(100):  # the words come after the pictures
             if (shown := dict(self.page.evaluate(READOUT))) == words:
+                if not self.timed:
+                    self.page.states.append(self.page.screenshot(type="jpeg", quality=30))
                 return
             self.page.wait_for_timeout(20)
         assert shown == words
@@ -217,11 +223,17 @@ def test_a_key_press_changes_the_pictures_within_a_tenth_of_a_second(open_notebo
     """p95 over every picture that a key changes; another try where something else held up the machine."""
     page = open_notebook("11_explorer")
     driver, p95 = Driver(page, run), math.inf
-    for _ in range(5):
+    board, driver.timed = driver.board, True
+    for method in board.explorer.methods[1:]:  # another one each time: pictures that were not drawn before
         page.evaluate("() => { window.taken = []; }")
-        for slider, steps in ((driver.board.r, (2, -4, 2)), (driver.board.layer, (5, -5)), (driver.board.share, (10, -20, 10))):
+        driver.choose(board.method, method)
+        for slider, steps in ((board.r, (2, -4, 2)), (board.layer, (5, -5)), (board.share, (10, -20, 10))):
             for some in steps:
                 driver.up(slider, some)
+        driver.choose(board.mode, widgets.SKIPPING[1])
+        for some in (20, -20):
+            driver.up(board.beta, some)
+        driver.choose(board.mode, widgets.SKIPPING[0])
         taken = sorted(page.evaluate("() => window.taken"))
         p95 = min(p95, taken[int(0.95 * len(taken))])
         print(f"key press to decoded image: median {statistics.median(taken):.0f} ms, p95 {p95:.0f} ms, {len(taken)} images")

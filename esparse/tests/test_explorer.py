@@ -182,7 +182,8 @@ def test_an_exported_plan_prunes_and_skips(shown, traces, tiny, tmp_path, monkey
     page = widgets.Page(shown)
     page.dashboard.r.value = 5
     page.export.button.click()
-    assert page.dashboard.message.value == "" and "prune MODEL pruned --plan plan.json" in page.export.told.value
+    assert page.dashboard.message.value == ""
+    assert f"prune MODEL pruned --plan {tmp_path / 'plan.json'}" in page.export.told.value  # from any folder
     plan = esparse.PruningPlan.load("plan.json")
     assert (plan.r, plan.kept) == (5, shown.kept("web", page.dashboard.choice))
     assert plan.losses == pytest.approx(esparse.search_experts(traces["web"], 5).losses)
@@ -250,6 +251,48 @@ def test_a_trace_with_one_layer_and_one_with_one_expert_a_token(tmp_path):
     assert single.dashboard.message.value != "" and "Error" not in single.dashboard.message.value
     assert "0.0%" in single.dashboard.readout.value
     assert single.dashboard.explorer.plan("one", single.dashboard.choice).betas is None
+
+
+def test_a_damaged_file_is_a_sentence_whatever_is_wrong_with_it(traces, shown, tmp_path):
+    page = widgets.Page(shown, tmp_path / "grid")
+    traces["web"].save(tmp_path / "trace")
+    about = json.loads((tmp_path / "trace" / "trace.json").read_text())
+    without = [{key: value for key, value in layer.items() if key != "keep"} for layer in about["layers"]]
+    for wrong in ([], about | {"layers": without}, about | {"layers": []}):
+        (tmp_path / "trace" / "trace.json").write_text(json.dumps(wrong))
+        page.path.value = ""
+        page.path.value = str(tmp_path / "trace")
+        assert page.message.value.count("<p") == 1 and "trace again" in page.message.value
+
+
+def test_betas_of_layers_stay_while_a_share_is_aimed_at(shown):
+    board = widgets.Dashboard(shown)
+    board.mode.value = widgets.SKIPPING[2]
+    board.layer.value = 2
+    board.beta.value = 0.9
+    board.mode.value = widgets.SKIPPING[0]
+    board.layer.value = 0
+    board.mode.value = widgets.SKIPPING[2]
+    assert board.choice.skip == ("betas", (0.5, 0.5, 0.9, 0.5, 0.5, 0.5)) and board.beta.value == 0.5
+    without_layers = widgets.Dashboard(shown, ("skipping",), ("r", "skip"))
+    assert without_layers.mode.options == widgets.SKIPPING[:2]
+
+
+def test_what_is_typed_between_two_values_is_the_nearest(shown):
+    board = widgets.Dashboard(shown)
+    board.share.slider.value = 37
+    assert board.share.slider.value == 35 and board.choice.skip == ("share", 0.35)
+    board.mode.value = widgets.SKIPPING[1]
+    board.beta.slider.value = 0.554
+    assert board.beta.slider.value == pytest.approx(0.55)
+
+
+def test_betas_and_axes_reach_all_pairs_of_more_than_two_experts(tmp_path):
+    shown = Explorer({"one": esparse.trace(random_model("qwen3", 8, 4), random_tokens(), keep=6)}, tmp_path)
+    last = Choice(6, "enumerate", 0, ("betas", (shown.betas[-1],) * shown.layers))
+    assert shown.betas[-1] == 3 and min(shown.skipping("one", last)["dropped"]) > 0.99
+    top = max(shown.grids["one"]["places"]["enumerate 6"][0]["aimed loss"])
+    assert shown.frame["loss"] >= top
 
 
 def test_many_experts_have_no_landscape_but_all_the_rest(tmp_path):

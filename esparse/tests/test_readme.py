@@ -8,6 +8,7 @@ import tomllib
 import nbformat
 import pytest
 
+import esparse
 from esparse import __main__, gallery, notebooks
 from esparse.files import checkout, data_folder
 
@@ -47,6 +48,17 @@ def test_every_command_is_one(command):
         settings = notebooks.parse_settings(arguments.set)
         for path in notebooks.find(arguments.names):
             assert settings.keys() <= notebooks.parameters(nbformat.read(path, as_version=4)).keys()
+
+
+@pytest.mark.slow
+def test_the_example_in_python_runs(tmp_path, monkeypatch, capsys):
+    (example,) = re.findall(r"^```python\n(.*?)^```", README, flags=re.M | re.S)
+    evaluate = esparse.evaluate
+    monkeypatch.setattr(esparse, "evaluate", lambda *arguments: evaluate(*arguments, limit=4))  # the rest as it stands
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example, "README.md", "exec"), {})
+    assert "arithmetic_problems" in capsys.readouterr().out
+    assert json.loads((tmp_path / "pruned" / "config.json").read_text())["num_local_experts"] == 6
 
 
 def test_commands_are_single_lines_and_ci_calls_one():
