@@ -26,7 +26,7 @@ DEPENDS = {
     "skipping": ("r", "method", "skip"),
     "trade_off": ("r", "method", "skip"),
 }
-_NAMED = {"style": {"description_width": "8em"}, "layout": ipywidgets.Layout(width="19em")}
+_NAMED = {"style": {"description_width": "10em"}, "layout": ipywidgets.Layout(width="21em")}
 
 
 class Slider:
@@ -69,7 +69,7 @@ class Slider:
 def _buttons(label: str, options: Sequence[str]) -> ipywidgets.ToggleButtons:
     """One of a few words. JupyterLab takes the arrow keys of lists and radio buttons; buttons keep Tab and Space."""
     return ipywidgets.ToggleButtons(
-        options=options, value=options[0], description=label, style={"description_width": "8em", "button_width": "initial"}
+        options=options, value=options[0], description=label, style={"description_width": "10em", "button_width": "initial"}
     )
 
 
@@ -231,7 +231,7 @@ class Page:
             placeholder="a folder that Trace.save wrote",
             description="another trace",
             continuous_update=False,
-            style={"description_width": "8em"},
+            style={"description_width": "10em"},
             layout=ipywidgets.Layout(width="38em"),
         )
         self.message, self.body = ipywidgets.HTML(), ipywidgets.VBox()

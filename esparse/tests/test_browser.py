@@ -276,9 +276,11 @@ def test_mistakes_are_said_in_the_page(open_notebook, run, tmp_path):
     path.press("Enter")
     alert = page.get_by_role("alert")
     alert.filter(has_text="There is no trace at").wait_for(timeout=10_000)
-    path.fill(str(next((run.folder / "traces").iterdir())))
+    another = next((run.folder / "traces").iterdir())
+    path.fill(str(another))
     path.press("Enter")
-    page.wait_for_function("() => !document.querySelector('.jupyter-widgets [role=alert]')", timeout=60_000)
+    page.locator("th[scope=col]", has_text=another.name).wait_for(timeout=60_000)  # in the place of the first
+    assert alert.count() == 0
     r = page.get_by_label("experts kept, r", exact=True)
     r.press("ArrowUp")
     r.press("ArrowUp")
