@@ -280,7 +280,7 @@ def test_mistakes_are_said_in_the_page(open_notebook, run, tmp_path):
     path.fill(str(another))
     path.press("Enter")
     page.locator("th[scope=col]", has_text=another.name).wait_for(timeout=60_000)  # in the place of the first
-    assert alert.count() == 0
+    assert page.locator(".jupyter-widgets [role=alert]").count() == 0
     r = page.get_by_label("experts kept, r", exact=True)
     r.press("ArrowUp")
     r.press("ArrowUp")
