@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from .checkpoints import load_model, load_tokenizer
 from .corpora import calibration_tokens
 from .evaluation import evaluate, perplexity, task_names, task_version
-from .files import checkout, data_folder, digest, read_json, write_json
+from .files import checkout, digest, read_json, write_json
 from .models import fingerprint, free_memory, moe_layers
 from .preflight import expert_counts, preflight
 from .pruning import PruningPlan, masked
@@ -87,7 +87,7 @@ class Run:
         that are made in memory."""
         if self.model_name in PRESETS and self.model_name != "tiny":
             raise ValueError(f"{self.model_name} is in no folder: write it with save_model, and give the folder as MODEL.")
-        return data_folder() / "tiny" if self.model_name == "tiny" else fetch(self.model_name, self.revision)
+        return fetch(self.model_name, self.revision)
 
     @cached_property
     def streamed(self) -> bool:

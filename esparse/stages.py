@@ -78,18 +78,23 @@ def _pairs_view(figure, frame: dict) -> Callable[[dict], list]:
     return update
 
 
+def _curves(figure, axes, frame: dict, what: str) -> tuple[list, list, object]:
+    """For each corpus an empty line and the point on it that a frame moves, and the caption."""
+    lines = [axes.plot([], [], color=COLOURS[i], lw=1.5)[0] for i in range(len(frame["corpora"]))]
+    points = [
+        axes.plot([], [], MARKERS[i], color=COLOURS[i], ms=9, mec="black", label=f"{what}, {name}")[0]
+        for i, name in enumerate(frame["corpora"])
+    ]
+    figure.legend(handles=points, loc="outside lower center", ncols=2, fontsize=7)
+    return lines, points, _caption(axes)
+
+
 def _landscape_view(figure, frame: dict) -> Callable[[dict], list]:
     """All subsets' losses, best first, and the one that was chosen."""
     [[axes]] = figure.subplots(1, 1, squeeze=False)
     axes.set(xlabel="all subsets, best first, %", ylabel="loss / norm of the output")
     axes.set(xlim=(-3, 103), ylim=(0, 1.05 * frame["landscape"] or 1))
-    lines = [axes.plot([], [], color=COLOURS[i], lw=1.5)[0] for i in range(len(frame["corpora"]))]
-    points = [
-        axes.plot([], [], MARKERS[i], color=COLOURS[i], ms=9, mec="black", label=f"chosen, {name}")[0]
-        for i, name in enumerate(frame["corpora"])
-    ]
-    figure.legend(handles=points, loc="outside lower center", ncols=2, fontsize=7)
-    title = _caption(axes)
+    lines, points, title = _curves(figure, axes, frame, "chosen")
 
     def update(data: dict) -> list:
         for line, point, one in zip(lines, points, data["corpora"].values(), strict=True):
@@ -133,13 +138,7 @@ def _trade_off_view(figure, frame: dict) -> Callable[[dict], list]:
     [[axes]] = figure.subplots(1, 1, squeeze=False)
     axes.set(xlabel="second experts dropped, %" if frame["k"] == 2 else "pairs dropped, %", xlim=(-4, 104))
     axes.set(ylabel="mean loss / norm of the output", ylim=(0, 1.05 * frame["loss"] or 1))
-    lines = [axes.plot([], [], color=COLOURS[i], lw=1.5)[0] for i in range(len(frame["corpora"]))]
-    points = [
-        axes.plot([], [], MARKERS[i], color=COLOURS[i], ms=9, mec="black", label=f"now, {name}")[0]
-        for i, name in enumerate(frame["corpora"])
-    ]
-    figure.legend(handles=points, loc="outside lower center", ncols=2, fontsize=7)
-    title = _caption(axes)
+    lines, points, title = _curves(figure, axes, frame, "now")
 
     def update(data: dict) -> list:
         for line, point, one in zip(lines, points, data["corpora"].values(), strict=True):
