@@ -58,31 +58,38 @@ def seed_run(seed: int) -> Run:
 
 
 def domain_rows(run: Run) -> Iterator[dict]:
-    """Tables 3 and 8: calibration corpus x beta corpus x r x method x skipping, random draws and Wanda at 2:4 beside them.
-    The betas of every corpus are tried on enumeration at every second size."""
-    n, corpora = moe_experts(run), (run.general, run.domain, f"{run.general}+{run.domain}")
-    for number, r in enumerate((n, *run.sizes)):
-        yield from enumerated_rows(run, r, corpora if number % 2 == 0 else ())
-        for corpus in corpora if r < n and run.method != "frequency" else ():
-            frequent = run.plan(corpus, r, "frequency")
-            yield {"r": r, "method": "frequency", "calibration": corpus, "betas": None} | quality(run, frequent)
-        for draw in range(DRAWS if r < n else 0):
+    """Tables 3 and 8: calibration corpus x beta corpus x r x method x skipping, random draws included, and the full model
+    with Wanda's and MoE-Pruner's weights at 2:4."""
+    n, corpora = moe_experts(run), calibration_corpora(run)
+    yield from skipping_rows(run, None, {"r": n, "method": "none", "calibration": None}, corpora)
+    for r in run.sizes:
+        yield from pruned_rows(run, r, corpora)
+        for draw in range(DRAWS):
             plan = run.plan(run.general, r, "random", seed=run.seed + draw)
-            yield {"r": r, "method": "random", "calibration": None, "betas": None, "draw": draw} | quality(run, plan)
+            about = {"r": r, "method": "random", "calibration": None, "draw": draw}
+            yield from skipping_rows(run, plan, about, corpora)
     for method, corpus in itertools.product(("wanda", "moe-pruner"), corpora):
-        about = {"r": n, "method": f"{method} 2:4", "calibration": corpus, "betas": None}
-        yield about | quality(run.sparse(corpus, "2:4", method))
+        about = {"r": n, "method": f"{method} 2:4", "calibration": corpus}
+        yield from skipping_rows(run.sparse(corpus, "2:4", method), None, about, corpora)
 
 
-def enumerated_rows(run: Run, r: int, beta_corpora: Sequence[str] = ()) -> Iterator[dict]:
-    """Enumeration at r on each corpus and on both mixed (the full model, where r is all), alone and with betas of corpora."""
-    whole = r == moe_experts(run)
-    for corpus in (None,) if whole else (run.general, run.domain, f"{run.general}+{run.domain}"):
-        plan = run.plan(corpus, r) if corpus else None
-        for beta_corpus in (None, *beta_corpora):
-            betas = median_betas(run.trace(beta_corpus), plan and plan.kept) if beta_corpus else None
-            about = {"r": r, "method": run.method if corpus else "none", "calibration": corpus, "betas": beta_corpus}
-            yield about | quality(run, plan, betas)
+def calibration_corpora(run: Run) -> list[str]:
+    """Each corpus, and both mixed."""
+    return [run.general, run.domain, f"{run.general}+{run.domain}"]
+
+
+def pruned_rows(run: Run, r: int, beta_corpora: Sequence[str] = ()) -> Iterator[dict]:
+    """METHOD and frequency at r, calibrated on each corpus, alone and skipping with the betas of corpora."""
+    for method, corpus in itertools.product(dict.fromkeys((run.method, "frequency")), calibration_corpora(run)):
+        about = {"r": r, "method": method, "calibration": corpus}
+        yield from skipping_rows(run, run.plan(corpus, r, method), about, beta_corpora)
+
+
+def skipping_rows(run: Run, plan: PruningPlan | None, about: dict, beta_corpora: Sequence[str]) -> Iterator[dict]:
+    """A run's model masked to a plan, without skipping and with the median betas that it has on each corpus."""
+    for corpus in (None, *beta_corpora):
+        betas = median_betas(run.trace(corpus), plan and plan.kept) if corpus else None
+        yield about | {"betas": corpus} | quality(run, plan, betas)
 
 
 # --- 08: recovery ---------------------------------------------------------------------------------------------------
@@ -315,6 +322,13 @@ def compared(rows: Sequence[dict], one: dict, other: dict, by: Sequence[str]) ->
     return pd.DataFrame(found, index=pd.MultiIndex.from_tuples(places, names=by), columns=columns)
 
 
+def by_size(found: "pd.DataFrame", measure: str, digits: int = 2) -> "pd.DataFrame":
+    """One measure of what `compared` by r and more found, as text: a column for each r, mean (least to most) in each cell."""
+    text = "{:.{d}f} ({:.{d}f} to {:.{d}f})"
+    cells = found[measure].apply(lambda row: text.format(*row, d=digits), axis=1)
+    return cells.unstack("r", fill_value="", sort=False)
+
+
 def _by_seed(rows: Sequence[dict], value: Callable[[dict], float]) -> dict[int, float]:
     groups: dict = {}
     for row in rows:
@@ -365,7 +379,9 @@ def domain_figure(run: Run, rows: Sequence[dict], paper: Sequence[dict]) -> dict
             line(run.label(corpus), full + pick(rows, method=run.method, calibration=corpus, betas=None), "r", MEASURES[key])
             for corpus in corpora_of(rows)
         ]
-        lines.insert(2, line("random", full + pick(rows, method="random"), "r", MEASURES[key]))  # third, as the paper's is
+        lines.insert(
+            2, line("random", full + pick(rows, method="random", betas=None), "r", MEASURES[key])
+        )  # third, as the paper's is
         panels.append(_measured(run, key) | {"xlabel": "experts kept, r", "falling": True, "lines": lines})
     base = pick(paper, model="Mixtral 8x7B")
     kinds = {"C4": {"calibration": "C4"}, "MATH": {"calibration": "MATH"}, "random": {"method": "random"}}

@@ -332,24 +332,22 @@ def summary(sparsity: Sparsity, method: str, scope: str, layers: Sequence[dict])
 # --- zeros that stay ------------------------------------------------------------------------------------------------
 
 
-def zeros(model) -> dict[str, torch.Tensor]:
-    """Which weights of a pruned model are there: bool by parameter name, for matrices of which some are zero (embeddings,
-    whose padding is, apart)."""
-    apart = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    matrices = [(name, p) for name, p in model.named_parameters() if p.ndim > 1 and id(p) not in apart]
-    present = {name: parameter != 0 for name, parameter in matrices}
-    return {name: mask for name, mask in present.items() if not mask.all()}
+def zeros(model) -> dict[nn.Parameter, torch.Tensor]:
+    """Which weights of a pruned model are there: bool by parameter, for matrices of which some are zero (embeddings, whose
+    padding is, apart)."""
+    apart = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    matrices = [p for p in model.parameters() if p.ndim > 1 and p not in apart]
+    present = {parameter: parameter != 0 for parameter in matrices}
+    return {parameter: mask for parameter, mask in present.items() if not mask.all()}
 
 
 @torch.no_grad()
-def restore_zeros(model, present: dict[str, torch.Tensor]) -> None:
+def restore_zeros(model, present: dict[nn.Parameter, torch.Tensor]) -> None:
     """Set what is not `present` to zero again, after a step of an optimiser. Raises ValueError for another model's masks."""
-    parameters = dict(model.named_parameters())
-    for name, mask in present.items():  # all of them before any weight changes
-        if name not in parameters or parameters[name].shape != mask.shape:
-            raise ValueError(f"These masks belong to another model: {name} is not there, or of another shape.")
-    for name, mask in present.items():
-        parameters[name].mul_(mask)
+    if not present.keys() <= set(model.parameters()):  # before any weight changes
+        raise ValueError("These masks belong to another model: take those of the model that is trained, zeros(model).")
+    for parameter, mask in present.items():
+        parameter.mul_(mask)
 
 
 def equal_share(n: int, r: int, bits: int = 16) -> float:

@@ -188,7 +188,7 @@ def test_every_rung_trains_what_it_says_and_keeps_zeros(rung):
     assert changed == gates if rung == "router" else changed > gates
     assert report["trained"] == sum(p.numel() for n, p in student.named_parameters() if n in changed or rung != "router")
     assert len(report["losses"]) == 30 and report["losses"][-1] < report["losses"][0]
-    assert all((dict(student.named_parameters())[name][~mask] == 0).all() for name, mask in present.items()) and present
+    assert all((parameter[~mask] == 0).all() for parameter, mask in present.items()) and present
     assert not student.training and all(p.requires_grad and p.grad is None for p in student.parameters())
     assert (report["balance"] is not None) == (rung == "experts")
     if rung == "router":

@@ -5,7 +5,9 @@ import json
 import shutil
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 
@@ -22,17 +24,33 @@ def run(tmp_path_factory):
 
 
 def test_rows_are_the_quality_of_what_they_say(run, tiny):
-    rows = list(seeds.enumerated_rows(run, 6, ("arithmetic",)))
-    assert [(row["calibration"], row["betas"]) for row in rows] == [
-        (corpus, betas) for corpus in ("web", "arithmetic", "web+arithmetic") for betas in (None, "arithmetic")
-    ]
-    plan = run.plan("web+arithmetic", 6)
+    about, plan = {"r": 6, "calibration": "web+arithmetic"}, run.plan("web+arithmetic", 6)
+    rows = list(seeds.skipping_rows(run, plan, about, ("arithmetic",)))
+    assert [row["betas"] for row in rows] == [None, "arithmetic"] and all(about.items() <= row.items() for row in rows)
     betas = esparse.median_betas(run.trace("arithmetic"), plan.kept)
     with esparse.masked(tiny[0], plan), esparse.skipping(tiny[0], betas):
         table = esparse.evaluate(*tiny, run.tasks, limit=4)
         expected = [esparse.perplexity(tiny[0], run.held_out(corpus)) for corpus in ("web", "arithmetic")]
     assert rows[-1]["perplexity"] == pytest.approx(expected, rel=1e-5)
     assert rows[-1]["average"] == pytest.approx(100 * table.value.mean())
+
+
+def test_the_study_is_the_whole_grid(run, monkeypatch):
+    """Every method, size and calibration corpus, each without skipping and with the betas of every corpus."""
+    monkeypatch.setattr(seeds, "quality", lambda run, plan=None, betas=None: {"sparse": run.model_name != "tiny"})
+    monkeypatch.setattr(seeds, "median_betas", lambda trace, kept: [0.5])
+    monkeypatch.setattr(esparse.Run, "trace", lambda run, corpus: esparse.Trace([SimpleNamespace(n=8, k=2)], "", ""))
+    monkeypatch.setattr(esparse.Run, "plan", lambda run, *_, **__: SimpleNamespace(kept=[]))
+    monkeypatch.setattr(esparse.Run, "sparse", lambda run, *_: SimpleNamespace(model_name="sparse", trace=run.trace))
+    rows = list(seeds.domain_rows(replace(run, keep=None)))
+    corpora = ["web", "arithmetic", "web+arithmetic"]
+    pruned = [("enumerate", c) for c in corpora] + [("frequency", c) for c in corpora] + [("random", None)] * 3
+    cases = [(8, "none", None)] + [(r, *case) for r in (7, 6, 5, 4) for case in pruned]
+    cases += [(8, method, c) for method in ("wanda 2:4", "moe-pruner 2:4") for c in corpora]
+    found = sorted(str((row["r"], row["method"], row["calibration"], row["betas"])) for row in rows)
+    assert found == sorted(str((*case, betas)) for case in cases for betas in (None, *corpora))
+    assert {row["draw"] for row in rows if row["method"] == "random"} == {0, 1, 2}
+    assert all(row["sparse"] is ("2:4" in row["method"]) for row in rows)
 
 
 def test_both_corpora_take_turns(run):
@@ -134,7 +152,7 @@ def test_a_study_goes_seed_by_seed_and_is_written_after_each(tmp_path, monkeypat
 
 def test_figures_show_every_seed_and_the_paper(run):
     rows = [
-        fake(seed, r, 2.0 + 0.1 * (8 - r) + seed, calibration=corpus, method=method, betas=betas)
+        fake(seed, r, 2.0 + 0.1 * (8 - r) + seed + (9 if betas else 0), calibration=corpus, method=method, betas=betas)
         for seed in (0, 1)
         for r, method, corpora in ((8, "none", (None,)), (6, "enumerate", ("web", "arithmetic")), (6, "random", (None,)))
         for corpus in corpora
@@ -144,6 +162,8 @@ def test_figures_show_every_seed_and_the_paper(run):
     line = data["panels"][0]["lines"][0]
     assert (line["label"], line["x"], line["mean"]) == ("web (synthetic)", [8, 6], [2.5, pytest.approx(2.7)])
     assert (line["least"][0], line["most"][0]) == (2.0, 3.0)
+    random = data["panels"][0]["lines"][2]
+    assert (random["label"], random["mean"]) == ("random", [2.5, pytest.approx(2.7)])  # of the rows without skipping
     for drawn in (data, seeds.beta_figure(run, rows, esparse.paper("table8"))):
         figure = plots.panels(drawn)
         assert len(figure.axes) == 4 and figure.axes[3].get_title().startswith("the paper")
@@ -160,6 +180,15 @@ def test_tables_are_means_and_comparisons_go_seed_by_seed():
     assert (found["average"].to_numpy() == 0).all()
     with pytest.raises(ValueError, match="seeds of .* differ"):
         seeds.compared(rows[1:], {"method": "a"}, {"method": "b"}, ["r"])
+
+
+def test_a_comparison_by_size_has_a_column_for_each_r():
+    columns = pd.MultiIndex.from_product([("general",), ("mean", "least", "most")])
+    index = pd.MultiIndex.from_tuples([(8, "a"), (8, "b"), (6, "a")], names=["r", "method"])
+    found = pd.DataFrame([[1.004, 0.9, 1.25], [2, 2, 2], [3, 2, 4]], index, columns)
+    shown = seeds.by_size(found, "general")
+    assert list(shown.columns) == [8, 6] and shown.loc["a"].to_list() == ["1.00 (0.90 to 1.25)", "3.00 (2.00 to 4.00)"]
+    assert shown.loc["b"].to_list() == ["2.00 (2.00 to 2.00)", ""]
 
 
 def test_shipped_sizes_follow_from_the_shapes():
