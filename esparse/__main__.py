@@ -162,7 +162,16 @@ def _dtype(name: str):
     return getattr(torch, name)
 
 
+def _recipe(arguments) -> dict:
+    """What was said of the models that a study trains."""
+    said = {"preset": arguments.preset, "steps": arguments.steps, "sequences": arguments.sequences}
+    said["text"] = tuple(arguments.text or ())
+    return {name: value for name, value in said.items() if value}
+
+
 def _bench(arguments) -> None:
+    if arguments.name not in STUDIES and _recipe(arguments):
+        raise ValueError(f"Only studies train models: {', '.join(STUDIES)}; {arguments.name} takes no recipe.")
     if arguments.name == "many":  # each imports what it needs alone: a GPU machine may lack the rest
         from .many import bench_many as call
     elif arguments.name in ("search", "stream"):
@@ -170,9 +179,9 @@ def _bench(arguments) -> None:
 
         call = getattr(benchmark, f"bench_{arguments.name}")
     elif arguments.name in STUDIES:
-        from .seeds import bench_study
+        from .seeds import Recipe, bench_study
 
-        call = partial(bench_study, arguments.name)
+        call = partial(bench_study, arguments.name, recipe=Recipe(**_recipe(arguments)))
     else:
         from .speed import bench
 
@@ -274,6 +283,10 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="measure search, memory and speed on this machine")
     bench.add_argument("name", choices=BENCHES, help="what to measure, or to study over training seeds")
     bench.add_argument("--out", type=Path, metavar="FILE", help="also write the result as JSON")
+    bench.add_argument("--preset", help="of the models that a study trains: tiny, small-16 with 51 M parameters (tiny)")
+    bench.add_argument("--steps", type=int, metavar="N", help="of their training (3600)")
+    bench.add_argument("--sequences", type=int, metavar="N", help="of 256 tokens a step (8)")
+    bench.add_argument("--text", nargs=2, metavar="FILE", help="two files to train on as well, general and domain")
     bench.set_defaults(call=_bench)
     return parser
 

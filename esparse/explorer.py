@@ -164,10 +164,17 @@ class Explorer:
     """One or two traces of a model, by the name of their corpus, and what they say at every `Choice`.
 
     traces: `Trace`s or the folders where they were saved. folder: where grids are kept. model: how the command line calls
-    the model. Raises ValueError, or FileNotFoundError, for traces that cannot be read or do not belong together.
+    the model. shape: the Mixtral that `estimate` speaks of: what its config calls its sizes, and its `name`.
+    Raises ValueError, or FileNotFoundError, for traces that cannot be read or do not belong together.
     """
 
-    def __init__(self, traces: Mapping[str, Trace | str | Path], folder: str | Path | None = None, model: str = "MODEL"):
+    def __init__(
+        self,
+        traces: Mapping[str, Trace | str | Path],
+        folder: str | Path | None = None,
+        model: str = "MODEL",
+        shape: Mapping = MIXTRAL,
+    ):
         if not 1 <= len(traces) <= 2:
             raise ValueError(f"The explorer shows one trace, or two side by side, got {len(traces)}.")
         read = {name: one if isinstance(one, Trace) else Trace.load(one) for name, one in traces.items()}
@@ -177,6 +184,7 @@ class Explorer:
             raise ValueError("These traces are of different models or sizes, and cannot stand side by side.")
         folder = Path(folder) if folder else checkout() / ".runs" / "explorer"
         self.grids, self.command = {name: _cached_grid(one, folder) for name, one in read.items()}, model
+        self.shape = shape
         first = next(iter(self.grids.values()))
         self.n, self.k, self.sizes, self.methods = (first[key] for key in ("n", "k", "sizes", "methods"))
         self.layers = len(first["co_selection"])
@@ -321,9 +329,9 @@ class Explorer:
             return "no two, since each token has one expert"
         return f"experts {i} and {j}, for {100 * share:.1f}% of tokens"
 
-    def estimate(self, choice: Choice, shape: Mapping = MIXTRAL) -> dict[str, str]:
+    def estimate(self, choice: Choice) -> dict[str, str]:
         """What a choice (of the first corpus) would mean for a real model's shape: counted, and as measured where it was."""
-        first = next(iter(self.grids))
+        first, shape = next(iter(self.grids)), self.shape
         share = _mean(self.skipping(first, choice)["dropped"])
         experts = max(shape["num_experts_per_tok"], round(shape["num_local_experts"] * choice.r / self.n))
         total, used, read = (mixtral_parameters(shape, experts, skipped) for skipped in (None, share, 0.0))

@@ -67,7 +67,7 @@ class Run:
         self.domain = self.domain or ("arithmetic" if tiny else "math")
         self.sequences = self.sequences or (64 if tiny else 128)
         self.length = self.length or (256 if tiny else 2048)
-        self.tasks = tuple(task_names(self.tasks or ("tiny" if tiny else "paper")))
+        self.tasks = tuple(task_names(("tiny" if tiny else "paper") if self.tasks is None else self.tasks))
         self.limit = self.limit or (100 if tiny else None)
         self.batch_size = self.batch_size or (64 if tiny else 8)
         self.default_folder = self.folder is None
@@ -176,11 +176,14 @@ class Run:
         return Trace.load(folder)
 
     def explorer(self) -> "Explorer":
-        """Both corpora's traces for `widgets.explorer`, with everything on its grid computed once."""
-        from .explorer import Explorer
+        """Both corpora's traces for `widgets.explorer`, with everything on its grid computed once. What a choice would mean
+        is told for this model if it is a Mixtral that does not ship, else for Mixtral 8x7B."""
+        from .explorer import MIXTRAL, Explorer
 
         traces = {self.label(corpus): self.trace(corpus) for corpus in (self.general, self.domain)}
-        return Explorer(traces, self.folder / "explorer", self.model_name)
+        config = {} if self.model_name in PRESETS else Source(self.source).config.to_dict()
+        own = {key: config.get(key, self.model_name) for key in MIXTRAL} if config.get("model_type") == "mixtral" else MIXTRAL
+        return Explorer(traces, self.folder / "explorer", self.model_name, own)
 
     def plan(self, corpus: str, r: int, method: str | None = None, *, seed: int | None = None) -> PruningPlan:
         """The experts to keep, by METHOD unless another is named, calibrated on a corpus; made once, then read."""

@@ -11,8 +11,9 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,8 @@ from .runs import Run
 from .speed import aligned
 from .studies import moe_experts, quality
 from .traces import Trace, median_betas, tokens_digest
-from .training import train_model
+from .training import PRESETS, ROWS, train_model
+from .training import STEPS as TRAINING
 from .weights import METHODS, SCOPES, equal_share
 
 if TYPE_CHECKING:  # a GPU machine may lack it
@@ -41,17 +43,55 @@ DRAWS = 3  # of random plans
 LADDER = ("scales", "output", *RUNGS)
 
 
-def seed_run(seed: int) -> Run:
-    """A run of the tiny model of a training seed on the synthetic corpora; other seeds than 0 are trained first, in about
-    20 minutes on two quiet cores."""
-    if seed == 0:
+@dataclass(frozen=True)
+class Recipe:
+    """How the models of a study are trained: a preset of `training.PRESETS`, so many steps of so many sequences, of which
+    five of eight are web and three arithmetic. text: two files that take half of each step, five to three as well; the
+    study's corpora are then they.
+
+    Raises ValueError for an unknown preset, and for sequences that cannot be divided so.
+    """
+
+    preset: str = "tiny"
+    steps: int = TRAINING
+    sequences: int = 8
+    text: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        parts = 16 if self.text else 8
+        if self.preset not in PRESETS:
+            raise ValueError(f"There is no preset {self.preset!r}: choose from {', '.join(PRESETS)}.")
+        if self.sequences < parts or self.sequences % parts or len(self.text) not in (0, 2):
+            raise ValueError(f"A step takes a multiple of {parts} sequences, not {self.sequences}, and text is two files.")
+
+    @property
+    def rows(self) -> dict[str, int]:
+        share = self.sequences // (16 if self.text else 8)
+        return {corpus: n * share for corpus, n in zip((*ROWS, *self.text), (*ROWS.values(), *ROWS.values()), strict=False)}
+
+    def __str__(self) -> str:
+        if self == Recipe():
+            return "the tiny model's"
+        corpora = ", ".join(Path(corpus).name for corpus in self.rows)
+        return f"{self.preset}, trained for {self.steps} steps of {self.sequences} sequences of {corpora}"
+
+
+def seed_run(seed: int, recipe: Recipe = Recipe()) -> Run:
+    """A run of the model that a recipe makes of a training seed. The tiny model's seed 0 ships; others are trained first, in
+    about 20 minutes on two quiet cores, on a GPU where there is one. Without lm-eval no tasks are asked."""
+    if seed == 0 and recipe == Recipe():
         return Run()
-    folder = checkout() / ".runs" / "trained" / f"tiny-seed-{seed}"
+    name = f"{recipe.preset}-seed-{seed}" + ("" if recipe == Recipe() else f"-{digest(asdict(recipe))}")
+    folder = checkout() / ".runs" / "trained" / name
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     if not folder.exists():
         tokenizer = load_model("tiny")[1]
-        save_model(train_model(tokenizer, "tiny", seed=seed).to(torch.bfloat16), tokenizer, folder)
-    own = checkout() / ".runs" / folder.name
-    return replace(Run(), model_name=str(folder), dtype="float32", folder=own)
+        options = {"steps": recipe.steps, "rows": recipe.rows, "device": device}
+        save_model(train_model(tokenizer, recipe.preset, seed=seed, **options).to(torch.bfloat16), tokenizer, folder)
+    corpora = dict(zip(("general", "domain"), recipe.text, strict=False))
+    tasks = None if find_spec("lm_eval") else ()
+    own = {"dtype": "float32", "device_map": None if device == "cpu" else device, "folder": checkout() / ".runs" / name}
+    return replace(Run(tasks=tasks, **corpora), model_name=str(folder), **own)
 
 
 # --- 07: domain-specific pruning ------------------------------------------------------------------------------------
@@ -249,11 +289,11 @@ def study(run: Run, name: str) -> dict:
     return {"seeds": [0], **rows}
 
 
-def bench_study(name: str, out: Path | None = None, seeds: Sequence[int] = SEEDS) -> str:
-    """A study on every training seed; with `out`, the JSON there is written again after each."""
-    result = {**machine(), "weights": "the tiny model's", "seeds": [], **{part: [] for part in STUDIES[name]}}
+def bench_study(name: str, out: Path | None = None, seeds: Sequence[int] = SEEDS, recipe: Recipe = Recipe()) -> str:
+    """A study on every training seed of a recipe; with `out`, the JSON there is written again after each."""
+    result = {**machine(), "weights": str(recipe), "seeds": [], **{part: [] for part in STUDIES[name]}}
     for seed in seeds:
-        run = seed_run(seed)
+        run = seed_run(seed, recipe)
         for part, rows in STUDIES[name].items():
             result[part] += [{"seed": seed, **row} for row in tqdm(rows(run), desc=f"{part}, seed {seed}", unit="row")]
         result["seeds"].append(seed)
@@ -276,7 +316,7 @@ MEASURES = {
     "general": lambda row: row["perplexity"][0],
     "domain": lambda row: row["perplexity"][1],
     "exact match": lambda row: next((row["tasks"][task] for task in EXACT if task in row["tasks"]), math.nan),
-    "average": lambda row: row["average"],
+    "average": lambda row: math.nan if row["average"] is None else row["average"],  # no tasks were asked
 }
 
 RATIOS = ("general", "domain")  # of the measures, the perplexities
@@ -319,7 +359,8 @@ def compared(rows: Sequence[dict], one: dict, other: dict, by: Sequence[str]) ->
             cells += [statistics.mean(apart), min(apart), max(apart)]
         found.append(cells)
     columns = pd.MultiIndex.from_product([MEASURES, ("mean", "least", "most")])
-    return pd.DataFrame(found, index=pd.MultiIndex.from_tuples(places, names=by), columns=columns)
+    index = pd.MultiIndex.from_tuples([tuple("" if value is None else value for value in key) for key in places], names=by)
+    return pd.DataFrame(found, index=index, columns=columns)
 
 
 def by_size(found: "pd.DataFrame", measure: str, digits: int = 2) -> "pd.DataFrame":

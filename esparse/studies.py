@@ -6,7 +6,6 @@ Introduced notebook by notebook; nothing here draws.
 import math
 from collections.abc import Sequence
 
-import pandas as pd
 import torch
 
 from .many import compare
@@ -156,16 +155,21 @@ def heaviest(run: Run, share: float = 0.01) -> list[float]:
 
 def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
     """Spearman's correlation of two lists."""
+    import pandas as pd
+
     return float(pd.Series(one).corr(pd.Series(other), method="spearman"))
 
 
 def quality(run: Run, plan=None, betas=None) -> dict:
-    """Held-out perplexity on both corpora, the mean over tasks and its standard error, each task by itself."""
+    """Held-out perplexity on both corpora, the mean over tasks and its standard error (None without tasks), each task by
+    itself."""
+    perplexities = {"perplexity": [run.perplexity(corpus, plan, betas) for corpus in (run.general, run.domain)]}
+    if not run.tasks:
+        return perplexities | {"average": None, "stderr": None, "tasks": {}}
     scores = run.scores(plan, betas)
     scores = scores[~scores.metric.str.contains("perplexity")]  # which is no share, and has no place in an average
     stderr = math.sqrt((scores.stderr.fillna(0) ** 2).sum()) / len(scores)
-    return {
-        "perplexity": [run.perplexity(corpus, plan, betas) for corpus in (run.general, run.domain)],
+    return perplexities | {
         "average": 100 * scores.value.mean(),
         "stderr": 100 * stderr,
         "tasks": (100 * scores.value).round(2).to_dict(),

@@ -25,17 +25,22 @@ PAPER_GROUND = "0.93"
 
 
 class NotebookFigure(Figure):
-    """A figure that Jupyter shows once, without pyplot's global state, and that says in words what it shows."""
+    """A figure that Jupyter shows once, without pyplot's global state, and that says in words what it shows: as the
+    picture's text alternative, and below it, since JupyterLab gives a picture none."""
 
     alt = "A figure."
 
     def __repr__(self) -> str:
         return self.alt
 
-    def _repr_png_(self) -> tuple[bytes, dict[str, str]]:
+    def _ipython_display_(self) -> None:
+        from IPython.display import display
+
         buffer = io.BytesIO()
         self.savefig(buffer, format="png", dpi=96)
-        return buffer.getvalue(), {"alt": self.alt}
+        picture, words = {"image/png": buffer.getvalue()}, {"text/plain": self.alt}
+        display(picture | words, raw=True, metadata={"image/png": {"alt": self.alt}})
+        display({"text/markdown": f"*{self.alt}*"} | words, raw=True)
 
 
 def canvas(width: float, height: float, rows: int = 1, columns: int = 1, **options):

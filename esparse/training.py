@@ -5,12 +5,14 @@ for tests and for looking at other shapes.
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+import random
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from tqdm.auto import tqdm
 
 from . import synthetic
+from .corpora import SYNTHETIC, documents
 
 VOCABULARY = 1024
 SEQUENCE = 256  # tokens
@@ -31,7 +33,19 @@ PRESETS = {
     "tiny": dict(_SHAPE, intermediate_size=256, num_local_experts=8, num_experts_per_tok=2),
     "tiny-16": dict(_SHAPE, intermediate_size=128, num_local_experts=16, num_experts_per_tok=2),
     "tiny-32": dict(_SHAPE, intermediate_size=64, num_local_experts=32, num_experts_per_tok=8),
+    # The larger sibling: 51 M parameters.
+    "small-16": dict(
+        _SHAPE,
+        hidden_size=384,
+        num_hidden_layers=8,
+        num_attention_heads=6,
+        intermediate_size=320,
+        num_local_experts=16,
+        num_experts_per_tok=2,
+    ),
 }
+ROWS = {"web": 5, "arithmetic": 3}  # sequences of each corpus in a step
+STEPS = 3600
 
 
 def preset_model(name: str = "tiny", seed: int = 0, **changes):
@@ -69,12 +83,20 @@ def train_tokenizer(seed: int = 0, documents: int = 4000):
 def packed_sequences(corpus: str, tokenizer, seed: int) -> Iterator[torch.Tensor]:
     """Endless [SEQUENCE] int64 rows of one corpus; documents end in </s> and run on across rows."""
     buffer = [tokenizer.bos_token_id]
-    for text in synthetic.documents(corpus, seed):
+    for text in synthetic.documents(corpus, seed) if corpus in SYNTHETIC else _over_again(corpus, seed):
         ids = tokenizer(text, add_special_tokens=False).input_ids
         buffer += [*ids, tokenizer.eos_token_id, tokenizer.bos_token_id]
         while len(buffer) >= SEQUENCE:
             yield torch.tensor(buffer[:SEQUENCE])
             buffer = buffer[SEQUENCE:]
+
+
+def _over_again(path: str, seed: int) -> Iterator[str]:
+    """A file's documents without its held-out fifth, in another order each time; see `corpora.documents`."""
+    texts, shuffle = list(documents(f"{path}/rest")), random.Random(seed).shuffle
+    while True:
+        shuffle(texts)
+        yield from texts
 
 
 def balance_loss(router_logits: tuple[torch.Tensor, ...], k: int) -> torch.Tensor:
@@ -98,31 +120,32 @@ def train_model(
     tokenizer,
     preset: str = "tiny",
     *,
-    steps: int = 3600,
+    steps: int = STEPS,
     seed: int = 0,
     learning_rate: float = 3e-3,
-    web: int = 5,
-    arithmetic: int = 3,
+    rows: Mapping[str, int] = ROWS,
+    device: str = "cpu",
     report: Callable[[int, float], None] | None = None,
 ):
-    """A tiny Mixtral trained with AdamW on `web` + `arithmetic` sequences of 256 tokens a step.
+    """A tiny Mixtral trained with AdamW, on the device and there when it is returned. rows: sequences of 256 tokens a step
+    of each corpus, "web", "arithmetic" or a file.
 
     The balance loss weighs 0.01 for the first third and 0.001 after, so that experts first all come alive and then
     specialise. Training counts steps, never seconds: the same seed and thread count give the same weights.
     `report(step, loss)` is called every 100 steps.
     """
-    model = preset_model(preset, seed, output_router_logits=False).train()
-    model.set_experts_implementation("grouped_mm")
+    model = preset_model(preset, seed, output_router_logits=False).train().to(device)
+    model.set_experts_implementation("grouped_mm" if device == "cpu" else "eager")  # on a GPU only bf16 is grouped
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95))
-    streams = [(packed_sequences("web", tokenizer, seed), web), (packed_sequences("arithmetic", tokenizer, seed), arithmetic)]
+    streams = [(packed_sequences(corpus, tokenizer, seed), n) for corpus, n in rows.items()]
     k = model.config.num_experts_per_tok
     for step in tqdm(range(steps), desc="training", unit="step"):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * _schedule(step, steps)
-        batch = torch.stack([row for stream, n in streams for row in itertools.islice(stream, n)])  # [8, 256]
+        batch = torch.stack([row for stream, n in streams for row in itertools.islice(stream, n)]).to(device)  # [rows, 256]
         output = model(batch, labels=batch, output_router_logits=True)
         language_loss = output.loss - model.router_aux_loss_coef * output.aux_loss
         (language_loss + (0.01 if step < steps // 3 else 0.001) * balance_loss(output.router_logits, k)).backward()

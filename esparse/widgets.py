@@ -12,7 +12,7 @@ from pathlib import Path
 
 import ipywidgets
 
-from .explorer import SHARES, VIEWS, Choice, Explorer
+from .explorer import MIXTRAL, SHARES, VIEWS, Choice, Explorer
 from .stages import DPI, Stage
 from .stages import VIEWS as SIZES
 
@@ -223,27 +223,31 @@ class _Export:
 
 
 class Page:
-    """The whole explorer: a field for the folder of another trace above a dashboard with every view, and an export."""
+    """The whole explorer: a field for the folders of other traces above a dashboard with every view, and an export."""
 
     def __init__(self, traces: Explorer | Mapping, folder: str | Path | None = None):
-        self.folder = folder
+        self.folder, self.shape = folder, traces.shape if isinstance(traces, Explorer) else MIXTRAL
         self.path = ipywidgets.Text(
-            placeholder="a folder that Trace.save wrote",
+            placeholder="a folder that Trace.save wrote, or two: one; other",
             description="another trace",
             continuous_update=False,
             style={"description_width": "10em"},
             layout=ipywidgets.Layout(width="38em"),
         )
         self.message, self.body = ipywidgets.HTML(), ipywidgets.VBox()
-        self.path.observe(lambda _change: self.open({Path(self.path.value).name: self.path.value}), "value")
+        self.path.observe(lambda _change: self.open(self._typed()), "value")
         self.widget = ipywidgets.VBox([self.path, self.message, self.body])
         self.open(traces)
+
+    def _typed(self) -> dict[str, str]:
+        folders = [folder.strip() for folder in self.path.value.split(";")]
+        return {Path(folder).name: folder for folder in folders}
 
     def open(self, traces: Explorer | Mapping) -> None:
         """Show these traces; what cannot be read is said in one sentence, and what was shown stays."""
         self.message.value = '<p role="status">Reading, and computing once what the sliders will show...</p>'
         try:
-            shown = traces if isinstance(traces, Explorer) else Explorer(traces, self.folder)
+            shown = traces if isinstance(traces, Explorer) else Explorer(traces, self.folder, shape=self.shape)
             self.dashboard = Dashboard(shown)
         except (ValueError, OSError) as error:
             self.message.value = _alert(str(error))

@@ -29,16 +29,17 @@ SHAPE = {
 }
 
 
-def random_model(family: str, n: int, k: int, seed: int = 0, dtype: torch.dtype = torch.float64):
+def random_model(family: str, n: int, k: int, seed: int = 0, dtype: torch.dtype = torch.float64, **changed):
     """A small model whose experts and routing differ enough for subsets to matter; eager experts, as float64 needs."""
     torch.manual_seed(seed)
+    shape = SHAPE | changed
     if family == "mixtral":
-        config = transformers.MixtralConfig(**SHAPE, num_local_experts=n, num_experts_per_tok=k)
+        config = transformers.MixtralConfig(**shape, num_local_experts=n, num_experts_per_tok=k)
     elif family == "qwen3":
         own = {"num_experts": n, "num_experts_per_tok": k, "moe_intermediate_size": 24, "norm_topk_prob": True, "head_dim": 8}
-        config = transformers.Qwen3MoeConfig(**SHAPE, **own)
+        config = transformers.Qwen3MoeConfig(**shape, **own)
     else:
-        config = transformers.OlmoeConfig(**SHAPE, num_experts=n, num_experts_per_tok=k, norm_topk_prob=False)
+        config = transformers.OlmoeConfig(**shape, num_experts=n, num_experts_per_tok=k, norm_topk_prob=False)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     for layer in moe_layers(model):
         torch.nn.init.normal_(layer.gate.weight, std=0.5)

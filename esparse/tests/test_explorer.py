@@ -4,6 +4,7 @@ import html
 import io
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import esparse
 from esparse import explorer as explorers
 from esparse import stages, widgets
 from esparse.explorer import BETAS, SHARES, VIEWS, Choice, Explorer
+from esparse.files import data_folder
 from esparse.tests.conftest import random_model, random_tokens
 from esparse.tests.families import family_model
 from esparse.traces import output_norm
@@ -106,6 +108,37 @@ def test_sizes_of_a_real_model_are_counted_right(shown):
     assert f"{row['gain']:.2f} times" in words["as measured"] and "random weights" in words["as measured"]
 
 
+def test_what_a_choice_means_is_told_for_another_shape_too(traces, tmp_path):
+    """Mixtral 8x22B has 141 B parameters, 39 B for a token (mistral.ai); the page keeps the shape with another trace."""
+    large = {"name": "8x22B", "vocab_size": 32768, "hidden_size": 6144, "intermediate_size": 16384, "num_hidden_layers": 56}
+    large |= {"num_attention_heads": 48, "num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2}
+    page = widgets.Page(Explorer({"web": traces["web"]}, tmp_path / "grid", shape=explorers.MIXTRAL | large), tmp_path / "grid")
+    page.dashboard.r.value, page.dashboard.share.value = 8, 0
+    assert "140.6 B parameters, 39.0 B for a token" in page.dashboard.readout.value
+    traces["arithmetic"].save(tmp_path / "other")
+    page.path.value = str(tmp_path / "other")
+    assert "8x22B with 6 experts" in page.dashboard.readout.value and "Mixtral 8x7B with" not in page.dashboard.readout.value
+
+
+def test_two_traces_side_by_side_are_typed_with_a_semicolon(traces, shown, tmp_path):
+    for name, trace in traces.items():
+        trace.save(tmp_path / name)
+    page = widgets.Page({"web": traces["web"]}, tmp_path / "grid")
+    assert list(page.dashboard.explorer.grids) == ["web"]
+    page.path.value = f"{tmp_path / 'web'}; {tmp_path / 'arithmetic'}"
+    assert page.message.value == "" and page.dashboard.explorer.grids == shown.grids
+    page.path.value = f"{tmp_path / 'web'};{tmp_path / 'arithmetic'};{tmp_path / 'third'}"
+    assert "one trace, or two side by side, got 3" in page.message.value
+
+
+def test_a_mixtral_of_ones_own_is_told_of_in_its_own_shape(tmp_path):
+    shutil.copytree(data_folder() / "tiny", tmp_path / "own")
+    run = esparse.Run(str(tmp_path / "own"), general="web", domain="arithmetic", sequences=2, length=32, folder=tmp_path)
+    shape, config = run.explorer().shape, run.model.config.to_dict()
+    assert shape == {key: config[key] for key in shape if key != "name"} | {"name": str(tmp_path / "own")}
+    assert esparse.Run(sequences=2, length=32, folder=tmp_path).explorer().shape == explorers.MIXTRAL
+
+
 def test_frames_leave_nothing_of_the_frame_before(shown):
     places = [Choice(6, "enumerate", 0, ("share", 0.5)), Choice(4, "frequency", 5, ("betas", (0.9,) * 6))]
     for name in VIEWS:
@@ -176,7 +209,6 @@ def test_controls_have_names(shown):
 
 def test_an_exported_plan_prunes_and_skips(shown, traces, tiny, tmp_path, monkeypatch):
     from esparse import __main__
-    from esparse.files import data_folder
 
     monkeypatch.chdir(tmp_path)
     page = widgets.Page(shown)

@@ -8,10 +8,12 @@ from numbers import Number
 
 import nbformat
 import pytest
+import torch
 
+import esparse
 from esparse import gallery, notebooks
 from esparse.files import checkout
-from esparse.tests.conftest import command
+from esparse.tests.conftest import command, random_model
 
 pytestmark = pytest.mark.slow
 
@@ -158,8 +160,6 @@ def test_a_failing_notebook_is_named_with_its_cell(tmp_path):
 
 def test_another_model_runs_by_changing_model_alone(tmp_path, tiny):
     """A folder with another Mixtral: 16 experts, random weights, its own corpora given as paths."""
-    import esparse
-
     esparse.save_model(esparse.load_model("tiny-16")[0], tiny[1], tmp_path / "model")
     words = [
         f"MODEL={str(tmp_path / 'model')!r}",
@@ -173,6 +173,18 @@ def test_another_model_runs_by_changing_model_alone(tmp_path, tiny):
     result = command("notebooks", "01", "02", "04", *options, "--run-dir", str(tmp_path / "run"))
     assert result.returncode == 0, result.stderr
     assert "04_beta_calibration" in result.stdout
+
+
+def test_more_than_two_experts_a_token_run_by_changing_model_alone(tmp_path, tiny):
+    """The notebooks whose figures speak of a second expert, on a router that chooses three and does not renormalise."""
+    model = random_model("olmoe", 6, 3, dtype=torch.float32, vocab_size=len(tiny[1]))
+    esparse.save_model(model, tiny[1], tmp_path / "model")
+    words = [f"MODEL={str(tmp_path / 'model')!r}", "GENERAL='web'", "DOMAIN='arithmetic'", "TASKS=['web_facts']", "LIMIT=2"]
+    words += ["SEQUENCES=4", "LENGTH=64", "KEEP=[4, 5]"]
+    options = [part for word in words for part in ("--set", word)]
+    result = command("notebooks", "00", "05", "11", *options, "--run-dir", str(tmp_path / "run"))
+    assert result.returncode == 0, result.stderr
+    assert "11_explorer" in result.stdout
 
 
 def test_the_tiny_model_takes_other_corpora_whose_numbers_nobody_vouches_for(tmp_path):
@@ -212,5 +224,8 @@ def test_what_is_committed_is_fit_to_be_read(path):
     told = [entry["shows"] for entry in gallery.manifest().values()]
     for image in images:  # in words as well, for who cannot see it
         assert image.metadata["image/png"]["alt"] == image.data["text/plain"] and image.data["text/plain"] in told
+    below = [o.data["text/markdown"] for cell in code for o in cell.outputs if "text/markdown" in o.get("data", {})]
+    assert below == [f"*{image.data['text/plain']}*" for image in images]  # where JupyterLab's readers find it
+    assert not any(mark in words for words in told for mark in "*_`")
     drawn = re.findall(r"run\.figure\(\"(\w+)\"", "\n".join(cell.source for cell in code))
     assert len(drawn) == len(images) and set(drawn) <= set(gallery.ABOUT)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 import esparse
-from esparse import plots, seeds, weights
+from esparse import __main__, plots, seeds, training, weights
 from esparse.__main__ import STUDIES
 from esparse.models import moe_layers
 
@@ -148,6 +149,64 @@ def test_a_study_goes_seed_by_seed_and_is_written_after_each(tmp_path, monkeypat
     said = seeds.bench_study("some", out, (0, 1))
     result = json.loads(out.read_text())
     assert [(row["seed"], row["r"]) for row in result["rows"]] == [(0, 6), (0, 5), (1, 6), (1, 5)] and "2.5" in said
+
+
+def test_recipes_divide_a_step_and_refuse_what_cannot_be_divided():
+    assert seeds.Recipe().rows == {"web": 5, "arithmetic": 3} and str(seeds.Recipe()) == "the tiny model's"
+    recipe = seeds.Recipe("small-16", 20_000, 64, ("/some/wikitext.txt", "/some/gsm8k.jsonl.gz"))
+    assert list(recipe.rows.values()) == [20, 12, 20, 12] and sum(recipe.rows.values()) == 64
+    assert str(recipe).endswith("64 sequences of web, arithmetic, wikitext.txt, gsm8k.jsonl.gz")  # no path of a machine
+    for wrong in ({"sequences": 12}, {"sequences": 8, "text": ("a", "b")}, {"text": ("a",), "sequences": 16}, {"sequences": 0}):
+        with pytest.raises(ValueError, match="A step takes a multiple of"):
+            seeds.Recipe(**wrong)
+    with pytest.raises(ValueError, match="no preset 'big': choose from tiny, "):
+        seeds.Recipe("big")
+
+
+def test_a_file_is_trained_on_again_and_again_but_for_what_is_held_out(tmp_path, tiny):
+    texts = [f"Entry {i}." for i in range(40)]
+    (tmp_path / "text.txt").write_text("\n\n".join(texts))
+    rest = esparse.corpora.documents(f"{tmp_path / 'text.txt'}/rest")
+    drawn = [next(stream) for stream in [training.packed_sequences(str(tmp_path / "text.txt"), tiny[1], 0)] for _ in range(8)]
+    seen = re.findall(r"Entry \d+\.", tiny[1].decode(torch.cat(drawn)))
+    assert set(rest) == set(seen) < set(texts) and len(seen) > 2 * len(rest)
+    assert set(seen[: len(rest)]) == set(rest) and seen[: len(rest)] != seen[len(rest) : 2 * len(rest)]
+
+
+@pytest.mark.slow
+def test_the_larger_sibling_is_trained_and_studied_on_text_without_lm_eval(tmp_path, monkeypatch):
+    """The command for a GPU machine, which may lack lm-eval, at two steps: every seed trained, its own corpora, no tasks."""
+    for name, part in (("one", range(0, 1500, 2)), ("other", range(1, 1500, 2))):
+        text = [f"Item {i} of the list is number {i * 7 % 100} and costs {i % 30} coins. " * 3 for i in part]
+        (tmp_path / f"{name}.txt").write_text("\n\n".join(text))
+    monkeypatch.setattr(seeds, "checkout", lambda: tmp_path)
+    monkeypatch.setattr(seeds, "find_spec", lambda name: None)
+    monkeypatch.setattr(seeds.Run, "scores", None)
+
+    def rows(run):
+        run = replace(run, sequences=2, length=32)
+        yield from seeds.skipping_rows(run, run.plan(run.domain, 12), {"r": 12}, (run.general,))
+
+    monkeypatch.setitem(seeds.STUDIES, "domain_specific", {"rows": rows})
+    words = ["bench", "domain_specific", "--preset", "small-16", "--steps", "1", "--sequences", "16", "--out"]
+    files = [str(tmp_path / "one.txt"), str(tmp_path / "other.txt")]
+    assert __main__.main([*words, str(tmp_path / "out.json"), "--text", *files]) == 0
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["seeds"] == [0, 1, 2] and "small-16, trained for 1 steps" in result["weights"]
+    assert [(row["seed"], row["betas"]) for row in result["rows"]] == [(s, b) for s in (0, 1, 2) for b in (None, files[0])]
+    assert all(row["tasks"] == {} and row["average"] is None for row in result["rows"])
+    (folder,) = (tmp_path / ".runs" / "trained").glob("small-16-seed-2-*")
+    model = esparse.load_model(str(folder), dtype="float32")[0]
+    tokens = replace(seeds.Run(general=files[0]), model_name=str(folder), sequences=2, length=32).held_out(files[0])
+    plan, expected = result["rows"][-2], esparse.perplexity(model, tokens)
+    assert plan["perplexity"][0] == pytest.approx(expected, rel=0.2)  # barely trained: four experts fewer change little
+
+
+def test_only_studies_take_a_recipe(capsys):
+    assert __main__.main(["bench", "search", "--preset", "small-16"]) == 2
+    assert "Only studies train models" in capsys.readouterr().err
+    assert __main__.main(["bench", "recovery", "--preset", "small"]) == 2
+    assert "There is no preset 'small': choose from tiny" in capsys.readouterr().err
 
 
 def test_figures_show_every_seed_and_the_paper(run):

@@ -82,7 +82,7 @@ def test_the_recipe_makes_the_same_model_twice_and_learns():
     other = train_model(tokenizer, steps=3, seed=2)
     apart = lambda a, b: max((p - q).abs().max().item() for p, q in zip(a.parameters(), b.parameters(), strict=True))  # noqa: E731
     assert apart(one, two) < 1e-3 < 1e-2 < apart(one, other)  # the last bits of threaded products may differ under load
-    train_model(tokenizer, steps=100, web=1, arithmetic=1, report=lambda step, loss: losses.append(loss))
+    train_model(tokenizer, steps=100, rows={"web": 1, "arithmetic": 1}, report=lambda step, loss: losses.append(loss))
     assert losses[0] < 5  # ln(1024) = 6.9 at the start
 
 
