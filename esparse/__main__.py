@@ -165,8 +165,8 @@ def _dtype(name: str):
 def _recipe(arguments) -> dict:
     """What was said of the models that a study trains."""
     said = {"preset": arguments.preset, "steps": arguments.steps, "sequences": arguments.sequences}
-    said["text"] = tuple(arguments.text or ())
-    return {name: value for name, value in said.items() if value}
+    said["text"] = arguments.text and tuple(arguments.text)
+    return {name: value for name, value in said.items() if value is not None}
 
 
 def _bench(arguments) -> None:

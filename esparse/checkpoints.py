@@ -30,7 +30,7 @@ def load_model(
         model, tokenizer = esparse.load_model()                                     # the embedded, trained tiny Mixtral
         model, tokenizer = esparse.load_model("mistralai/Mixtral-8x7B-v0.1", device_map="auto")
 
-    name: "tiny", a preset with random weights ("tiny-16", "tiny-32"), a local folder, or a hub id.
+    name: "tiny", a preset with random weights ("tiny-16", "tiny-32", "small-16"), a local folder, or a hub id.
     dtype: None means float32 for the tiny models (the fastest on a CPU) and the checkpoint's own for others; "int8" puts
     every linear map and every expert matrix into 8 bits with a scale for each row, through transformers' torchao support.
     A folder saved with skipping comes back skipping. Only safetensors are read and no remote code runs.

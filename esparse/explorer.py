@@ -369,11 +369,12 @@ def mixtral_parameters(shape: Mapping, experts: int, skipped: float | None = Non
     """Parameters of a Mixtral of this shape with so many experts; or those a token is computed with (but for its row of the
     embeddings), where a share of the pairs 2..k is skipped."""
     h, k = shape["hidden_size"], shape["num_experts_per_tok"]
-    head = h // shape["num_attention_heads"]
-    attention = 2 * h * h + 2 * h * shape["num_key_value_heads"] * head
+    head = shape.get("head_dim") or h // shape["num_attention_heads"]
+    attention = 2 * h * head * (shape["num_attention_heads"] + shape["num_key_value_heads"])
     run = experts if skipped is None else 1 + (k - 1) * (1 - skipped)
     layer = attention + 2 * h + experts * h + run * 3 * h * shape["intermediate_size"]
-    return shape["num_hidden_layers"] * layer + h + (2 if skipped is None else 1) * shape["vocab_size"] * h
+    vocabularies = 2 if skipped is None and not shape["tie_word_embeddings"] else 1
+    return shape["num_hidden_layers"] * layer + h + vocabularies * shape["vocab_size"] * h
 
 
 @cache  # it reads files, and every step of a slider asks

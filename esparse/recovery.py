@@ -151,7 +151,7 @@ def recover(
     folder: str | Path | None = None,
     **arguments,
 ) -> dict:
-    """Train a pruned model in place with transformers' Trainer, whatever accelerate or FSDP set-up it finds itself in.
+    """Train a pruned model in place with transformers' Trainer, whatever accelerate or FSDP2 set-up it finds itself in.
 
         esparse.recover(pruned, tokens, "experts", teacher=full, plan=plan, steps=300, learning_rate=1e-3)
 
@@ -165,12 +165,14 @@ def recover(
     `TrainingArguments`.
     Returns {"rung", "steps", "seconds", "trained": parameters, "losses": of each step, "balance": lambda or None}.
     Raises ValueError for an unknown rung, a missing teacher, models whose layers do not match, and under FSDP for other
-    rungs than "tune".
+    rungs than "tune" and for its first version.
     """
     if rung not in RUNGS:
         raise ValueError(f"Unknown rung {rung!r}: choose from {', '.join(RUNGS)}.")
     if rung != "tune" and under_fsdp():
         raise ValueError("Under FSDP no process holds a whole teacher: take the rung 'tune', or DDP by torchrun.")
+    if under_fsdp() and os.environ.get("FSDP_VERSION") != "2":  # the first makes vectors of matrices: zeros would be lost
+        raise ValueError("Pruned weights stay zero under FSDP's second version alone: launch with --fsdp_version 2.")
     check_tokens(model, tokens)
     if rung != "tune":
         check_teacher(model, teacher, plan, rung)

@@ -21,7 +21,7 @@ from .models import fingerprint, free_memory, moe_layers
 from .preflight import expert_counts, preflight
 from .pruning import PruningPlan, masked
 from .search import search_experts
-from .shards import Source, fetch
+from .shards import Source, fetch, read_config
 from .skips import skipping
 from .streaming import prune_weights_checkpoint, trace_checkpoint
 from .traces import FORMAT, Trace, tokens_digest, trace
@@ -42,7 +42,8 @@ class Run:
     """The notebooks' parameters, by the same names in lower case, and what is computed from them.
 
     None takes the default that fits the model: for the tiny ones the synthetic corpora, 64 sequences of 256 tokens
-    and the embedded tasks, 100 items each; for others C4, MATH, 128 sequences of 2048 and the paper's eight tasks.
+    and the embedded tasks, 100 items each; for others C4, MATH, 128 sequences of 2048 and the paper's eight tasks. An empty
+    list of tasks asks none.
     """
 
     model_name: str = "tiny"
@@ -181,9 +182,10 @@ class Run:
         from .explorer import MIXTRAL, Explorer
 
         traces = {self.label(corpus): self.trace(corpus) for corpus in (self.general, self.domain)}
-        config = {} if self.model_name in PRESETS else Source(self.source).config.to_dict()
-        own = {key: config.get(key, self.model_name) for key in MIXTRAL} if config.get("model_type") == "mixtral" else MIXTRAL
-        return Explorer(traces, self.folder / "explorer", self.model_name, own)
+        config = {} if self.model_name in PRESETS else read_config(self.source).to_dict()
+        own = {key: config.get(key) for key in (*MIXTRAL, "head_dim")} | {"name": self.model_name}
+        shape = own if config.get("model_type") == "mixtral" else MIXTRAL
+        return Explorer(traces, self.folder / "explorer", self.model_name, shape)
 
     def plan(self, corpus: str, r: int, method: str | None = None, *, seed: int | None = None) -> PruningPlan:
         """The experts to keep, by METHOD unless another is named, calibrated on a corpus; made once, then read."""
@@ -201,6 +203,8 @@ class Run:
         kept by itself, and what was interrupted goes on with the next; up to a hundred items each are asked all at once."""
         import pandas as pd
 
+        if not self.tasks:
+            raise ValueError("No tasks are asked: give at least one as TASKS, or None for those that fit the model.")
         key = (self.model_key, plan and plan.kept, betas)
         paths = {task: self._path(*key, ["score", task, task_version(task), self.limit]) for task in self.tasks}
         missing = [task for task in self.tasks if not paths[task].exists()]

@@ -5,6 +5,7 @@ Each function of a run gives rows that JSON can hold; `bench_study` takes them o
 was interrupted goes on.
 """
 
+import hashlib
 import itertools
 import math
 import shutil
@@ -49,7 +50,7 @@ class Recipe:
     five of eight are web and three arithmetic. text: two files that take half of each step, five to three as well; the
     study's corpora are then they.
 
-    Raises ValueError for an unknown preset, and for sequences that cannot be divided so.
+    Raises ValueError for an unknown preset, for steps or sequences that cannot be, and for files that cannot be told apart.
     """
 
     preset: str = "tiny"
@@ -61,11 +62,19 @@ class Recipe:
         parts = 16 if self.text else 8
         if self.preset not in PRESETS:
             raise ValueError(f"There is no preset {self.preset!r}: choose from {', '.join(PRESETS)}.")
-        if self.sequences < parts or self.sequences % parts or len(self.text) not in (0, 2):
-            raise ValueError(f"A step takes a multiple of {parts} sequences, not {self.sequences}, and text is two files.")
+        if self.steps < 1:
+            raise ValueError(f"Training takes at least one step, got {self.steps}.")
+        if self.sequences < parts or self.sequences % parts:
+            raise ValueError(f"A step takes a multiple of {parts} sequences, got {self.sequences}.")
+        for path in self.text:
+            if "+" in path or not Path(path).is_file():
+                raise ValueError(f"{path} is no file, or has a plus sign in its path, which stands between corpora: move it.")
+        if self.text and len(set(self.text)) != 2:
+            raise ValueError("Text is two files, of which the first is the study's general corpus and the second its domain.")
 
     @property
     def rows(self) -> dict[str, int]:
+        """Sequences of each corpus in a step."""
         share = self.sequences // (16 if self.text else 8)
         return {corpus: n * share for corpus, n in zip((*ROWS, *self.text), (*ROWS.values(), *ROWS.values()), strict=False)}
 
@@ -75,23 +84,36 @@ class Recipe:
         corpora = ", ".join(Path(corpus).name for corpus in self.rows)
         return f"{self.preset}, trained for {self.steps} steps of {self.sequences} sequences of {corpora}"
 
+    @property
+    def key(self) -> str:
+        """What a folder of models of this recipe is called."""
+        held = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in self.text]
+        return self.preset if self == Recipe() else f"{self.preset}-{digest(asdict(self) | {'text': held})}"
+
 
 def seed_run(seed: int, recipe: Recipe = Recipe()) -> Run:
-    """A run of the model that a recipe makes of a training seed. The tiny model's seed 0 ships; others are trained first, in
-    about 20 minutes on two quiet cores, on a GPU where there is one. Without lm-eval no tasks are asked."""
-    if seed == 0 and recipe == Recipe():
-        return Run()
-    name = f"{recipe.preset}-seed-{seed}" + ("" if recipe == Recipe() else f"-{digest(asdict(recipe))}")
-    folder = checkout() / ".runs" / "trained" / name
+    """A run of the model that a recipe makes of a training seed, on a GPU where there is one; without lm-eval no tasks are
+    asked. The tiny model's seed 0 ships; others are trained first, in about 20 minutes on two quiet cores."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    own = {"device_map": None if device == "cpu" else device, "tasks": None if find_spec("lm_eval") else ()}
+    run = Run(**dict(zip(("general", "domain"), recipe.text, strict=False)), **own)
+    if seed == 0 and recipe == Recipe():
+        return run
+    name = f"{recipe.key}-seed-{seed}"
+    folder = checkout() / ".runs" / "trained" / name
     if not folder.exists():
-        tokenizer = load_model("tiny")[1]
+        _check_text(run)
         options = {"steps": recipe.steps, "rows": recipe.rows, "device": device}
-        save_model(train_model(tokenizer, recipe.preset, seed=seed, **options).to(torch.bfloat16), tokenizer, folder)
-    corpora = dict(zip(("general", "domain"), recipe.text, strict=False))
-    tasks = None if find_spec("lm_eval") else ()
-    own = {"dtype": "float32", "device_map": None if device == "cpu" else device, "folder": checkout() / ".runs" / name}
-    return replace(Run(tasks=tasks, **corpora), model_name=str(folder), **own)
+        model = train_model(run.tokenizer, recipe.preset, seed=seed, **options).to(torch.bfloat16)
+        save_model(model, run.tokenizer, folder)
+    return replace(run, model_name=str(folder), dtype="float32", folder=checkout() / ".runs" / name)
+
+
+def _check_text(run: Run) -> None:
+    """ValueError, before a model is trained on it, for text that is too short for the studies."""
+    for corpus in (run.general, run.domain):
+        run.held_out(corpus)
+    run.tokens(f"{run.general}+{run.domain}", sequences=8 * STEPS, seed=run.seed + 3000)
 
 
 # --- 07: domain-specific pruning ------------------------------------------------------------------------------------
@@ -367,7 +389,8 @@ def by_size(found: "pd.DataFrame", measure: str, digits: int = 2) -> "pd.DataFra
     """One measure of what `compared` by r and more found, as text: a column for each r, mean (least to most) in each cell."""
     text = "{:.{d}f} ({:.{d}f} to {:.{d}f})"
     cells = found[measure].apply(lambda row: text.format(*row, d=digits), axis=1)
-    return cells.unstack("r", fill_value="", sort=False)
+    wide = cells.unstack("r", fill_value="")  # sorted, since pandas 2 mixes up what it does not sort
+    return wide.reindex(index=cells.index.droplevel("r").unique(), columns=cells.index.unique("r"))
 
 
 def _by_seed(rows: Sequence[dict], value: Callable[[dict], float]) -> dict[int, float]:

@@ -1,7 +1,7 @@
 """The embedded default, made from nothing: a tokenizer, a tiny Mixtral trained on the two synthetic corpora.
 
-Presets are named configurations. "tiny" is the one that ships, trained; the others come with random weights,
-for tests and for looking at other shapes.
+Presets are named configurations. "tiny" is the one that ships, trained; the others come with random weights, for tests and
+for looking at other shapes, and can be trained by the same recipe.
 """
 
 import itertools
@@ -94,6 +94,8 @@ def packed_sequences(corpus: str, tokenizer, seed: int) -> Iterator[torch.Tensor
 def _over_again(path: str, seed: int) -> Iterator[str]:
     """A file's documents without its held-out fifth, in another order each time; see `corpora.documents`."""
     texts, shuffle = list(documents(f"{path}/rest")), random.Random(seed).shuffle
+    if not texts:
+        raise ValueError(f"{path} has no document but those held out: give a file of more documents.")
     while True:
         shuffle(texts)
         yield from texts
@@ -131,11 +133,12 @@ def train_model(
     of each corpus, "web", "arithmetic" or a file.
 
     The balance loss weighs 0.01 for the first third and 0.001 after, so that experts first all come alive and then
-    specialise. Training counts steps, never seconds: the same seed and thread count give the same weights.
+    specialise. Training counts steps, never seconds: the same seed and thread count give the same weights
+    on a CPU.
     `report(step, loss)` is called every 100 steps.
     """
     model = preset_model(preset, seed, output_router_logits=False).train().to(device)
-    model.set_experts_implementation("grouped_mm" if device == "cpu" else "eager")  # on a GPU only bf16 is grouped
+    model.set_experts_implementation("grouped_mm" if device == "cpu" else "eager")  # which is fast on a GPU in bf16 only
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]

@@ -240,8 +240,11 @@ class Page:
         self.open(traces)
 
     def _typed(self) -> dict[str, str]:
-        folders = [folder.strip() for folder in self.path.value.split(";")]
-        return {Path(folder).name: folder for folder in folders}
+        folders = [folder.strip() for folder in self.path.value.split(";") if folder.strip()] or [""]
+        names = [Path(folder).name for folder in folders]
+        if len(set(names)) < len(names):  # two folders may be called alike
+            names = [f"{name} ({number})" for number, name in enumerate(names, 1)]
+        return dict(zip(names, folders, strict=True))
 
     def open(self, traces: Explorer | Mapping) -> None:
         """Show these traces; what cannot be read is said in one sentence, and what was shown stays."""

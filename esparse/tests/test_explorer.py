@@ -19,6 +19,7 @@ from esparse.files import data_folder
 from esparse.tests.conftest import random_model, random_tokens
 from esparse.tests.families import family_model
 from esparse.traces import output_norm
+from esparse.training import preset_model
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +103,9 @@ def test_sizes_of_a_real_model_are_counted_right(shown):
         if skipped is not None:  # no row of the embeddings, and of the experts 1 + (1 - skipped)
             expected -= model.model.embed_tokens.weight.numel() + 32 * (experts - 1.75) * 3 * 4096 * 14336
         assert explorers.mixtral_parameters(explorers.MIXTRAL, experts, skipped) == expected
+    own = preset_model("small-16", head_dim=32)  # tied embeddings, and heads narrower than their share
+    shape = {key: own.config.to_dict().get(key) for key in (*explorers.MIXTRAL, "head_dim")}
+    assert explorers.mixtral_parameters(shape, 16) == sum(p.numel() for p in own.parameters())
     words = shown.estimate(Choice(6, "enumerate", 0, ("share", 0.5)))
     assert words["Mixtral 8x7B with 6 experts"].startswith("67,574 MiB in bf16; 35.4 B parameters")
     row = next(r for r in esparse.measured("speed_medium")["rows"] if r["r"] == 6)["decoding"]["1"]
@@ -127,6 +131,11 @@ def test_two_traces_side_by_side_are_typed_with_a_semicolon(traces, shown, tmp_p
     assert list(page.dashboard.explorer.grids) == ["web"]
     page.path.value = f"{tmp_path / 'web'}; {tmp_path / 'arithmetic'}"
     assert page.message.value == "" and page.dashboard.explorer.grids == shown.grids
+    traces["arithmetic"].save(tmp_path / "other" / "web")  # a folder of the same name
+    page.path.value = f"{tmp_path / 'web'}; {tmp_path / 'other' / 'web'};"
+    assert page.message.value == ""
+    assert list(page.dashboard.explorer.grids) == ["web (1)", "web (2)"]
+    assert page.dashboard.explorer.grids["web (2)"] == shown.grids["arithmetic"]
     page.path.value = f"{tmp_path / 'web'};{tmp_path / 'arithmetic'};{tmp_path / 'third'}"
     assert "one trace, or two side by side, got 3" in page.message.value
 
@@ -135,7 +144,7 @@ def test_a_mixtral_of_ones_own_is_told_of_in_its_own_shape(tmp_path):
     shutil.copytree(data_folder() / "tiny", tmp_path / "own")
     run = esparse.Run(str(tmp_path / "own"), general="web", domain="arithmetic", sequences=2, length=32, folder=tmp_path)
     shape, config = run.explorer().shape, run.model.config.to_dict()
-    assert shape == {key: config[key] for key in shape if key != "name"} | {"name": str(tmp_path / "own")}
+    assert shape == {key: config.get(key) for key in shape} | {"name": str(tmp_path / "own")}
     assert esparse.Run(sequences=2, length=32, folder=tmp_path).explorer().shape == explorers.MIXTRAL
 
 

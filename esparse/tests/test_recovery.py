@@ -327,6 +327,8 @@ def test_a_teacher_under_fsdp_is_refused_before_anything_is_trained(tiny, monkey
     for rung in ("experts", "router"):
         with pytest.raises(ValueError, match="no process holds a whole teacher"):
             esparse.recover(student, tokens, rung, teacher=tiny[0], steps=1)
+    with pytest.raises(ValueError, match="second version alone: launch with --fsdp_version 2"):
+        esparse.recover(student, tokens, "tune", steps=1)
 
 
 def test_half_precision_learns_as_float32_does(tiny):

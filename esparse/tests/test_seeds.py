@@ -137,7 +137,7 @@ def test_lines_are_means_and_ranges_over_seeds():
 
 
 def test_a_study_goes_seed_by_seed_and_is_written_after_each(tmp_path, monkeypatch):
-    monkeypatch.setattr(seeds, "seed_run", lambda seed: seed)
+    monkeypatch.setattr(seeds, "seed_run", lambda seed, recipe: seed)
     out = tmp_path / "study.json"
 
     def rows(seed):
@@ -151,16 +151,60 @@ def test_a_study_goes_seed_by_seed_and_is_written_after_each(tmp_path, monkeypat
     assert [(row["seed"], row["r"]) for row in result["rows"]] == [(0, 6), (0, 5), (1, 6), (1, 5)] and "2.5" in said
 
 
-def test_recipes_divide_a_step_and_refuse_what_cannot_be_divided():
+@pytest.fixture
+def files(tmp_path):
+    """Two files of text that is alike."""
+    for name, part in (("one", range(0, 12000, 2)), ("other", range(1, 12000, 2))):
+        text = [f"Item {i} of the list is number {i * 7 % 100} and costs {i % 30} coins. " * 3 for i in part]
+        (tmp_path / f"{name}.txt").write_text("\n\n".join(text))
+    return str(tmp_path / "one.txt"), str(tmp_path / "other.txt")
+
+
+def test_recipes_divide_a_step_and_refuse_what_cannot_be(files, tmp_path):
     assert seeds.Recipe().rows == {"web": 5, "arithmetic": 3} and str(seeds.Recipe()) == "the tiny model's"
-    recipe = seeds.Recipe("small-16", 20_000, 64, ("/some/wikitext.txt", "/some/gsm8k.jsonl.gz"))
+    recipe = seeds.Recipe("small-16", 20_000, 64, files)
     assert list(recipe.rows.values()) == [20, 12, 20, 12] and sum(recipe.rows.values()) == 64
-    assert str(recipe).endswith("64 sequences of web, arithmetic, wikitext.txt, gsm8k.jsonl.gz")  # no path of a machine
-    for wrong in ({"sequences": 12}, {"sequences": 8, "text": ("a", "b")}, {"text": ("a",), "sequences": 16}, {"sequences": 0}):
-        with pytest.raises(ValueError, match="A step takes a multiple of"):
+    assert str(recipe).endswith("64 sequences of web, arithmetic, one.txt, other.txt")  # no path of a machine
+    plus = tmp_path / "c++.txt"
+    plus.write_text("text")
+    for wrong, sentence in (
+        ({"preset": "big"}, "no preset 'big': choose from tiny, "),
+        ({"steps": 0}, "at least one step, got 0"),
+        ({"sequences": 12}, "a multiple of 8 sequences, got 12"),
+        ({"sequences": 0}, "a multiple of 8 sequences, got 0"),
+        ({"text": files}, "a multiple of 16 sequences, got 8"),
+        ({"sequences": 16, "text": files[:1]}, "Text is two files"),
+        ({"sequences": 16, "text": files[:1] * 2}, "Text is two files"),
+        ({"sequences": 16, "text": ("web", "arithmetic")}, "web is no file"),
+        ({"sequences": 16, "text": (files[0], str(plus))}, "has a plus sign in its path"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
             seeds.Recipe(**wrong)
-    with pytest.raises(ValueError, match="no preset 'big': choose from tiny, "):
-        seeds.Recipe("big")
+
+
+def test_models_of_a_recipe_are_kept_by_what_its_files_hold(files, tmp_path):
+    key = seeds.Recipe(sequences=16, text=files).key
+    copy = shutil.copy(files[0], tmp_path / "copy.txt")
+    assert seeds.Recipe(sequences=16, text=(str(copy), files[1])).key == key != seeds.Recipe(sequences=16).key
+    (tmp_path / "one.txt").write_text("other text")
+    assert seeds.Recipe(sequences=16, text=files).key != key and seeds.Recipe().key == "tiny"
+
+
+def test_text_that_is_too_short_is_refused_before_a_model_is_trained(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(seeds, "checkout", lambda: tmp_path)
+    monkeypatch.setattr(seeds, "train_model", None)
+    (tmp_path / "one.txt").write_text("Much too short.")
+    with pytest.raises(ValueError, match="no document|too short|is empty"):
+        seeds.seed_run(0, seeds.Recipe(sequences=16, text=files))
+
+
+def test_without_lm_eval_the_shipped_seed_is_asked_no_tasks_either(monkeypatch):
+    assert seeds.seed_run(0) == esparse.Run()
+    monkeypatch.setattr(seeds, "find_spec", lambda name: None)
+    run = seeds.seed_run(0)
+    assert run.tasks == () and run.embedded
+    with pytest.raises(ValueError, match="No tasks are asked: give at least one as TASKS"):
+        run.scores()
 
 
 def test_a_file_is_trained_on_again_and_again_but_for_what_is_held_out(tmp_path, tiny):
@@ -174,11 +218,8 @@ def test_a_file_is_trained_on_again_and_again_but_for_what_is_held_out(tmp_path,
 
 
 @pytest.mark.slow
-def test_the_larger_sibling_is_trained_and_studied_on_text_without_lm_eval(tmp_path, monkeypatch):
-    """The command for a GPU machine, which may lack lm-eval, at two steps: every seed trained, its own corpora, no tasks."""
-    for name, part in (("one", range(0, 1500, 2)), ("other", range(1, 1500, 2))):
-        text = [f"Item {i} of the list is number {i * 7 % 100} and costs {i % 30} coins. " * 3 for i in part]
-        (tmp_path / f"{name}.txt").write_text("\n\n".join(text))
+def test_the_larger_sibling_is_trained_and_studied_on_text_without_lm_eval(files, tmp_path, monkeypatch):
+    """The command for a GPU machine, which may lack lm-eval, at one step: every seed trained, its own corpora, no tasks."""
     monkeypatch.setattr(seeds, "checkout", lambda: tmp_path)
     monkeypatch.setattr(seeds, "find_spec", lambda name: None)
     monkeypatch.setattr(seeds.Run, "scores", None)
@@ -189,13 +230,12 @@ def test_the_larger_sibling_is_trained_and_studied_on_text_without_lm_eval(tmp_p
 
     monkeypatch.setitem(seeds.STUDIES, "domain_specific", {"rows": rows})
     words = ["bench", "domain_specific", "--preset", "small-16", "--steps", "1", "--sequences", "16", "--out"]
-    files = [str(tmp_path / "one.txt"), str(tmp_path / "other.txt")]
     assert __main__.main([*words, str(tmp_path / "out.json"), "--text", *files]) == 0
     result = json.loads((tmp_path / "out.json").read_text())
     assert result["seeds"] == [0, 1, 2] and "small-16, trained for 1 steps" in result["weights"]
     assert [(row["seed"], row["betas"]) for row in result["rows"]] == [(s, b) for s in (0, 1, 2) for b in (None, files[0])]
     assert all(row["tasks"] == {} and row["average"] is None for row in result["rows"])
-    (folder,) = (tmp_path / ".runs" / "trained").glob("small-16-seed-2-*")
+    (folder,) = (tmp_path / ".runs" / "trained").glob("small-16-*-seed-2")
     model = esparse.load_model(str(folder), dtype="float32")[0]
     tokens = replace(seeds.Run(general=files[0]), model_name=str(folder), sequences=2, length=32).held_out(files[0])
     plan, expected = result["rows"][-2], esparse.perplexity(model, tokens)
