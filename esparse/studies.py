@@ -170,7 +170,7 @@ def quality(run: Run, plan=None, betas=None) -> dict:
     scores = scores[~scores.metric.str.contains("perplexity")]  # which is no share, and has no place in an average
     stderr = math.sqrt((scores.stderr.fillna(0) ** 2).sum()) / len(scores)
     return perplexities | {
-        "average": 100 * scores.value.mean(),
+        "average": float(100 * scores.value.mean()),
         "stderr": 100 * stderr,
         "tasks": (100 * scores.value).round(2).to_dict(),
     }

@@ -21,6 +21,7 @@ import esparse
 from esparse import stages, widgets
 from esparse.explorer import BETAS, SHARES, VIEWS
 from esparse.files import checkout
+from esparse.gallery import ABOUT
 
 pytestmark = pytest.mark.slow
 NOTEBOOKS = ("03_expert_pruning", "05_dynamic_skipping", "11_explorer")
@@ -256,6 +257,11 @@ def test_names_alternatives_and_keyboard(open_notebook, run):
     assert unnamed == []
     alternatives = page.evaluate("() => [...document.querySelectorAll('.jupyter-widgets img')].map((image) => image.alt)")
     assert len(alternatives) == len(VIEWS) and all(len(text) > 40 for text in alternatives)
+    below = page.evaluate(
+        """() => [...document.querySelectorAll('.jp-RenderedImage')].map((image) => image.closest('.jp-OutputArea-child')
+        .nextElementSibling?.querySelector('.jp-RenderedMarkdown')?.textContent.trim())"""
+    )
+    assert below == [ABOUT["11_explorer"][1]]  # JupyterLab gives a figure no alternative: its words stand below it
     page.get_by_label("another trace", exact=True).focus()
     names = ["experts kept, r", "enumerate", "random", "layer", widgets.SKIPPING[1], "share skipped, %", "write plan to"]
     names.append("Export plan")

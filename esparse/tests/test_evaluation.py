@@ -242,7 +242,8 @@ def test_a_perplexity_is_no_part_of_an_average():
     table = pd.DataFrame(
         {"metric": ["acc,none", "word_perplexity,none", "acc,none"]} | values, index=["one", "wikitext", "two"]
     )
-    run = SimpleNamespace(scores=lambda *_: table, perplexity=lambda *_: 2.0, general="web", domain="arithmetic")
+    corpora = {"general": "web", "domain": "arithmetic"}
+    run = SimpleNamespace(scores=lambda *_: table, perplexity=lambda *_: 2.0, tasks=("one", "wikitext", "two"), **corpora)
     found = quality(run)
     assert found["average"] == pytest.approx(60) and found["tasks"] == {"one": 50, "two": 70}
     assert found["stderr"] == pytest.approx(2.5)

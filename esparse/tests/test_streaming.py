@@ -112,7 +112,7 @@ def test_report_and_card_say_what_was_done(source, tmp_path):
     assert [layer["beta_pruned"] for layer in report["layers"]] == pytest.approx(
         esparse.median_betas(trace, plan.kept), rel=1e-5
     )
-    assert report["calibration set"] == trace.tokens and report["versions"]["torch"] == torch.__version__
+    assert report["calibration set"] == trace.tokens and torch.__version__.startswith(report["versions"]["torch"])
     assert "method: enumerate, r = 6" in (tmp_path / "pruned" / "README.md").read_text()
     assert esparse.PruningPlan.load(tmp_path / "pruned" / "plan.json").kept == plan.kept
 
