@@ -92,6 +92,7 @@ OWN = {
     "gemma4_text": {"enable_moe_block": True, "vocab_size_per_layer_input": 60, "hidden_size_per_layer_input": 8},
     "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8,
                          "layer_types": ["mamba", "attention", "mamba"]},
+    "inkling2_text": {"unpadded_vocab_size": 60},  # of 5.24 on
     "jamba": {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1},
     "kimi_linear": {"linear_num_heads": 4, "linear_head_dim": 8},
     "lfm2_moe": {"layer_types": ["full_attention", "conv", "full_attention"]},
