@@ -386,9 +386,9 @@ def compared(rows: Sequence[dict], one: dict, other: dict, by: Sequence[str]) ->
 
 
 def by_size(found: "pd.DataFrame", measure: str, digits: int = 2) -> "pd.DataFrame":
-    """One measure of what `compared` by r and more found, as text: a column for each r, mean (least to most) in each cell."""
-    text = "{:.{d}f} ({:.{d}f} to {:.{d}f})"
-    cells = found[measure].apply(lambda row: text.format(*row, d=digits), axis=1)
+    """One measure of what `compared` by r and more found, as text: a column for each r, least to most in each cell."""
+    ends = found[measure][["least", "most"]]
+    cells = ends.apply(lambda row: "{:.{d}f} to {:.{d}f}".format(*row, d=digits), axis=1)
     wide = cells.unstack("r", fill_value="")  # sorted, since pandas 2 mixes up what it does not sort
     return wide.reindex(index=cells.index.droplevel("r").unique(), columns=cells.index.unique("r"))
 
@@ -458,8 +458,10 @@ def domain_figure(run: Run, rows: Sequence[dict], paper: Sequence[dict]) -> dict
 
 
 def beta_figure(run: Run, rows: Sequence[dict], paper: Sequence[dict]) -> dict:
-    """Table 8: skipping with the betas of each corpus, on the full model and on those pruned on the domain."""
+    """Table 8: skipping with the betas of each corpus, on the full model and on those pruned on the domain; of many sizes
+    every second one, as in the paper."""
     sizes = sorted({row["r"] for row in rows if row["betas"]}, reverse=True)
+    sizes = sizes[::2] if len(sizes) > 3 else sizes
     panels = []
     for key in ("general", "domain", "exact match"):
         lines = []

@@ -268,6 +268,15 @@ def test_figures_show_every_seed_and_the_paper(run):
         assert len(figure.axes) == 4 and figure.axes[3].get_title().startswith("the paper")
 
 
+def test_the_figure_of_betas_shows_the_papers_sizes(run):
+    rows = [fake(0, 8, 2.0, method="none", betas=b) for b in (None, "web")]
+    rows += [
+        fake(0, r, 3.0, method="enumerate", calibration="arithmetic", betas=b) for r in (7, 6, 5, 4) for b in (None, "web")
+    ]
+    panels = seeds.beta_figure(run, rows, esparse.paper("table8"))["panels"]
+    assert [[line["label"] for line in panel["lines"]] for panel in panels] == [["r = 8", "r = 6", "r = 4"]] * 4
+
+
 def test_tables_are_means_and_comparisons_go_seed_by_seed():
     rows = [fake(seed, r, 2.0 + seed + (8 - r), method=m) for seed in (0, 1) for r in (7, 6) for m in ("a",)]
     rows += [fake(seed, r, (2.0 + seed + (8 - r)) * 2**draw, method="b") for seed in (0, 1) for r in (7, 6) for draw in (0, 1)]
@@ -286,8 +295,8 @@ def test_a_comparison_by_size_has_a_column_for_each_r():
     index = pd.MultiIndex.from_tuples([(8, "a"), (8, "b"), (6, "a")], names=["r", "method"])
     found = pd.DataFrame([[1.004, 0.9, 1.25], [2, 2, 2], [3, 2, 4]], index, columns)
     shown = seeds.by_size(found, "general")
-    assert list(shown.columns) == [8, 6] and shown.loc["a"].to_list() == ["1.00 (0.90 to 1.25)", "3.00 (2.00 to 4.00)"]
-    assert shown.loc["b"].to_list() == ["2.00 (2.00 to 2.00)", ""]
+    assert list(shown.columns) == [8, 6] and shown.loc["a"].to_list() == ["0.90 to 1.25", "2.00 to 4.00"]
+    assert shown.loc["b"].to_list() == ["2.00 to 2.00", ""]
 
 
 def test_shipped_sizes_follow_from_the_shapes():
