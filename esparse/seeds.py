@@ -388,7 +388,8 @@ def compared(rows: Sequence[dict], one: dict, other: dict, by: Sequence[str]) ->
 def by_size(found: "pd.DataFrame", measure: str, digits: int = 2) -> "pd.DataFrame":
     """One measure of what `compared` by r and more found, as text: a column for each r, least to most in each cell."""
     ends = found[measure][["least", "most"]]
-    cells = ends.apply(lambda row: "{:.{d}f} to {:.{d}f}".format(*row, d=digits), axis=1)
+    text = "{:.{d}f} to {:.{d}f}".replace(" ", "\N{NO-BREAK SPACE}")
+    cells = ends.apply(lambda row: text.format(*row, d=digits), axis=1)
     wide = cells.unstack("r", fill_value="")  # sorted, since pandas 2 mixes up what it does not sort
     return wide.reindex(index=cells.index.droplevel("r").unique(), columns=cells.index.unique("r"))
 

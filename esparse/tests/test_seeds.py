@@ -294,7 +294,7 @@ def test_a_comparison_by_size_has_a_column_for_each_r():
     columns = pd.MultiIndex.from_product([("general",), ("mean", "least", "most")])
     index = pd.MultiIndex.from_tuples([(8, "a"), (8, "b"), (6, "a")], names=["r", "method"])
     found = pd.DataFrame([[1.004, 0.9, 1.25], [2, 2, 2], [3, 2, 4]], index, columns)
-    shown = seeds.by_size(found, "general")
+    shown = seeds.by_size(found, "general").map(lambda cell: cell.replace("\N{NO-BREAK SPACE}", " "))
     assert list(shown.columns) == [8, 6] and shown.loc["a"].to_list() == ["0.90 to 1.25", "2.00 to 4.00"]
     assert shown.loc["b"].to_list() == ["2.00 to 2.00", ""]
 
