@@ -179,7 +179,8 @@ def _bench(arguments) -> None:
 
         call = getattr(benchmark, f"bench_{arguments.name}")
     elif arguments.name in STUDIES:
-        from .seeds import Recipe, bench_study
+        from .recipes import Recipe
+        from .seeds import bench_study
 
         call = partial(bench_study, arguments.name, recipe=Recipe(**_recipe(arguments)))
     else:

@@ -5,14 +5,13 @@ Each function of a run gives rows that JSON can hold; `bench_study` takes them o
 was interrupted goes on.
 """
 
-import hashlib
 import itertools
 import math
 import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,13 +24,13 @@ from .benchmark import machine
 from .checkpoints import load_model, save_model, weight_bytes
 from .files import checkout, digest, measured, read_json, write_json
 from .pruning import PruningPlan, prune
+from .recipes import TINY, Recipe
 from .recovery import RUNGS, choose_by_output, recover, scale_experts
 from .runs import Run
 from .speed import aligned
 from .studies import moe_experts, quality
 from .traces import Trace, median_betas, tokens_digest
-from .training import PRESETS, ROWS, train_model
-from .training import STEPS as TRAINING
+from .training import train_model
 from .weights import METHODS, SCOPES, equal_share
 
 if TYPE_CHECKING:  # a GPU machine may lack it
@@ -44,60 +43,13 @@ DRAWS = 3  # of random plans
 LADDER = ("scales", "output", *RUNGS)
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How the models of a study are trained: a preset of `training.PRESETS`, so many steps of so many sequences, of which
-    five of eight are web and three arithmetic. text: two files that take half of each step, five to three as well; the
-    study's corpora are then they.
-
-    Raises ValueError for an unknown preset, for steps or sequences that cannot be, and for files that cannot be told apart.
-    """
-
-    preset: str = "tiny"
-    steps: int = TRAINING
-    sequences: int = 8
-    text: tuple[str, ...] = ()
-
-    def __post_init__(self):
-        parts = 16 if self.text else 8
-        if self.preset not in PRESETS:
-            raise ValueError(f"There is no preset {self.preset!r}: choose from {', '.join(PRESETS)}.")
-        if self.steps < 1:
-            raise ValueError(f"Training takes at least one step, got {self.steps}.")
-        if self.sequences < parts or self.sequences % parts:
-            raise ValueError(f"A step takes a multiple of {parts} sequences, got {self.sequences}.")
-        for path in self.text:
-            if "+" in path or not Path(path).is_file():
-                raise ValueError(f"{path} is no file, or has a plus sign in its path, which stands between corpora: move it.")
-        if self.text and len(set(self.text)) != 2:
-            raise ValueError("Text is two files, of which the first is the study's general corpus and the second its domain.")
-
-    @property
-    def rows(self) -> dict[str, int]:
-        """Sequences of each corpus in a step."""
-        share = self.sequences // (16 if self.text else 8)
-        return {corpus: n * share for corpus, n in zip((*ROWS, *self.text), (*ROWS.values(), *ROWS.values()), strict=False)}
-
-    def __str__(self) -> str:
-        if self == Recipe():
-            return "the tiny model's"
-        corpora = ", ".join(Path(corpus).name for corpus in self.rows)
-        return f"{self.preset}, trained for {self.steps} steps of {self.sequences} sequences of {corpora}"
-
-    @property
-    def key(self) -> str:
-        """What a folder of models of this recipe is called."""
-        held = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in self.text]
-        return self.preset if self == Recipe() else f"{self.preset}-{digest(asdict(self) | {'text': held})}"
-
-
-def seed_run(seed: int, recipe: Recipe = Recipe()) -> Run:
+def seed_run(seed: int, recipe: Recipe = TINY) -> Run:
     """A run of the model that a recipe makes of a training seed, on a GPU where there is one; without lm-eval no tasks are
     asked. The tiny model's seed 0 ships; others are trained first, in about 20 minutes on two quiet cores."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     own = {"device_map": None if device == "cpu" else device, "tasks": None if find_spec("lm_eval") else ()}
     run = Run(**dict(zip(("general", "domain"), recipe.text, strict=False)), **own)
-    if seed == 0 and recipe == Recipe():
+    if seed == 0 and recipe == TINY:
         return run
     name = f"{recipe.key}-seed-{seed}"
     folder = checkout() / ".runs" / "trained" / name
@@ -311,7 +263,7 @@ def study(run: Run, name: str) -> dict:
     return {"seeds": [0], **rows}
 
 
-def bench_study(name: str, out: Path | None = None, seeds: Sequence[int] = SEEDS, recipe: Recipe = Recipe()) -> str:
+def bench_study(name: str, out: Path | None = None, seeds: Sequence[int] = SEEDS, recipe: Recipe = TINY) -> str:
     """A study on every training seed of a recipe; with `out`, the JSON there is written again after each."""
     result = {**machine(), "weights": str(recipe), "seeds": [], **{part: [] for part in STUDIES[name]}}
     for seed in seeds:
