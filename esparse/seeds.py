@@ -396,9 +396,8 @@ def domain_figure(run: Run, rows: Sequence[dict], paper: Sequence[dict]) -> dict
             line(run.label(corpus), full + pick(rows, method=run.method, calibration=corpus, betas=None), "r", MEASURES[key])
             for corpus in corpora_of(rows)
         ]
-        lines.insert(
-            2, line("random", full + pick(rows, method="random", betas=None), "r", MEASURES[key])
-        )  # third, as the paper's is
+        drawn = full + pick(rows, method="random", betas=None)
+        lines.insert(2, line("random", drawn, "r", MEASURES[key]))  # third, as the paper's is
         panels.append(_measured(run, key) | {"xlabel": "experts kept, r", "falling": True, "lines": lines})
     base = pick(paper, model="Mixtral 8x7B")
     kinds = {"C4": {"calibration": "C4"}, "MATH": {"calibration": "MATH"}, "random": {"method": "random"}}
