@@ -23,13 +23,12 @@ class Recipe:
     text: tuple[str, ...] = ()
 
     def __post_init__(self):
-        parts = 16 if self.text else 8
         if self.preset not in PRESETS:
             raise ValueError(f"There is no preset {self.preset!r}: choose from {', '.join(PRESETS)}.")
         if self.steps < 1:
             raise ValueError(f"Training takes at least one step, got {self.steps}.")
-        if self.sequences < parts or self.sequences % parts:
-            raise ValueError(f"A step takes a multiple of {parts} sequences, got {self.sequences}.")
+        if self.sequences < self.parts or self.sequences % self.parts:
+            raise ValueError(f"A step takes a multiple of {self.parts} sequences, got {self.sequences}.")
         for path in self.text:
             if "+" in path or not Path(path).is_file():
                 raise ValueError(f"{path} is no file, or has a plus sign in its path, which stands between corpora: move it.")
@@ -37,9 +36,14 @@ class Recipe:
             raise ValueError("Text is two files, of which the first is the study's general corpus and the second its domain.")
 
     @property
+    def parts(self) -> int:
+        """What a step's sequences divide into."""
+        return sum(ROWS.values()) * (2 if self.text else 1)
+
+    @property
     def rows(self) -> dict[str, int]:
         """Sequences of each corpus in a step."""
-        share = self.sequences // (16 if self.text else 8)
+        share = self.sequences // self.parts
         return {corpus: n * share for corpus, n in zip((*ROWS, *self.text), (*ROWS.values(), *ROWS.values()), strict=False)}
 
     def __str__(self) -> str:

@@ -65,7 +65,7 @@ def _check_text(run: Run) -> None:
     """ValueError, before a model is trained on it, for text that is too short for the studies."""
     for corpus in (run.general, run.domain):
         run.held_out(corpus)
-    run.tokens(f"{run.general}+{run.domain}", sequences=8 * STEPS, seed=run.seed + 3000)
+    run.tokens(both(run), sequences=8 * STEPS, seed=run.seed + 3000)
 
 
 # --- 07: domain-specific pruning ------------------------------------------------------------------------------------
@@ -87,9 +87,14 @@ def domain_rows(run: Run) -> Iterator[dict]:
         yield from skipping_rows(run.sparse(corpus, "2:4", method), None, about, corpora)
 
 
+def both(run: Run) -> str:
+    """Both corpora mixed."""
+    return f"{run.general}+{run.domain}"
+
+
 def calibration_corpora(run: Run) -> list[str]:
     """Each corpus, and both mixed."""
-    return [run.general, run.domain, f"{run.general}+{run.domain}"]
+    return [run.general, run.domain, both(run)]
 
 
 def pruned_rows(run: Run, r: int, beta_corpora: Sequence[str] = ()) -> Iterator[dict]:
@@ -230,7 +235,7 @@ def quantised_rows(run: Run) -> Iterator[dict]:
 def _ladder(run: Run) -> Iterator[dict]:
     """The rungs at r = 6 and 5 of 8, calibrated on the general corpus, learning from both; and the full model, as it is and
     tuned like the pruned ones, since training on more text changes that one too."""
-    n, text = moe_experts(run), f"{run.general}+{run.domain}"
+    n, text = moe_experts(run), both(run)
     yield {"r": n, "rung": "full"} | quality(run)
     other, told = recovered(
         run, None, {"rung": "tune", "text": text, "steps": STEPS}, partial(_train, run, text, "tune", None, STEPS)
