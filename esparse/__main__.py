@@ -44,8 +44,9 @@ def _data(arguments) -> None:
 
 def _prune(arguments) -> None:
     from .preflight import preflight
+    from .processes import join_ranks, rank
     from .pruning import PruningPlan
-    from .streaming import join_ranks, prune_checkpoint, rank
+    from .streaming import prune_checkpoint
 
     if (arguments.experts is None) == (arguments.plan is None):
         raise ValueError("Say either how many experts to keep (--experts R) or which (--plan FILE).")
@@ -69,7 +70,8 @@ def _prune(arguments) -> None:
 
 
 def _weights(arguments) -> None:
-    from .streaming import join_ranks, prune_weights_checkpoint, rank
+    from .processes import join_ranks, rank
+    from .streaming import prune_weights_checkpoint
 
     join_ranks()
     options = {"method": arguments.method, "scope": arguments.scope, "dense": arguments.dense, "device": arguments.device}
@@ -294,9 +296,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(words: list[str] | None = None) -> int:
     """Run one command; a user's mistake ends in one sentence on standard error and exit status 2."""
+    from .processes import leave_ranks
+
     arguments = _parser().parse_args(words)
     try:
         arguments.call(arguments)
+        leave_ranks()  # not after a mistake, when others may wait in vain for this one
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         print(f"esparse: {error}", file=sys.stderr)
         return 2

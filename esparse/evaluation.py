@@ -1,5 +1,6 @@
 """Quality: perplexity on held-out tokens, and tasks through EleutherAI's lm-eval."""
 
+import atexit
 import logging
 import os
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from tqdm.auto import tqdm
 
 from .files import data_folder, digest
 from .models import check_tokens
+from .processes import leave_ranks, of_first
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -86,7 +88,8 @@ def evaluate(
         raise ConnectionError(
             f"The data of {', '.join(tasks)} could not be read ({error}): offline, take tasks among {', '.join(TINY_TASKS)}."
         ) from error
-    return _table(_of_first_process(results), tasks)
+    parts = results and {part: results[part] for part in ("results", "n-samples", "group_subtasks")}
+    return _table(of_first(parts), tasks)  # lm-eval gives them to the first process alone
 
 
 def task_names(tasks: str | Sequence[str]) -> list[str]:
@@ -119,16 +122,9 @@ def _language_model(model, tokenizer, batch_size: int):
 
         lm.accelerator = Accelerator()
         lm._rank, lm._world_size = lm.accelerator.process_index, lm.accelerator.num_processes
+        if torch.distributed.get_backend() == "gloo":  # nccl does no harm, and ending it may wait for ranks that failed
+            atexit.register(leave_ranks)
     return lm
-
-
-def _of_first_process(results: dict | None) -> dict:
-    """lm-eval's results, which only the first process has."""
-    if not torch.distributed.is_initialized():
-        return results
-    held = [None if results is None else {key: results[key] for key in ("results", "n-samples", "group_subtasks")}]
-    torch.distributed.broadcast_object_list(held)
-    return held[0]
 
 
 def _quiet() -> None:

@@ -12,6 +12,7 @@ from .corpora import from_hub
 from .files import local_folder
 from .models import decoder_layers, find_moe
 from .shards import UNWANTED, Layout, count_experts, skeleton, with_experts
+from .traces import check_experts
 
 GB = 1e9
 
@@ -41,7 +42,9 @@ def preflight(
     config = load() if local else from_hub(load, f"the model {source!r}", str(source), "a local folder works offline")
     quantised = (getattr(config, "quantization_config", None) or {}).get("quant_method")
     config = with_experts(config, count_experts(config))
-    r = r or max(expert_counts(config)[1], count_experts(config) // 2)
+    n, k = expert_counts(config)
+    r = max(k, n // 2) if r is None else r
+    check_experts(r, n, k)
     layout, sizes = Layout(config, r), _Sizes(config, r, (dtype or _config_dtype(config)).itemsize)
     kind = _config_dtype(config)  # of the result, whatever is computed in
     tokens = sequences * length
@@ -61,7 +64,7 @@ def preflight(
             + f" and {streams / GB:.1f} while it works; {free / GB:.0f} GB are free"
         ),
         "download": "nothing" if local else _download(str(source), revision),
-        "FLOPs": f"{flops:.1e} on {tokens} tokens, {sizes.reach} of {layout.n} experts each",
+        "FLOPs": f"{flops:.1e} on {tokens} tokens, {sizes.reach} of {n} experts each",
         "time": f"about {_duration(seconds)} here, without the download",
         "access": "a local folder" if local else _access(str(source), revision),
     }

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from .experts import pair_outputs
 from .models import MoELayer, check_fingerprint, check_tokens, experts_implementation, moe_layers
+from .processes import ranks, summed
 from .pruning import PruningPlan, masked
 from .search import subset_losses
 from .traces import LayerTrace, Trace, full_gram, part
@@ -353,11 +354,7 @@ _LOSSES = {"tune": _Tune, "router": _Router, "experts": _Experts}
 
 def _mean(loss: torch.Tensor) -> torch.Tensor:
     """A loss, as the mean over all processes."""
-    loss = loss.detach().clone()
-    if torch.distributed.is_initialized():
-        torch.distributed.all_reduce(loss)
-        loss /= torch.distributed.get_world_size()
-    return loss
+    return summed(loss.detach().clone()) / ranks()
 
 
 def _on(model, ids: torch.Tensor):

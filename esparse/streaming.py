@@ -15,7 +15,7 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import distributed, nn
+from torch import nn
 from tqdm.auto import tqdm
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -24,6 +24,7 @@ from .corpora import calibration_tokens
 from .files import digest, read_json, refuse_existing, versions, write_json, write_text
 from .models import COUNT_NAMES, check_tokens, decoder_layers, find_moe, gate_digest, moe_layers
 from .preflight import expert_counts
+from .processes import everyone, rank, ranks, summed, together
 from .pruning import PruningPlan
 from .search import check_method, make_plan, search_layer
 from .shards import INDEX, Layout, Source, count_experts, fetch, layer_number, skeleton, with_experts
@@ -185,28 +186,6 @@ class Progress:
         together()
 
 
-def rank() -> int:
-    return distributed.get_rank() if distributed.is_initialized() else 0
-
-
-def ranks() -> int:
-    return distributed.get_world_size() if distributed.is_initialized() else 1
-
-
-def join_ranks() -> None:
-    """Join the processes that `torchrun` started, if it did: nccl between GPUs, else gloo."""
-    if "RANK" in os.environ and not distributed.is_initialized():
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-
-
-def together() -> None:
-    """Wait for the other ranks, if there are any."""
-    if ranks() > 1:
-        distributed.barrier()
-
-
 # --- the walk through a checkpoint --------------------------------------------------------------------------------------
 
 
@@ -292,14 +271,6 @@ def peak_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def everyone(value: dict) -> list[dict]:
-    """A value of every rank, in order."""
-    found = [value] * ranks()
-    if ranks() > 1:
-        distributed.all_gather_object(found, value)
-    return found
-
-
 def trace_checkpoint(
     source: str | Path,
     tokens: torch.Tensor,
@@ -381,6 +352,7 @@ def prune_checkpoint(
     if isinstance(r, PruningPlan):
         return _prune_as_planned(source, destination, r, revision)
     opened = Source(fetch(str(source), revision))
+    check_experts(r, *expert_counts(opened.config))
     layout = Layout(opened.config, r)
     left_out = layout.check(opened)
     tokens = _calibration_set(opened, calibration, sequences, length, seed)
@@ -409,6 +381,7 @@ def prune_checkpoint(
 def _prune_as_planned(source: str | Path, destination: str | Path, plan: PruningPlan, revision: str | None) -> dict:
     """`prune_checkpoint` by a plan: weights are copied, nothing else happens."""
     opened = Source(fetch(str(source), revision))
+    check_experts(plan.r, *expert_counts(opened.config))
     layout = Layout(opened.config, plan.r)
     left_out = layout.check(opened)
     about = {"source": str(source), "revision": revision, "quantised": opened.method, "left_out": left_out}
@@ -512,13 +485,6 @@ def _zeroed(stored: torch.Tensor, pruned: torch.Tensor) -> torch.Tensor:
     every bit, and so does a tensor that was not pruned, whatever that dtype rounds to zero."""
     gone = pruned == 0
     return stored.masked_fill(gone, 0) if (gone & (stored.to(pruned.dtype) != 0)).any() else stored
-
-
-def summed(total: torch.Tensor) -> torch.Tensor:
-    """A sum over this process's tokens, made one over those of all."""
-    if ranks() > 1:
-        distributed.all_reduce(total)
-    return total
 
 
 def _calibration_set(source: Source, calibration: str | torch.Tensor, sequences: int, length: int, seed: int) -> torch.Tensor:

@@ -22,6 +22,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from .experts import Scratch, pair_outputs, run_experts
 from .files import new_folder, read_json, write_json
 from .models import MoELayer, check_tokens, experts_implementation, fingerprint, free_memory, moe_layers
+from .processes import everyone, summed
 from .routers import Router, read_router, skip_pairs, skip_ratios, unpack
 
 FORMAT = 2  # of saved traces
@@ -142,17 +143,14 @@ class LayerTrace:
 
     def together(self, total: torch.Tensor) -> torch.Tensor:
         """A sum over this trace's tokens, made one over the tokens of all ranks."""
-        if self.split:
-            torch.distributed.all_reduce(total)
-        return total
+        return summed(total) if self.split else total
 
     def gathered(self, values: torch.Tensor) -> torch.Tensor:
         """Values [tokens, ...] of this trace's tokens, and those of all ranks behind each other."""
         if not self.split:
             return values
-        parts = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(parts, values.tolist())
-        return torch.tensor([value for part in parts for value in part], dtype=values.dtype, device=values.device)
+        found = [value for part in everyone(values.tolist()) for value in part]
+        return torch.tensor(found, dtype=values.dtype, device=values.device)
 
     def token_losses(self, positions: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """||sum_i w'_i f_i - z||^2 [tokens, count] for weights of experts at `positions` in `order`, [tokens, count, k]."""

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import esparse
-from esparse import __main__, shards, streaming
+from esparse import __main__, processes, shards, streaming
 from esparse.shards import INDEX, SINGLE
 from esparse.tests.conftest import random_tokens
 from esparse.tests.families import CARRIED, FAMILIES, family_model
@@ -432,6 +432,30 @@ def test_processes_together_choose_as_one(processes, method, tmp_path):
     for key in ("loss", "beta", "beta_pruned"):
         assert [layer[key] for layer in many] == pytest.approx([layer[key] for layer in one], rel=1e-6)
     assert all(torch.equal(tensors(tmp_path / "one")[name], tensor) for name, tensor in tensors(tmp_path / "many").items())
+
+
+def test_a_command_ends_the_group_of_processes_unless_it_failed(tmp_path):
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        words = ["prune", "data/tiny", str(tmp_path / "pruned"), "--dry-run", "--experts"]
+        assert __main__.main([*words, "9"]) == 2 and torch.distributed.is_initialized()
+        assert __main__.main([*words, "6"]) == 0 and not torch.distributed.is_initialized()
+    finally:
+        processes.leave_ranks()
+
+
+@pytest.mark.parametrize("r", [0, 1, 9])
+def test_a_number_that_cannot_be_kept_is_refused_before_a_weight_is_read(r, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards.Source, "read", lambda *_: pytest.fail("a tensor was read"))
+    plan = esparse.PruningPlan("enumerate", r, [[*range(r)]] * 6, [0.0] * 6, "", "")
+    for call in (
+        lambda: esparse.preflight("data/tiny", r),
+        lambda: esparse.prune_checkpoint("data/tiny", tmp_path / "pruned", r, calibration="web"),
+        lambda: esparse.prune_checkpoint("data/tiny", tmp_path / "pruned", plan),
+    ):
+        with pytest.raises(ValueError, match=f"^Cannot keep {r} experts: a token is routed to 2 of 8"):
+            call()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_dry_run_says_what_it_would_take_and_does_nothing(tmp_path, capsys, monkeypatch):
