@@ -1,7 +1,6 @@
 """The command line, `python -m esparse COMMAND`: each command is one function of the package."""
 
 import argparse
-import os
 import sys
 import time
 from functools import partial
@@ -44,7 +43,7 @@ def _data(arguments) -> None:
 
 def _prune(arguments) -> None:
     from .preflight import preflight
-    from .processes import join_ranks, rank
+    from .processes import is_first, join_ranks
     from .pruning import PruningPlan
     from .streaming import prune_checkpoint
 
@@ -55,14 +54,14 @@ def _prune(arguments) -> None:
     r = plan.r if plan else arguments.experts
     options = {"sequences": arguments.sequences, "length": arguments.length, "method": arguments.method}
     options |= {"revision": arguments.revision, "dtype": arguments.dtype, "batch_size": arguments.batch_size}
-    if rank() == 0:
+    if is_first():
         needs = preflight(arguments.source, r, destination=arguments.destination, **options)
         print("\n".join(f"{name + ':':10}{value}" for name, value in needs.items()), flush=True)
     if arguments.dry_run:
         return
     options |= {"device": arguments.device, "chunk_tokens": arguments.chunk_tokens, "seed": arguments.seed}
     report = prune_checkpoint(arguments.source, arguments.destination, plan or r, calibration=arguments.calibration, **options)
-    if rank() == 0:
+    if is_first():
         print(f"{arguments.destination}: {report['n']} to {report['r']} experts in {report['seconds']:.0f} s")
         print(
             f"at most {report['peak_gb']:.1f} GB of memory" + (f"; left out: {report['left_out']}" * bool(report["left_out"]))
@@ -70,7 +69,7 @@ def _prune(arguments) -> None:
 
 
 def _weights(arguments) -> None:
-    from .processes import join_ranks, rank
+    from .processes import is_first, join_ranks
     from .streaming import prune_weights_checkpoint
 
     join_ranks()
@@ -79,7 +78,7 @@ def _weights(arguments) -> None:
     options |= {"seed": arguments.seed, "dtype": arguments.dtype, "batch_size": arguments.batch_size}
     options |= {"revision": arguments.revision}
     report = prune_weights_checkpoint(arguments.source, arguments.destination, arguments.sparsity, **options)
-    if rank() == 0:
+    if is_first():
         share = report["removed"] / report["weights"]
         print(f"{arguments.destination}: {share:.1%} of {report['weights']} weights are zero, in {report['seconds']:.0f} s")
         for layer, experts in report["unrouted"].items():
@@ -89,6 +88,7 @@ def _weights(arguments) -> None:
 def _evaluate(arguments) -> None:
     from .evaluation import task_names
     from .files import read_json
+    from .processes import is_first
     from .pruning import PruningPlan
     from .runs import Run
 
@@ -107,6 +107,8 @@ def _evaluate(arguments) -> None:
     betas = read_json(arguments.betas, "file of betas") if arguments.betas else plan and plan.betas
     betas = betas["betas"] if isinstance(betas, dict) else betas
     table = run.scores(plan, betas)
+    if not is_first():
+        return
     print(table.to_string())
     if len(table) > 1 and table.metric.nunique() == 1:
         print(f"average {100 * table.value.mean():.2f}")
@@ -116,6 +118,7 @@ def _recover(arguments) -> None:
     from .checkpoints import load_model, save_model
     from .corpora import calibration_tokens
     from .files import refuse_existing
+    from .processes import is_first
     from .pruning import PruningPlan
     from .recovery import gathered, recover, under_fsdp
 
@@ -132,7 +135,7 @@ def _recover(arguments) -> None:
     options = {"steps": arguments.steps, "learning_rate": arguments.learning_rate, "batch_size": arguments.batch_size}
     found = recover(model, tokens, arguments.rung, teacher=teacher, plan=plan, seed=arguments.seed, **options)
     state = gathered(model)
-    if int(os.environ.get("RANK", 0)) == 0:
+    if is_first():
         if state is not None:
             model = load_model(arguments.source, dtype=arguments.dtype)[0]
             lacking, unknown = model.load_state_dict(state, strict=False)

@@ -14,6 +14,11 @@ def ranks() -> int:
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
+def is_first() -> bool:
+    """Whether this process is the one to speak, of those that were started together, whether or not they have joined yet."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def join_ranks() -> None:
     """Join the processes that were started together, if any were: nccl between GPUs, else gloo."""
     if "RANK" in os.environ and not distributed.is_initialized():

@@ -184,6 +184,7 @@ def test_the_command_scores_plans_and_betas_and_keeps_what_it_has(tiny, tiny_tra
     assert f"average {100 * table.value.mean():.2f}" in said
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "results").iterdir()}
     assert len(kept) == 2 and run_command(*words) == said
+    assert run_command(*words, RANK="1") == ""  # of processes together the first speaks
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
 
