@@ -11,8 +11,7 @@ import transformers
 from .corpora import from_hub
 from .files import local_folder
 from .models import decoder_layers, find_moe
-from .shards import UNWANTED, Layout, count_experts, skeleton, with_experts
-from .traces import check_experts
+from .shards import UNWANTED, Layout, count_experts, expert_counts, skeleton, with_experts
 
 GB = 1e9
 
@@ -44,7 +43,6 @@ def preflight(
     config = with_experts(config, count_experts(config))
     n, k = expert_counts(config)
     r = max(k, n // 2) if r is None else r
-    check_experts(r, n, k)
     layout, sizes = Layout(config, r), _Sizes(config, r, (dtype or _config_dtype(config)).itemsize)
     kind = _config_dtype(config)  # of the result, whatever is computed in
     tokens = sequences * length
@@ -87,16 +85,6 @@ class _Sizes:
         one = count(moe.experts) // moe.n
         self.inner = one // self.hidden
         self.active = sum(count(layer) - (count(m.experts) - self.reach * one if m else 0) for layer, m in layers)
-
-
-def expert_counts(config) -> tuple[int, int]:
-    """The experts of a layer, and those a token is routed to, by the config."""
-    text = config.get_text_config()
-    names = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
-    k = next((value for name in names if (value := getattr(text, name, None))), None)
-    if k is None:
-        raise ValueError(f"{type(config).__name__} does not say how many experts a token is routed to.")
-    return count_experts(config), max(k) if isinstance(k, list) else k
 
 
 def _config_dtype(config) -> torch.dtype:

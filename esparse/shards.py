@@ -17,7 +17,8 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from .corpora import from_hub
 from .files import digest, local_folder, read_json
-from .models import COUNT_NAMES, count_names, decoder_layers
+from .models import COUNT_NAMES, count_names, decoder_layers, moe_layers
+from .traces import check_experts
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
@@ -262,12 +263,18 @@ def with_experts(config, r: int):
 
 
 class Layout:
-    """Which tensors stock transformers writes for a config, and how each is cut when r experts are kept."""
+    """Which tensors stock transformers writes for a config, and how each is cut when r experts are kept.
+
+    Raises ValueError for the config of a model without MoE layers, or with one that cannot keep r experts.
+    """
 
     def __init__(self, config, r: int):
         self.n = count_experts(config)
-        full, small = (skeleton(with_experts(config, experts)) for experts in (self.n, r))
-        self.full, self.small = _written(full), _written(small)
+        full = skeleton(with_experts(config, self.n))
+        moe_layers(full)  # or says that there are none
+        if r != self.n:
+            check_experts(r, *expert_counts(config))
+        self.full, self.small = _written(full), _written(skeleton(with_experts(config, r)))
         self.tied = (
             set(getattr(full, "all_tied_weights_keys", None) or {}) if getattr(config, "tie_word_embeddings", False) else set()
         )
@@ -316,6 +323,16 @@ def count_experts(config) -> int:
     if not counts:
         raise ValueError(f"{type(config).__name__} counts no experts ({', '.join(COUNT_NAMES)}): this is no MoE model.")
     return counts[0]
+
+
+def expert_counts(config) -> tuple[int, int]:
+    """The experts of a layer, and those a token is routed to, by the config."""
+    text = config.get_text_config()
+    names = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
+    k = next((value for name in names if (value := getattr(text, name, None))), None)
+    if k is None:
+        raise ValueError(f"{type(config).__name__} does not say how many experts a token is routed to.")
+    return count_experts(config), max(k) if isinstance(k, list) else k
 
 
 def _written(model) -> dict[str, tuple[int, ...]]:

@@ -1,10 +1,8 @@
 """Models larger than memory: traced and pruned from disk, one decoder layer at a time, and again from where it stopped."""
 
 import itertools
-import json
 import os
 import resource
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,21 +11,19 @@ from pathlib import Path
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
 from transformers.core_model_loading import revert_weight_conversion
 
-from .checkpoints import card, load_tokenizer
+from .checkpoints import load_tokenizer
 from .corpora import calibration_tokens
-from .files import digest, read_json, refuse_existing, versions, write_json, write_text
-from .models import COUNT_NAMES, check_tokens, decoder_layers, find_moe, gate_digest, moe_layers
-from .preflight import expert_counts
-from .processes import everyone, rank, ranks, summed, together
+from .destination import Progress, ShardWriter
+from .files import digest, refuse_existing, versions, write_json
+from .models import check_tokens, decoder_layers, find_moe, gate_digest, moe_layers
+from .processes import everyone, rank, ranks, summed
 from .pruning import PruningPlan
 from .search import check_method, make_plan, search_layer
-from .shards import INDEX, Layout, Source, count_experts, fetch, layer_number, skeleton, with_experts
+from .shards import Layout, Source, count_experts, expert_counts, fetch, layer_number, skeleton, with_experts
 from .traces import (
     LayerTrace,
     Trace,
@@ -43,8 +39,6 @@ from .walk import BATCH, FileStream, Passing, Walk
 from .weights import Sparsity, Weigher, check_model, check_options, summary
 
 PRIVATE = ("streams", "gate", "n", "k")  # of a layer's record: not for the report
-REPORT = "pruning_report.json"
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
 
 
 # --- a model that holds one decoder layer -------------------------------------------------------------------------------
@@ -129,61 +123,6 @@ def _usual_dtype(source: Source) -> torch.dtype:
     for entry in source.entries.values():
         sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.nbytes
     return max(sizes, key=sizes.__getitem__)
-
-
-# --- work that survives being killed ------------------------------------------------------------------------------------
-
-
-class Progress:
-    """Work towards a folder, in a hidden one beside it: what was asked for, what each finished layer gave, and the
-    output so far. The destination is absent until `finish`, then complete."""
-
-    def __init__(self, destination: str | Path, job: dict):
-        """Raises FileExistsError if the destination is there, ValueError if the work began with other inputs or options."""
-        self.destination = refuse_existing(destination)
-        self.folder = self.destination.parent / f".{self.destination.name}.partial"
-        self.out, self.streams = self.folder / "out", self.folder / "streams"
-        for folder in (self.out, self.streams):
-            folder.mkdir(parents=True, exist_ok=True)
-        about = self.folder / "job.json"
-        if about.exists():
-            former = read_json(about, "description of unfinished work")
-            changed = [key for key in job if job[key] != former.get(key)]
-            if changed:
-                raise ValueError(
-                    f"{self.folder} holds unfinished work with another {', '.join(changed)}: ask for the same again to "
-                    "continue it, or remove that folder to begin anew."
-                )
-        elif rank() == 0:
-            write_json(about, job)
-        together()
-
-    def records(self) -> list[dict]:
-        """What the layers finished so far gave, in order."""
-        found = []
-        while (path := self._record(len(found))).exists():
-            found.append(read_json(path, "record of a finished layer"))
-        return found
-
-    def _record(self, number: int) -> Path:
-        return self.folder / f"layer_{number:05d}.json"
-
-    def finish_layer(self, number: int, record: dict, keep: list[Path]) -> None:
-        """The layer is done, once all ranks say so; hidden states before it are no longer needed."""
-        together()
-        if rank() == 0:
-            write_json(self._record(number), record)
-        together()
-        for path in self.streams.glob(f"*.{rank()}"):
-            if path not in keep:
-                path.unlink()
-
-    def finish(self) -> None:
-        together()
-        if rank() == 0:
-            os.replace(self.out, self.destination)
-            shutil.rmtree(self.folder)
-        together()
 
 
 # --- the walk through a checkpoint --------------------------------------------------------------------------------------
@@ -352,7 +291,6 @@ def prune_checkpoint(
     if isinstance(r, PruningPlan):
         return _prune_as_planned(source, destination, r, revision)
     opened = Source(fetch(str(source), revision))
-    check_experts(r, *expert_counts(opened.config))
     layout = Layout(opened.config, r)
     left_out = layout.check(opened)
     tokens = _calibration_set(opened, calibration, sequences, length, seed)
@@ -381,7 +319,6 @@ def prune_checkpoint(
 def _prune_as_planned(source: str | Path, destination: str | Path, plan: PruningPlan, revision: str | None) -> dict:
     """`prune_checkpoint` by a plan: weights are copied, nothing else happens."""
     opened = Source(fetch(str(source), revision))
-    check_experts(plan.r, *expert_counts(opened.config))
     layout = Layout(opened.config, plan.r)
     left_out = layout.check(opened)
     about = {"source": str(source), "revision": revision, "quantised": opened.method, "left_out": left_out}
@@ -548,64 +485,3 @@ def _plan_of(report: dict, records: list[dict]) -> PruningPlan:
     found = [(record["kept"], record["loss"], record["runner_up"]) for record in records if "kept" in record]
     model = digest([record["gate"] for record in records if "kept" in record])
     return make_plan(report["method"], report["r"], found, model, report["calibration set"])
-
-
-class ShardWriter:
-    """The folder that a pruned checkpoint becomes: one shard a decoder layer, and one for the rest."""
-
-    def __init__(self, source: Source, layout: Layout, folder: Path):
-        self.source, self.layout, self.folder = source, layout, folder
-
-    def _shard(self, number: int) -> str:
-        return f"model-{number + 1:05d}-of-{self.layout.layers + 1:05d}.safetensors"
-
-    def write_layer(self, number: int, record: dict) -> None:
-        """The decoder layer's tensors as they are in the source, cut to the experts that the record keeps."""
-        names = [name for name in self.source.layer(number) if name in self.layout.full]
-        self.write(number, self.layout.pruned(self.source, names, record.get("kept", [])) if rank() == 0 else {})
-
-    def write(self, number: int, state: dict[str, torch.Tensor]) -> None:
-        """One shard, by the first process alone."""
-        if rank() > 0:
-            return
-        file = self._shard(number)
-        temporary = self.folder / f".{file}"
-        try:
-            save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary, metadata={"format": "pt"})
-            os.replace(temporary, self.folder / file)
-        except (SafetensorError, OSError) as error:
-            raise OSError(f"Could not write {self.folder / file} ({error}): make room, then ask for the same again.") from None
-        finally:
-            temporary.unlink(missing_ok=True)
-
-    def finish(self, r: int, report: dict, what: str) -> None:
-        """The rest of the weights, the index, and everything that is no weight; `what` was done is for the model card."""
-        rest = [name for name in self.source.rest() if name in self.layout.full]
-        self.write(self.layout.layers, self.layout.pruned(self.source, rest, []))
-        self._write_index()
-        for path in self.source.folder.iterdir():
-            if path.is_file() and path.suffix not in WEIGHTS and path.name not in (INDEX, "config.json", "README.md"):
-                shutil.copyfile(path, self.folder / path.name)
-        write_json(self.folder / "config.json", self._config(r))
-        write_json(self.folder / REPORT, report)
-        made = f" Pruned by esparse from {report['source']} ({what}); see `{REPORT}`."
-        write_text(self.folder / "README.md", card(self.source.config, r, report["k"], made))
-
-    def _write_index(self) -> None:
-        places, size = {}, 0
-        for number in range(self.layout.layers + 1):
-            with safe_open(self.folder / self._shard(number), framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (no mapping)
-                    places[name] = self._shard(number)
-            size += (self.folder / self._shard(number)).stat().st_size
-        write_json(self.folder / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))})
-
-    def _config(self, r: int) -> dict:
-        """The source's own config.json, with another number of experts and without quantisation."""
-        config = json.loads((self.source.folder / "config.json").read_text(encoding="utf-8"))
-        config.pop("quantization_config", None)
-        parts = [config, *(part for part in config.values() if isinstance(part, dict))]
-        counted = [(part, name) for part in parts for name in COUNT_NAMES if part.get(name) == self.layout.n]
-        for part, name in counted or [(config, COUNT_NAMES[0])]:
-            part[name] = r
-        return config

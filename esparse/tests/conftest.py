@@ -109,3 +109,9 @@ def pytest_runtest_makereport(item, call):
     """Fixtures may ask their test whether it failed."""
     report = (yield).get_result()
     item.failed = getattr(item, "failed", False) or report.failed
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """The hub is asked again as often as ever, without the half minute of waiting in between."""
+    monkeypatch.setattr("time.sleep", lambda seconds: None)

@@ -240,12 +240,14 @@ def test_destination_that_exists(tmp_path, tiny, tiny_trace):
     [("c4", "offline there are 'web' and 'arithmetic'"), ("math", "'gsm8k' is the usual substitute"), ("gsm8k", "local file")],
 )
 @pytest.mark.slow
+@pytest.mark.usefixtures("impatient")
 def test_no_network_for_a_corpus(tiny, corpus, alternatives):
     with pytest.raises(ConnectionError, match=f"Could not get the corpus '{corpus}' from the hub .*{alternatives}"):
         esparse.calibration_tokens(corpus, tiny[1])
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("impatient")
 def test_no_network_for_a_model():
     with pytest.raises(
         ConnectionError, match="Could not get the model 'nobody/nothing' from the hub .*'tiny' and local folders"

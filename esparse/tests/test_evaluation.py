@@ -74,6 +74,7 @@ def test_evaluation_sees_masks_and_skipping(tiny, tiny_trace):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("impatient")
 def test_lm_evals_own_tasks_are_known_and_name_what_works_offline(tiny):
     with pytest.raises(ConnectionError, match="arc_easy .*offline, take tasks among web_facts"):
         esparse.evaluate(*tiny, ["arc_easy"], limit=2)

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import esparse
-from esparse import __main__, processes, shards, streaming
+from esparse import __main__, destination, processes, shards, streaming
 from esparse.shards import INDEX, SINGLE
 from esparse.tests.conftest import random_tokens
 from esparse.tests.families import CARRIED, FAMILIES, family_model
@@ -104,7 +104,7 @@ def test_progressive_streams_too(source, tmp_path):
 
 def test_report_and_card_say_what_was_done(source, tmp_path):
     report = esparse.prune_checkpoint(source, tmp_path / "pruned", 6, calibration=TOKENS)
-    assert report == json.loads((tmp_path / "pruned" / streaming.REPORT).read_text())
+    assert report == json.loads((tmp_path / "pruned" / destination.REPORT).read_text())
     trace = esparse.trace(family_model("mixtral"), TOKENS)
     plan = esparse.search_experts(trace, 6)
     assert [layer["runner_up"] for layer in report["layers"]] == pytest.approx(plan.runner_up, rel=1e-5)
@@ -225,6 +225,7 @@ def test_a_broken_source_is_named_before_any_layer_runs(how, words, tmp_path, mo
     assert not (tmp_path / "pruned").exists()
 
 
+@pytest.mark.usefixtures("impatient")
 def test_sources_and_requests_that_cannot_be(source, tmp_path):
     with pytest.raises(ValueError, match="Cannot keep 1 experts"):
         esparse.prune_checkpoint(source, tmp_path / "pruned", 1, calibration=TOKENS)
@@ -427,7 +428,7 @@ def test_processes_together_choose_as_one(processes, method, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m", "esparse"]
     words = [str(tmp_path / "many") if word == "{}" else word for word in words]
     subprocess.run(launch + words, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, timeout=300)
-    one, many = (json.loads((tmp_path / name / streaming.REPORT).read_text())["layers"] for name in ("one", "many"))
+    one, many = (json.loads((tmp_path / name / destination.REPORT).read_text())["layers"] for name in ("one", "many"))
     assert [layer["kept"] for layer in many] == [layer["kept"] for layer in one]
     for key in ("loss", "beta", "beta_pruned"):
         assert [layer[key] for layer in many] == pytest.approx([layer[key] for layer in one], rel=1e-6)

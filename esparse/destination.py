@@ -1,0 +1,132 @@
+"""Where a checkpoint goes: work that survives being killed, and the folder that it becomes."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .checkpoints import card
+from .files import read_json, refuse_existing, write_json, write_text
+from .models import COUNT_NAMES
+from .processes import rank, together
+from .shards import INDEX, Layout, Source
+
+REPORT = "pruning_report.json"
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
+
+
+class Progress:
+    """Work towards a folder, in a hidden one beside it: what was asked for, what each finished layer gave, and the
+    output so far. The destination is absent until `finish`, then complete."""
+
+    def __init__(self, destination: str | Path, job: dict):
+        """Raises FileExistsError if the destination is there, ValueError if the work began with other inputs or options."""
+        self.destination = refuse_existing(destination)
+        self.folder = self.destination.parent / f".{self.destination.name}.partial"
+        self.out, self.streams = self.folder / "out", self.folder / "streams"
+        for folder in (self.out, self.streams):
+            folder.mkdir(parents=True, exist_ok=True)
+        about = self.folder / "job.json"
+        if about.exists():
+            former = read_json(about, "description of unfinished work")
+            changed = [key for key in job if job[key] != former.get(key)]
+            if changed:
+                raise ValueError(
+                    f"{self.folder} holds unfinished work with another {', '.join(changed)}: ask for the same again to "
+                    "continue it, or remove that folder to begin anew."
+                )
+        elif rank() == 0:
+            write_json(about, job)
+        together()
+
+    def records(self) -> list[dict]:
+        """What the layers finished so far gave, in order."""
+        found = []
+        while (path := self._record(len(found))).exists():
+            found.append(read_json(path, "record of a finished layer"))
+        return found
+
+    def _record(self, number: int) -> Path:
+        return self.folder / f"layer_{number:05d}.json"
+
+    def finish_layer(self, number: int, record: dict, keep: list[Path]) -> None:
+        """The layer is done, once all ranks say so; hidden states before it are no longer needed."""
+        together()
+        if rank() == 0:
+            write_json(self._record(number), record)
+        together()
+        for path in self.streams.glob(f"*.{rank()}"):
+            if path not in keep:
+                path.unlink()
+
+    def finish(self) -> None:
+        together()
+        if rank() == 0:
+            os.replace(self.out, self.destination)
+            shutil.rmtree(self.folder)
+        together()
+
+
+class ShardWriter:
+    """The folder that a pruned checkpoint becomes: one shard a decoder layer, and one for the rest."""
+
+    def __init__(self, source: Source, layout: Layout, folder: Path):
+        self.source, self.layout, self.folder = source, layout, folder
+
+    def _shard(self, number: int) -> str:
+        return f"model-{number + 1:05d}-of-{self.layout.layers + 1:05d}.safetensors"
+
+    def write_layer(self, number: int, record: dict) -> None:
+        """The decoder layer's tensors as they are in the source, cut to the experts that the record keeps."""
+        names = [name for name in self.source.layer(number) if name in self.layout.full]
+        self.write(number, self.layout.pruned(self.source, names, record.get("kept", [])) if rank() == 0 else {})
+
+    def write(self, number: int, state: dict[str, torch.Tensor]) -> None:
+        """One shard, by the first process alone."""
+        if rank() > 0:
+            return
+        file = self._shard(number)
+        temporary = self.folder / f".{file}"
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary, metadata={"format": "pt"})
+            os.replace(temporary, self.folder / file)
+        except (SafetensorError, OSError) as error:
+            raise OSError(f"Could not write {self.folder / file} ({error}): make room, then ask for the same again.") from None
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def finish(self, r: int, report: dict, what: str) -> None:
+        """The rest of the weights, the index, and everything that is no weight; `what` was done is for the model card."""
+        rest = [name for name in self.source.rest() if name in self.layout.full]
+        self.write(self.layout.layers, self.layout.pruned(self.source, rest, []))
+        self._write_index()
+        for path in self.source.folder.iterdir():
+            if path.is_file() and path.suffix not in WEIGHTS and path.name not in (INDEX, "config.json", "README.md"):
+                shutil.copyfile(path, self.folder / path.name)
+        write_json(self.folder / "config.json", self._config(r))
+        write_json(self.folder / REPORT, report)
+        made = f" Pruned by esparse from {report['source']} ({what}); see `{REPORT}`."
+        write_text(self.folder / "README.md", card(self.source.config, r, report["k"], made))
+
+    def _write_index(self) -> None:
+        places, size = {}, 0
+        for number in range(self.layout.layers + 1):
+            with safe_open(self.folder / self._shard(number), framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (no mapping)
+                    places[name] = self._shard(number)
+            size += (self.folder / self._shard(number)).stat().st_size
+        write_json(self.folder / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))})
+
+    def _config(self, r: int) -> dict:
+        """The source's own config.json, with another number of experts and without quantisation."""
+        config = json.loads((self.source.folder / "config.json").read_text(encoding="utf-8"))
+        config.pop("quantization_config", None)
+        parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+        counted = [(part, name) for part in parts for name in COUNT_NAMES if part.get(name) == self.layout.n]
+        for part, name in counted or [(config, COUNT_NAMES[0])]:
+            part[name] = r
+        return config
