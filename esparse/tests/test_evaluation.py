@@ -194,26 +194,30 @@ def test_processes_share_the_items(tiny, tmp_path):
     """As `accelerate launch` starts them on GPUs; on a CPU accelerate asks for its own word and torchrun's."""
     script = tmp_path / "shared.py"
     script.write_text("""
-import atexit, torch
+import atexit, json, os, pathlib, torch
 import esparse
 from esparse import evaluation
-atexit.register(lambda: print("ended", not torch.distributed.is_initialized()))  # the first registered is called last
-real, seen = evaluation._language_model, []
+real, found = evaluation._language_model, {"requests": []}
+path = pathlib.Path(__file__).with_name(os.environ["RANK"] + ".json")  # both write to one standard output, and mix there
+def told():
+    path.write_text(json.dumps(found | {"ended": not torch.distributed.is_initialized()}))
+atexit.register(told)  # the first registered is called last
 def spy(*arguments):
     lm = real(*arguments)
     score = lm.loglikelihood
-    lm.loglikelihood = lambda requests, **named: seen.append(len(requests)) or score(requests, **named)
+    lm.loglikelihood = lambda requests, **named: found["requests"].append(len(requests)) or score(requests, **named)
     return lm
 evaluation._language_model = spy
 table = esparse.evaluate(*esparse.load_model(), ["web_facts"], limit=17)
-print("requests", seen, "value", table.value.item(), "items", table["items"].item())
+found |= {"value": table.value.item(), "items": table["items"].item()}
 """)
-    said = run_command("torch.distributed.run", "--nproc_per_node", "2", str(script), ACCELERATE_USE_CPU="true")
+    words = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script))
+    run_command(*words, ACCELERATE_USE_CPU="true")
     value = esparse.evaluate(*tiny, ["web_facts"], limit=17).value.item()
-    lines = [line for line in said.splitlines() if line.startswith("requests")]
-    assert len(lines) == 2 and all(f"value {value} items 17" in line for line in lines)
-    assert all(int(re.search(r"\[(\d+)\]", line)[1]) < 17 * 4 for line in lines)
-    assert said.count("ended True") == 2  # gloo's threads, left to themselves, abort now and then
+    for rank in (0, 1):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert (found["value"], found["items"]) == (value, 17) and found["requests"][0] < 17 * 4
+        assert found["ended"]  # gloo's threads, left to themselves, abort now and then
 
 
 def test_an_interrupted_run_goes_on_with_the_next_task(tmp_path, monkeypatch):

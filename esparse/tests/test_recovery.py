@@ -257,7 +257,7 @@ def test_two_processes_train_what_one_does(rung, rounding, tiny, tiny_trace, tmp
     words = ["-m", "esparse", "recover", str(tmp_path / "pruned"), str(tmp_path / "tuned"), "--rung", rung, "--teacher", "tiny"]
     words += ["--plan", str(tmp_path / "pruned" / "plan.json"), "--corpus", "arithmetic", "--sequences", "4", "--length", "64"]
     words += ["--steps", "1", "--batch-size", "2", "--learning-rate", "1e-3", "--dtype", "float32"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", *words]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *words]
     own = os.environ | {"TQDM_DISABLE": "1", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=own)
     assert done.returncode == 0 and "parameters trained" in done.stdout, done.stderr[-3000:]
@@ -305,7 +305,7 @@ torch.distributed.destroy_process_group()
 
 def test_shards_are_gathered_and_their_zeros_stay(tmp_path):
     (tmp_path / "shards.py").write_text(_SHARDS)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "shards.py"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "shards.py"]
     own = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=own)
     assert done.returncode == 0 and "whole again" in done.stdout, done.stderr[-3000:]
