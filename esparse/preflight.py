@@ -2,12 +2,12 @@
 
 import os
 import shutil
-import time
 from pathlib import Path
 
 import torch
 import transformers
 
+from .benchmark import seconds_of
 from .corpora import from_hub
 from .files import local_folder
 from .models import decoder_layers, find_moe
@@ -32,7 +32,8 @@ def preflight(
 
     r: experts to keep (half of them, if None). Only the config is read (and downloaded, for a hub id). Estimates: memory
     counts one layer while it is put together, the largest Gram and a batch's activations; time the matrix products at the
-    speed of a small one measured now, and every weight read twice and written once at 1 GB/s.
+    speed of a small one measured now (and in float32 beside it, where that is much faster: on a CPU without instructions
+    for the checkpoint's dtype), and every weight read twice and written once at 1 GB/s.
     Raises ValueError where r cannot be kept, and as `load_model` where a hub id cannot be had.
     """
     local = local_folder(source) is not None
@@ -52,7 +53,7 @@ def preflight(
     chunk = batch_size * length * (sizes.hidden * 12 + sizes.inner * 4) * 4
     memory = sizes.rest + 1.4 * sizes.layer + tokens * per_token + chunk + 0.6 * GB
     flops = 2 * tokens * (sizes.active * (2 if method == "progressive" else 1))
-    seconds = flops / flop_per_second(dtype or kind) + (2 * sizes.whole * kind.itemsize / sizes.itemsize + written) / GB
+    moved = 2 * sizes.whole * kind.itemsize / sizes.itemsize + written
     free = shutil.disk_usage(_existing(Path(destination))).free
     return {
         "memory": f"about {memory / GB:.1f} GB: a layer has {sizes.layer / GB:.1f}, its Gram {tokens * per_token / GB:.2f}",
@@ -63,7 +64,7 @@ def preflight(
         ),
         "download": "nothing" if local else _download(str(source), revision),
         "FLOPs": f"{flops:.1e} on {tokens} tokens, {sizes.reach} of {n} experts each",
-        "time": f"about {_duration(seconds)} here, without the download",
+        "time": _time(flops, moved, dtype or kind),
         "access": "a local folder" if local else _access(str(source), revision),
     }
 
@@ -91,16 +92,25 @@ def _config_dtype(config) -> torch.dtype:
     return getattr(config, "dtype", None) or torch.bfloat16
 
 
-def flop_per_second(dtype: torch.dtype, size: int = 1024) -> float:
-    """FLOP a second of one product of this size, the best of three."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    matrix = torch.ones(size, size, dtype=dtype, device=device)
-    best = float("inf")
-    for _ in range(3):
-        started = time.perf_counter()
-        (matrix @ matrix)[0, 0].item()
-        best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best
+def _time(flops: float, moved: float, dtype: torch.dtype) -> str:
+    spent = lambda dtype: flops / flop_per_second(dtype) + moved / GB  # noqa: E731
+    seconds, plain = spent(dtype), spent(torch.float32)
+    faster = f"; in float32 (--dtype float32) {_duration(plain)}, with more memory" * (seconds > max(60, 2 * plain))
+    return f"about {_duration(seconds)} here{faster}, without the download"
+
+
+def flop_per_second(dtype: torch.dtype, size: int = 1024, patience: float = 0.1) -> float:
+    """FLOP a second of one square product, the best of three: of this size, or of the first that takes longer than patience.
+
+    Sizes double from 256 on, since a CPU without instructions for a dtype may be hundreds of times slower in it.
+    """
+    device, side = "cuda" if torch.cuda.is_available() else "cpu", min(256, size)
+    while True:
+        matrix = torch.ones(side, side, dtype=dtype, device=device)
+        seconds = min(seconds_of(lambda: matrix @ matrix) for _ in range(3))  # noqa: B023
+        if side >= size or seconds > patience:
+            return 2 * side**3 / seconds
+        side *= 2
 
 
 def _existing(path: Path) -> Path:

@@ -12,6 +12,7 @@ import torch
 import esparse
 from esparse import benchmark, speed
 from esparse.models import moe_layers
+from esparse.preflight import flop_per_second
 from esparse.studies import explanations, roofline
 
 SHAPE = {"vocab_size": 100, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
@@ -145,6 +146,31 @@ def test_bytes_of_a_step_are_those_of_the_weights_in_use():
     cache = 2 * 2 * 5 * 10 * 2 * 16  # keys and values, layers, batch, context, heads, their width
     assert speed.step_bytes(model, 1.5, 10, 5) == 2 * (2 * (layer + 1.5 * expert) + 64 * 100 + 64 + cache)
     assert speed.memory(model, 5, 10)["cache_mib"] * 2**20 == 2 * cache
+
+
+@pytest.mark.parametrize("bfloat16, chosen", [((0.8, 3.8, 14.0), torch.float32), ((0.8, 1.1, 2.0), torch.bfloat16)])
+def test_a_cpu_decodes_in_bfloat16_only_where_it_also_multiplies_in_it(monkeypatch, bfloat16, chosen):
+    """Milliseconds as measured with 1, 8 and 32 rows: on a CPU without instructions for bfloat16, and as on one with them."""
+    milliseconds = {torch.bfloat16: bfloat16, torch.float32: (1.5, 2.7, 4.2)}
+
+    def seconds(call):
+        product = call()
+        return milliseconds[product.dtype][(1, 8, 32).index(len(product))] / 1000
+
+    monkeypatch.setattr(speed, "seconds_of", seconds)
+    assert speed.decoding_dtype("cpu") is chosen
+
+
+@pytest.mark.parametrize("rate, sides", [(1e12, [256, 512, 1024]), (1e9, [256, 512]), (1e8, [256])])
+def test_the_speed_of_products_is_known_soon_where_they_are_slow(monkeypatch, rate, sides):
+    taken = []
+
+    def seconds(call):
+        taken.append(len(call()))
+        return 2 * taken[-1] ** 3 / rate
+
+    monkeypatch.setattr(sys.modules["esparse.preflight"], "seconds_of", seconds)
+    assert flop_per_second(torch.float32) == pytest.approx(rate) and taken == [side for side in sides for _ in range(3)]
 
 
 @pytest.mark.slow

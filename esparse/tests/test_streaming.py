@@ -468,6 +468,19 @@ def test_a_dry_run_says_what_it_would_take_and_does_nothing(tmp_path, capsys, mo
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("rate, said", [(1e9, True), (1e11, False)])
+def test_a_cpu_slow_in_the_dtype_is_told_how_long_float32_takes(monkeypatch, rate, said):
+    rates = {torch.bfloat16: rate, torch.float32: 1e11}
+    monkeypatch.setattr(sys.modules["esparse.preflight"], "flop_per_second", rates.get)
+    needs = esparse.preflight("data/tiny", 6, sequences=10**4, dtype=torch.bfloat16)
+    flops = float(needs["FLOPs"].split()[0])
+    hours, minutes = flops / rate / 3600, flops / 1e11 / 60
+    assert hours > 2 or not said
+    stated = [float(word) for word in needs["time"].split() if word.replace(".", "").isdecimal()]
+    assert stated == (pytest.approx([hours, minutes], rel=0.05) if said else pytest.approx([minutes], rel=0.05))
+    assert ("--dtype float32" in needs["time"]) == said
+
+
 def test_the_command_prunes_and_what_comes_out_loads(tmp_path, capsys):
     words = ["prune", "data/tiny", str(tmp_path / "pruned"), "--experts", "6", "--calibration", "web", "--sequences", "8"]
     assert __main__.main([*words, "--length", "64"]) == 0
