@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Callable
 
 import pytest
 
@@ -53,7 +54,7 @@ RUNNING = """() => window.jupyterapp.shell.currentWidget.content.widgets
 ERRORS = """() => window.jupyterapp.shell.currentWidget.content.widgets.flatMap((cell) => cell.model.type === 'code'
   ? cell.model.outputs.toJSON().filter((output) => output.output_type === 'error').map((output) => output.evalue) : [])"""
 PICTURES = """(sources) => sources.every((source) =>
-  [...document.querySelectorAll('.jupyter-widgets img')].some((image) => image.src === source))"""
+  [...document.querySelectorAll('.jupyter-widgets img')].some((image) => image.getAttribute('src') === source))"""
 READOUT = """() => [...document.querySelectorAll('th[scope=row]')].map((head) =>
   [head.textContent, [...head.parentElement.querySelectorAll('td')].map((cell) => cell.textContent)])"""
 
@@ -158,15 +159,23 @@ class Driver:
         self.board = widgets.Dashboard(self.explorer, views, controls)  # the reference: no page is attached to it
         self.stages, self.settled = {name: stages.Stage(name, self.explorer.frame) for name in views}, 0
 
-    def settle(self) -> None:
-        """Wait until the page shows what the reference says, pictures and words."""
+    def expected(self) -> tuple[list[str], dict[str, list[str]]]:
+        """The pictures and the words of the reference's state."""
         choice = self.board.choice
         told, estimate = self.explorer.told(choice), self.explorer.estimate(choice)
         rows = {what: [words[what] for words in told.values()] for what in next(iter(told.values()))}
-        expected = [source_of(self.stages[name], self.explorer.view(name, choice)) for name in self.views]
-        self.page.wait_for_function(PICTURES, arg=expected, timeout=10_000)
+        pictures = [source_of(self.stages[name], self.explorer.view(name, choice)) for name in self.views]
+        return pictures, rows | {what: [words] for what, words in estimate.items()}
+
+    def settle(self, press: Callable[[], None] = lambda: None) -> None:
+        """Wait until the page shows, after this key, what the reference says: pictures and words.
+
+        The reference is computed before the key is pressed, so that it does not take the page's time on few cores.
+        """
+        pictures, words = self.expected()
+        press()
+        self.page.wait_for_function(PICTURES, arg=pictures, timeout=10_000)
         self.settled += 1
-        words = rows | {what: [words] for what, words in estimate.items()}
         for _ in range(100):  # the words come after the pictures
             if (shown := dict(self.page.evaluate(READOUT))) == words:
                 if not self.timed:
@@ -177,10 +186,10 @@ class Driver:
 
     def up(self, slider: widgets.Slider, steps: int = 1) -> None:
         """Arrow keys on the number beside a slider (down, if negative), and the same steps in the reference."""
+        number = self.page.get_by_label(slider.number.description, exact=True)
         for _ in range(abs(steps)):
-            self.page.get_by_label(slider.number.description, exact=True).press("ArrowUp" if steps > 0 else "ArrowDown")
             slider.value = slider.values[slider.values.index(slider.value) + (1 if steps > 0 else -1)]
-            self.settle()
+            self.settle(lambda: number.press("ArrowUp" if steps > 0 else "ArrowDown"))
 
     def through(self, slider: widgets.Slider, count: int) -> None:
         """From where it stands to its end, and back over its whole range."""
@@ -189,9 +198,8 @@ class Driver:
         self.up(slider, 1 - count)
 
     def choose(self, buttons, option: str) -> None:
-        self.page.get_by_role("button", name=option, exact=True).press("Space")
         buttons.value = option
-        self.settle()
+        self.settle(lambda: self.page.get_by_role("button", name=option, exact=True).press("Space"))
 
 
 @pytest.fixture
