@@ -99,16 +99,16 @@ def _time(flops: float, moved: float, dtype: torch.dtype) -> str:
     return f"about {_duration(seconds)} here{faster}, without the download"
 
 
-def flop_per_second(dtype: torch.dtype, size: int = 1024, patience: float = 0.1) -> float:
-    """FLOP a second of one square product, the best of three: of this size, or of the first that takes longer than patience.
+def flop_per_second(dtype: torch.dtype, size: int = 1024) -> float:
+    """FLOP a second of one square product, the best of three: of this size, or of the first that takes over 0.1 s.
 
-    Sizes double from 256 on, since a CPU without instructions for a dtype may be hundreds of times slower in it.
+    Sizes double from 256 on, since a CPU without instructions for a dtype may be a hundred times slower in it.
     """
     device, side = "cuda" if torch.cuda.is_available() else "cpu", min(256, size)
     while True:
         matrix = torch.ones(side, side, dtype=dtype, device=device)
         seconds = min(seconds_of(lambda: matrix @ matrix) for _ in range(3))  # noqa: B023
-        if side >= size or seconds > patience:
+        if side >= size or seconds > 0.1:
             return 2 * side**3 / seconds
         side *= 2
 

@@ -105,7 +105,7 @@ def read_bandwidth(device: str) -> float:
 def decoding_dtype(device: str) -> torch.dtype:
     """bfloat16, where this device multiplies in it; else float16 on a GPU, and on a CPU whatever is faster over 1 to 32 rows.
 
-    A CPU without instructions for bfloat16 is faster in it at one row, and hundreds of times slower in a prefill.
+    A CPU without instructions for bfloat16 is faster in it at one row, and a hundred times slower in a prefill.
     """
     if device == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
