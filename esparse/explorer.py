@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
 
@@ -229,6 +229,20 @@ class Explorer:
                 column.append(value)
         return found
 
+    def neighbours(self, choice: Choice) -> list[Choice]:
+        """Every choice that is one step of one control away."""
+        near = [replace(choice, r=r) for r in _beside(self.sizes, choice.r)]
+        near += [replace(choice, method=method) for method in self.methods if method != choice.method]
+        near += [replace(choice, layer=layer) for layer in _beside(range(self.layers), choice.layer)]
+        mode, at = choice.skip
+        if mode == "share":
+            return near + [replace(choice, skip=(mode, share)) for share in _beside(SHARES, at)]
+        for moved in {tuple(range(self.layers)), (choice.layer,)}:  # beta of all layers, or of the one that is shown
+            for step in (-1, 1):
+                betas = tuple(_further(self.betas, beta, step) if i in moved else beta for i, beta in enumerate(at))
+                near += [replace(choice, skip=(mode, betas))] if betas != at else []
+        return near
+
     # --- views ---
 
     @cached_property
@@ -247,11 +261,11 @@ class Explorer:
         return getattr(self, f"_{name}")(choice)
 
     def _kept(self, choice: Choice) -> dict:
-        return {"kept": {name: self.kept(name, choice) for name in self.grids}, "r": choice.r, "method": choice.method}
+        return {"kept": {name: self.kept(name, choice) for name in self.grids}}
 
     def _co_selection(self, choice: Choice) -> dict:
         tables = {name: one["co_selection"][choice.layer] for name, one in self.grids.items()}
-        return {"layer": choice.layer, "tables": tables}
+        return {"tables": tables}
 
     def _landscape(self, choice: Choice) -> dict:
         found = {}
@@ -259,10 +273,10 @@ class Explorer:
             losses = one["landscape"].get(str(choice.r), [[]] * self.layers)[choice.layer]
             loss = self._place(name, choice)[choice.layer]["relative"]
             found[name] = {"losses": losses, "loss": loss, "better": sum(other < loss - 1e-9 for other in losses)}
-        return {"layer": choice.layer, "r": choice.r, "method": choice.method, "corpora": found}
+        return {"corpora": found}
 
     def _skipping(self, choice: Choice) -> dict:
-        return {"r": choice.r, "corpora": {name: self.skipping(name, choice) for name in self.grids}}
+        return {"corpora": {name: self.skipping(name, choice) for name in self.grids}}
 
     def _trade_off(self, choice: Choice) -> dict:
         found = {}
@@ -271,9 +285,19 @@ class Explorer:
             keys = ("dropped", "loss") if self.k > 1 else ()
             curve = {key: [_mean(layer[f"aimed {key}"][i] for layer in place) for i in range(len(SHARES))] for key in keys}
             found[name] = curve | {"now": [_mean(now["dropped"]), _mean(now["loss"])]}
-        return {"r": choice.r, "corpora": found}
+        return {"corpora": found}
 
     # --- words ---
+
+    def title(self, name: str, choice: Choice) -> str:
+        """What stands above a view."""
+        return {
+            "kept": f"experts kept, r = {choice.r}, {choice.method}",
+            "co_selection": f"experts chosen together, layer {choice.layer}",
+            "landscape": f"loss of all subsets, layer {choice.layer}, r = {choice.r}, {choice.method}",
+            "skipping": f"skipping in every layer, r = {choice.r}, {choice.method}",
+            "trade_off": f"loss and skipping, r = {choice.r}, {choice.method}",
+        }[name]
 
     def caption(self, name: str, choice: Choice) -> str:
         """A view in a sentence, for who cannot see it."""
@@ -358,6 +382,16 @@ class Explorer:
         """What to type to use an exported plan."""
         start = "python -m esparse"
         return [f"{start} prune {self.command} pruned --plan {path}", f"{start} evaluate {self.command} --plan {path}"]
+
+
+def _further(values: Sequence[float], value: float, step: int) -> float:
+    """The value of a grid that is so many steps away from this one, or its last."""
+    at = min(range(len(values)), key=lambda i: abs(values[i] - value))
+    return values[min(max(at + step, 0), len(values) - 1)]
+
+
+def _beside(values: Sequence[float], value: float) -> list[float]:
+    return [other for step in (-1, 1) if (other := _further(values, value, step)) != value]
 
 
 def _mean(values) -> float:

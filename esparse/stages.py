@@ -1,6 +1,7 @@
 """The explorer's views: axes that are drawn once, on which a step of a slider redraws a part in a few milliseconds."""
 
-import io
+import struct
+import zlib
 from collections.abc import Callable, Sequence
 
 import matplotlib
@@ -9,7 +10,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from PIL import Image
 
 from .style import COLOURS, MARKERS, STYLE
 
@@ -23,22 +23,24 @@ def _kept_view(figure, frame: dict) -> Callable[[dict], list]:
     [[axes]] = figure.subplots(1, 1, squeeze=False)
     shown = (0, 1) if len(frame["corpora"]) == 1 else (0, 2, 3, 4)
     colours = [(1, 1, 1), (0.45, 0.45, 0.45), (0.45, 0.45, 0.45), COLOURS[0], COLOURS[1]]
-    picture = axes.imshow(
-        [[0] * frame["layers"]] * frame["n"], cmap=ListedColormap(colours), vmin=0, vmax=4, aspect="auto", origin="lower"
-    )
+    cells = _cells(axes, frame["n"], frame["layers"], cmap=ListedColormap(colours), vmin=0, vmax=4)
     axes.set(xlabel="layer", ylabel="expert", xticks=_ticks(frame["layers"]), yticks=_ticks(frame["n"]))
     names = [KEPT[i].format(frame["corpora"][i - 3] if i > 2 else "") for i in shown]
     handles = [Patch(facecolor=colours[i], edgecolor="0.6", label=name) for i, name in zip(shown, names, strict=True)]
     figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=7)
-    title = _caption(axes)
 
     def update(data: dict) -> list:
         layers = list(zip(*data["kept"].values(), strict=True))
-        picture.set_data([[_kept_state(expert, subsets) for subsets in layers] for expert in range(frame["n"])])
-        title.set_text(f"experts kept, r = {data['r']}, {data['method']}")
-        return [picture, title]
+        cells.set_array([[_kept_state(expert, subsets) for subsets in layers] for expert in range(frame["n"])])
+        return [cells]
 
     return update
+
+
+def _cells(axes, rows: int, columns: int, **colours):
+    """A grid of cells around whole numbers; a fraction of the time that an image of as many pixels takes to draw."""
+    edges = np.arange(columns + 1) - 0.5, np.arange(rows + 1) - 0.5
+    return axes.pcolormesh(*edges, np.zeros((rows, columns)), **colours)
 
 
 def _kept_state(expert: int, subsets: Sequence[Sequence[int]]) -> int:
@@ -52,41 +54,33 @@ def _ticks(count: int) -> range:
     return range(0, count, max(1, -(-count // 16)))
 
 
-def _caption(axes):
-    """A title that a frame may change: it stands where it is whatever it says."""
-    return axes.text(0.5, 1.03, "", transform=axes.transAxes, ha="center", va="bottom", clip_on=False)
-
-
 def _pairs_view(figure, frame: dict) -> Callable[[dict], list]:
     """How often two experts are chosen together, side by side for each corpus, on one scale for all layers."""
     [row] = figure.subplots(1, len(frame["corpora"]), squeeze=False)
-    blank = [[0.0] * frame["n"]] * frame["n"]
-    options = {"vmin": 0, "vmax": 100 * frame["pairs"] or 1, "cmap": "viridis", "origin": "lower"}
-    pictures = [axes.imshow(blank, **options) for axes in row]
-    for axes in row:
-        axes.set(xlabel="expert", xticks=_ticks(frame["n"]), yticks=_ticks(frame["n"]))
+    colours = {"vmin": 0, "vmax": 100 * frame["pairs"] or 1, "cmap": "viridis"}
+    grids = [_cells(axes, frame["n"], frame["n"], **colours) for axes in row]
+    for axes, name in zip(row, frame["corpora"], strict=True):
+        axes.set(title=name, aspect="equal", xlabel="expert", xticks=_ticks(frame["n"]), yticks=_ticks(frame["n"]))
     row[0].set_ylabel("expert")
-    figure.colorbar(pictures[-1], ax=list(row), label="tokens that choose both, %", shrink=0.8)
-    titles = [_caption(axes) for axes in row]
+    figure.colorbar(grids[-1], ax=list(row), label="tokens that choose both, %", shrink=0.8)
 
     def update(data: dict) -> list:
-        for picture, title, (name, table) in zip(pictures, titles, data["tables"].items(), strict=True):
-            picture.set_data([[100 * value for value in line] for line in table])
-            title.set_text(f"{name}\nlayer {data['layer']}")
-        return [*pictures, *titles]
+        for grid, table in zip(grids, data["tables"].values(), strict=True):
+            grid.set_array([[100 * value for value in line] for line in table])
+        return grids
 
     return update
 
 
-def _curves(figure, axes, frame: dict, what: str) -> tuple[list, list, object]:
-    """For each corpus an empty line and the point on it that a frame moves, and the caption."""
+def _curves(figure, axes, frame: dict, what: str) -> tuple[list, list]:
+    """For each corpus an empty line and the point on it that a frame moves."""
     lines = [axes.plot([], [], color=COLOURS[i], lw=1.5)[0] for i in range(len(frame["corpora"]))]
     points = [
         axes.plot([], [], MARKERS[i], color=COLOURS[i], ms=9, mec="black", label=f"{what}, {name}")[0]
         for i, name in enumerate(frame["corpora"])
     ]
     figure.legend(handles=points, loc="outside lower center", ncols=2, fontsize=7)
-    return lines, points, _caption(axes)
+    return lines, points
 
 
 def _landscape_view(figure, frame: dict) -> Callable[[dict], list]:
@@ -94,15 +88,14 @@ def _landscape_view(figure, frame: dict) -> Callable[[dict], list]:
     [[axes]] = figure.subplots(1, 1, squeeze=False)
     axes.set(xlabel="all subsets, best first, %", ylabel="loss / norm of the output")
     axes.set(xlim=(-3, 103), ylim=(0, 1.05 * frame["landscape"] or 1))
-    lines, points, title = _curves(figure, axes, frame, "chosen")
+    lines, points = _curves(figure, axes, frame, "chosen")
 
     def update(data: dict) -> list:
         for line, point, one in zip(lines, points, data["corpora"].values(), strict=True):
             last = max(1, len(one["losses"]) - 1)
             line.set_data([100 * i / last for i in range(len(one["losses"]))], one["losses"])
             point.set_data([100 * one["better"] / last], [one["loss"]])
-        title.set_text(f"layer {data['layer']}, r = {data['r']}, {data['method']}")
-        return [*lines, *points, title]
+        return [*lines, *points]
 
     return update
 
@@ -121,14 +114,12 @@ def _skipping_view(figure, frame: dict) -> Callable[[dict], list]:
     row[0].set(ylabel="second experts dropped, %" if frame["k"] == 2 else "pairs dropped, %", ylim=(-4, 104))
     row[1].set(ylabel="loss / norm of the output", ylim=(0, 1.05 * frame["loss"] or 1))
     figure.legend(handles=lines["dropped"], loc="outside lower center", ncols=2, fontsize=7)
-    title = _caption(row[1])
 
     def update(data: dict) -> list:
         for i, one in enumerate(data["corpora"].values()):
             lines["dropped"][i].set_ydata([100 * value for value in one["dropped"]])
             lines["loss"][i].set_ydata(one["loss"])
-        title.set_text(f"r = {data['r']}")
-        return [*lines["dropped"], *lines["loss"], title]
+        return [*lines["dropped"], *lines["loss"]]
 
     return update
 
@@ -138,14 +129,13 @@ def _trade_off_view(figure, frame: dict) -> Callable[[dict], list]:
     [[axes]] = figure.subplots(1, 1, squeeze=False)
     axes.set(xlabel="second experts dropped, %" if frame["k"] == 2 else "pairs dropped, %", xlim=(-4, 104))
     axes.set(ylabel="mean loss / norm of the output", ylim=(0, 1.05 * frame["loss"] or 1))
-    lines, points, title = _curves(figure, axes, frame, "now")
+    lines, points = _curves(figure, axes, frame, "now")
 
     def update(data: dict) -> list:
         for line, point, one in zip(lines, points, data["corpora"].values(), strict=True):
             line.set_data([100 * value for value in one.get("dropped", [])], one.get("loss", []))
             point.set_data([100 * one["now"][0]], [one["now"][1]])
-        title.set_text(f"r = {data['r']}")
-        return [*lines, *points, title]
+        return [*lines, *points]
 
     return update
 
@@ -182,6 +172,21 @@ class Stage:
         self.canvas.restore_region(self.ground)
         for artist in moving:
             artist.axes.draw_artist(artist)
-        buffer = io.BytesIO()
-        Image.fromarray(np.asarray(self.canvas.buffer_rgba())).convert("RGB").save(buffer, "png", compress_level=1)
-        return buffer.getvalue()
+        return _png(np.asarray(self.canvas.buffer_rgba())[:, :, :3])
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    """Pixels (height, width, 3), uint8, as a PNG whose rows have no filter: half the time to write and to read.
+
+    Pillow tries every filter on every row, which serves photographs and not these (ISO/IEC 15948, section 9).
+    """
+    height, width, _ = pixels.shape
+    rows = np.zeros((height, 1 + 3 * width), np.uint8)  # each begins with its filter, 0
+    for channel in range(3):
+        rows[:, 1 + channel :: 3] = pixels[:, :, channel]
+    header = struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0)  # 8 bits, RGB
+    parts = {b"IHDR": header, b"IDAT": zlib.compress(rows, 1), b"IEND": b""}
+    chunks = (
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in parts.items()
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)

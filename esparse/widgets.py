@@ -4,9 +4,12 @@ Of ipywidgets only what 7.7 and 8 share, since Colab has its own. A slider has n
 JupyterLab takes its arrow keys: beside each stands a labelled number, linked to it in the page.
 """
 
+import asyncio
 import base64
 import html
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import fields, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -26,7 +29,9 @@ DEPENDS = {
     "skipping": ("r", "method", "skip"),
     "trade_off": ("r", "method", "skip"),
 }
+AHEAD = 0.1  # seconds after a step until the next ones are drawn: longer than a key that is held takes to repeat
 _NAMED = {"style": {"description_width": "10em"}, "layout": ipywidgets.Layout(width="21em")}
+_FIGURE = 'style="margin: 0; text-align: center; line-height: 1.5"'
 
 
 class Slider:
@@ -92,8 +97,10 @@ class Dashboard:
         self.beta.show(False)
         self.message, self.readout = ipywidgets.HTML(), ipywidgets.HTML()
         self.stages = {name: Stage(name, explorer.frame) for name in views}
-        self.pictures = {name: ipywidgets.HTML() for name in views}
-        self.keys: dict[str, tuple] = {}
+        # One for all that change together: each widget is a message, and takes the server some milliseconds.
+        self.pictures = {DEPENDS[name]: ipywidgets.HTML() for name in views}
+        self.seen: dict[tuple, Choice] = {}
+        self.last, self.timer = start, None
         self._image = lru_cache(maxsize=1024)(self._draw)
         self._listen()
         boxes = {"r": [self.r.box], "method": [self.method], "layer": [self.layer.box]}
@@ -158,23 +165,57 @@ class Dashboard:
     def refresh(self) -> None:
         """Pictures that depend on what changed, and the words."""
         choice = self.choice
-        for name, picture in self.pictures.items():
-            key = tuple(getattr(choice, part) for part in DEPENDS[name])
-            if self.keys.get(name) != key:
-                picture.value = self._image(name, choice)
-                self.keys[name] = key
+        seen = {parts: self._part(choice, parts) for parts in self.pictures}
+        drawn = {parts: self._images(parts, part) for parts, part in seen.items() if self.seen.get(parts) != part}
+        for parts, images in drawn.items():  # one after another, so that the page is laid out and painted once
+            self.pictures[parts].value = images
+        self.seen = seen
         self.readout.value = _table(self.explorer.told(choice), self.explorer.estimate(choice))
         everyone = f"r = {self.explorer.n} keeps every expert: nothing is pruned." if choice.r == self.explorer.n else ""
         self.say(everyone or self.explorer.note)
+        self._expect(choice)
+
+    def _part(self, choice: Choice, parts: Sequence[str]) -> Choice:
+        """As much of a choice as a view depends on: two that agree in it share a picture."""
+        return replace(self.explorer.default, **{part: getattr(choice, part) for part in parts})
+
+    def _images(self, parts: Sequence[str], part: Choice) -> str:
+        images = (self._image(name, part) for name in self.stages if DEPENDS[name] == parts)
+        return f'<div style="display: flex; flex-flow: row wrap">{"".join(images)}</div>'
+
+    def _expect(self, choice: Choice) -> None:
+        """Draw what one step more will show while the kernel rests; what the control that moved last would, first."""
+        last, self.last = self.last, choice
+        near = sorted(self.explorer.neighbours(choice), key=lambda other: _moved(choice, other) != _moved(last, choice))
+        views = iter([(name, self._part(other, DEPENDS[name])) for other in near for name in self.stages])
+        if self.timer:
+            self.timer.cancel()
+        with suppress(RuntimeError):  # no loop is running: this is no notebook, and nobody presses a key
+            self.timer = asyncio.get_running_loop().call_later(AHEAD, self._draw_next, views)
+
+    def _draw_next(self, views: Iterator[tuple[str, Choice]]) -> None:
+        """One at a time, so that a key which is pressed meanwhile waits for no more than that."""
+        if view := next(views, None):
+            with suppress(Exception):  # whoever takes that step is told
+                self._image(*view)
+            self.timer = asyncio.get_running_loop().call_later(0, self._draw_next, views)
 
     def _draw(self, name: str, choice: Choice) -> str:
-        """The view as an <img> with its text alternative, which a plain image widget lacks."""
+        """The view below its title, as an <img> with a text alternative, which a plain image widget lacks.
+
+        The title is text of the page: drawing it would take as long as the rest of the picture.
+        """
         png = base64.b64encode(self.stages[name].png(self.explorer.view(name, choice))).decode()
         width, height = (round(DPI * side) for side in SIZES[name][0])
         alt = html.escape(self.explorer.caption(name, choice), quote=True)
         # Decoded with the change itself, so that no frame is blank.
         size = f'decoding="sync" width="{width}" height="{height}"'
-        return f'<img {size} alt="{alt}" src="data:image/png;base64,{png}">'
+        title = f"<figcaption>{html.escape(self.explorer.title(name, choice))}</figcaption>"
+        return f'<figure {_FIGURE}>{title}<img {size} alt="{alt}" src="data:image/png;base64,{png}"></figure>'
+
+
+def _moved(one: Choice, other: Choice) -> list[str]:
+    return [field.name for field in fields(Choice) if getattr(one, field.name) != getattr(other, field.name)]
 
 
 def _alert(sentence: str) -> str:

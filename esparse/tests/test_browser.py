@@ -55,6 +55,7 @@ ERRORS = """() => window.jupyterapp.shell.currentWidget.content.widgets.flatMap(
   ? cell.model.outputs.toJSON().filter((output) => output.output_type === 'error').map((output) => output.evalue) : [])"""
 PICTURES = """(sources) => sources.every((source) =>
   [...document.querySelectorAll('.jupyter-widgets img')].some((image) => image.getAttribute('src') === source))"""
+TITLES = "() => [...document.querySelectorAll('.jupyter-widgets figcaption')].map((title) => title.textContent)"
 READOUT = """() => [...document.querySelectorAll('th[scope=row]')].map((head) =>
   [head.textContent, [...head.parentElement.querySelectorAll('td')].map((cell) => cell.textContent)])"""
 
@@ -133,6 +134,7 @@ def open_notebook(browser, lab, request):
         page.wait_for_timeout(1000)
         page.wait_for_function(f"() => ({RUNNING})() === 0", timeout=300_000)
         assert page.evaluate(ERRORS) == []
+        page.unroute_all()  # all is here; a request that is looked at on its way takes longer, and pictures are requests too
         page.evaluate(WATCH)
         return page
 
@@ -174,7 +176,10 @@ class Driver:
         """
         pictures, words = self.expected()
         press()
+        if self.timed:
+            time.sleep(0.15)  # left alone: who asks the page takes from its time
         self.page.wait_for_function(PICTURES, arg=pictures, timeout=10_000)
+        assert self.page.evaluate(TITLES) == [self.explorer.title(name, self.board.choice) for name in self.views]
         self.settled += 1
         for _ in range(100):  # the words come after the pictures
             if (shown := dict(self.page.evaluate(READOUT))) == words:

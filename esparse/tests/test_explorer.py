@@ -1,11 +1,13 @@
 """The explorer's numbers against the trace's own, its pictures against each other, its controls through their range."""
 
+import asyncio
 import html
 import io
 import json
 import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -156,6 +158,66 @@ def test_frames_leave_nothing_of_the_frame_before(shown):
         assert one == again != other
         picture = Image.open(io.BytesIO(one))
         assert picture.size == tuple(round(stages.DPI * side) for side in stages.VIEWS[name][0])
+        assert (np.asarray(picture) == np.asarray(stage.canvas.buffer_rgba())[:, :, :3]).all()
+
+
+def figures(board: widgets.Dashboard) -> dict[str, str]:
+    """What the page shows of each view: its title and its picture."""
+    found = re.findall("<figure.*?</figure>", "".join(picture.value for picture in board.pictures.values()))
+    groups = list(board.pictures)
+    return dict(zip(sorted(board.stages, key=lambda name: groups.index(widgets.DEPENDS[name])), found, strict=True))
+
+
+def test_neighbours_are_one_step_away(shown):
+    def places(choice: Choice) -> list[float]:  # where the controls stand, in steps
+        skip = choice.skip[1] if choice.skip[0] == "betas" else [20 * choice.skip[1]]
+        scale = 100 if choice.skip[0] == "betas" else 1
+        return [choice.r, choice.layer, *(round(scale * value) for value in skip)]
+
+    for skip, count in (
+        (("share", 0.0), 1),
+        (("share", 0.35), 2),
+        (("betas", (0.2, 0.3, 0.4, 1.0, 0.5, 0.6)), 4),
+        (("betas", (1.0,) * 6), 2),
+    ):
+        choice = Choice(6, "enumerate", 2, skip)
+        near = shown.neighbours(choice)
+        assert len(set(near)) == len(near) == 2 + 4 + 2 + count
+        assert {other.method for other in near if other.method != "enumerate"} == set(shown.methods[1:])
+        for other in near:
+            moved = {after - before for before, after in zip(places(choice), places(other), strict=True)} - {0}
+            assert moved in ({-1}, {1}) if other.method == "enumerate" else moved == set()
+    ends = shown.neighbours(Choice(8, "enumerate", 0, ("share", 1.0)))
+    assert {other.r for other in ends} == {7, 8} and {other.layer for other in ends} == {0, 1}
+
+
+def test_the_next_step_is_drawn_ahead(shown, monkeypatch):
+    """While nothing happens, and one picture at a time; a step in between comes first, and what fails says so when taken."""
+    monkeypatch.setattr(widgets, "AHEAD", 0.01)
+
+    async def steps() -> None:
+        board = widgets.Dashboard(shown)
+        board.r.value = 5
+        drawn = 5 + 4 + 4 + 4 * 4 + 2 + 2 * 2  # at first, r = 5, r = 4, other methods, the next layer, another share twice
+        for _ in range(500):
+            if board._image.cache_info().misses == drawn:
+                break
+            await asyncio.sleep(0.02)
+        await asyncio.sleep(0.1)  # and nothing more
+        monkeypatch.setattr(stages.Stage, "png", lambda *_: 1 / 0)
+        board.r.value = 4
+        assert board._image.cache_info().misses == drawn and board.message.value == ""
+        assert "r = 4, enumerate" in figures(board)["kept"]
+        waiting = board.timer
+        board.r.value = 5
+        assert waiting.cancelled()
+        await asyncio.sleep(0.1)  # what is expected now cannot be drawn
+        assert board.message.value == ""
+        board.method.value = "random"
+        board.layer.value = 3
+        assert "ZeroDivisionError" in board.message.value
+
+    asyncio.run(steps())
 
 
 def test_every_control_through_its_range(shown):
@@ -165,18 +227,18 @@ def test_every_control_through_its_range(shown):
         for value in control.values:
             control.value = value
             assert "Error" not in board.message.value
-            for name, picture in board.pictures.items():
-                seen[name].add(picture.value)
+            for name, figure in figures(board).items():
+                seen[name].add(figure)
             for told in (*shown.told(board.choice).values(), shown.estimate(board.choice)):
                 assert all(html.escape(words) in board.readout.value for words in told.values())
     assert len(seen["co_selection"]) == 6 and len(seen["kept"]) == 5 and len(seen["trade_off"]) == 5 - 1 + 21
     for method in shown.methods:
         board.method.value = method
-        assert board.choice.method == method and method in board.pictures["kept"].value
-    for picture in board.pictures.values():
-        assert re.fullmatch(
-            r'<img decoding="sync" width="\d+" height="\d+" alt="[^"]+\." src="data:image/png;base64,[^"]+">', picture.value
-        )
+        assert board.choice.method == method and f"<figcaption>experts kept, r = 8, {method}<" in figures(board)["kept"]
+    assert "<figcaption>experts chosen together, layer 5<" in figures(board)["co_selection"]
+    for figure in figures(board).values():
+        image = r'<img decoding="sync" width="\d+" height="\d+" alt="[^"]+\." src="data:image/png;base64,[^"]+">'
+        assert re.fullmatch(f"<figure [^>]+><figcaption>[^<]+</figcaption>{image}</figure>", figure)
 
 
 def test_betas_for_all_and_for_each_layer(shown):
@@ -198,11 +260,11 @@ def test_betas_for_all_and_for_each_layer(shown):
 
 def test_a_broken_callback_is_seen(shown, monkeypatch):
     board = widgets.Dashboard(shown)
-    before = board.pictures["kept"].value
+    before = figures(board)
     monkeypatch.setattr(shown, "view", lambda *_: 1 / 0)
     board.r.value = 5
     assert board.message.value == '<p role="alert"><b>ZeroDivisionError: division by zero</b></p>'
-    assert board.pictures["kept"].value == before
+    assert figures(board) == before
     monkeypatch.undo()
     board.r.value = 4
     assert board.message.value == ""
