@@ -223,7 +223,7 @@ class Explorer:
                 at = round(values * (len(SHARES) - 1))
                 row = tuple(layer[f"aimed {key}"][at] for key in ("betas", "dropped", "loss"))
             else:
-                at = min(range(len(self.betas)), key=lambda j: abs(self.betas[j] - values[i]))
+                at = _nearest(self.betas, values[i])
                 row = self.betas[at], layer["dropped"][at], layer["loss"][at]
             for column, value in zip(found.values(), row, strict=True):
                 column.append(value)
@@ -384,9 +384,13 @@ class Explorer:
         return [f"{start} prune {self.command} pruned --plan {path}", f"{start} evaluate {self.command} --plan {path}"]
 
 
+def _nearest(values: Sequence[float], value: float) -> int:
+    return min(range(len(values)), key=lambda i: abs(values[i] - value))
+
+
 def _further(values: Sequence[float], value: float, step: int) -> float:
     """The value of a grid that is so many steps away from this one, or its last."""
-    at = min(range(len(values)), key=lambda i: abs(values[i] - value))
+    at = _nearest(values, value)
     return values[min(max(at + step, 0), len(values) - 1)]
 
 

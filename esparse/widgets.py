@@ -187,7 +187,7 @@ class Dashboard:
         """Draw what one step more will show while the kernel rests; what the control that moved last would, first."""
         last, self.last = self.last, choice
         near = sorted(self.explorer.neighbours(choice), key=lambda other: _moved(choice, other) != _moved(last, choice))
-        views = iter([(name, self._part(other, DEPENDS[name])) for other in near for name in self.stages])
+        views = ((name, self._part(other, DEPENDS[name])) for other in near for name in self.stages)
         if self.timer:
             self.timer.cancel()
         with suppress(RuntimeError):  # no loop is running: this is no notebook, and nobody presses a key
