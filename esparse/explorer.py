@@ -287,6 +287,11 @@ class Explorer:
             found[name] = curve | {"now": [_mean(now["dropped"]), _mean(now["loss"])]}
         return {"corpora": found}
 
+    def snapshot(self, choice: Choice) -> dict:
+        """All `VIEWS` with their titles, as the figure 11_explorer draws them."""
+        titles = {name: self.title(name, choice) for name in VIEWS}
+        return {"frame": self.frame, "views": {name: self.view(name, choice) for name in VIEWS}, "titles": titles}
+
     # --- words ---
 
     def title(self, name: str, choice: Choice) -> str:

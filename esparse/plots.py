@@ -570,6 +570,7 @@ def _views(data: dict) -> Figure:
     places = figure.subfigures(rows, 2, squeeze=False, width_ratios=(3.6, 4.8)).flatten()
     for name, place in zip(names, places, strict=False):
         VIEWS[name][1](place, data["frame"])(data["views"][name])
+        place.suptitle(data["titles"][name], fontsize=10)
     return figure
 
 

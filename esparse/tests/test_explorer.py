@@ -15,7 +15,7 @@ from PIL import Image
 
 import esparse
 from esparse import explorer as explorers
-from esparse import stages, widgets
+from esparse import plots, stages, widgets
 from esparse.explorer import BETAS, SHARES, VIEWS, Choice, Explorer
 from esparse.files import data_folder
 from esparse.tests.conftest import random_model, random_tokens
@@ -159,6 +159,21 @@ def test_frames_leave_nothing_of_the_frame_before(shown):
         picture = Image.open(io.BytesIO(one))
         assert picture.size == tuple(round(stages.DPI * side) for side in stages.VIEWS[name][0])
         assert (np.asarray(picture) == np.asarray(stage.canvas.buffer_rgba())[:, :, :3]).all()
+
+
+def test_the_figure_of_all_views_says_where_the_controls_stand(shown):
+    """Each view has above it what of the choice it depends on, as a reader of the figure alone has no controls."""
+    data = json.loads(json.dumps(shown.snapshot(Choice(4, "frequency", 5, ("betas", (0.9,) * 6)))))
+    above = [place.get_suptitle() for place in plots.draw("11_explorer", data).subfigs]
+    at = "r = 4, frequency"
+    assert above == [
+        f"experts kept, {at}",
+        "experts chosen together, layer 5",
+        f"loss of all subsets, layer 5, {at}",
+        f"skipping in every layer, {at}",
+        f"loss and skipping, {at}",
+        "",  # five views leave one place empty
+    ]
 
 
 def figures(board: widgets.Dashboard) -> dict[str, str]:
