@@ -86,13 +86,13 @@ class Dashboard:
 
     def __init__(self, explorer: Explorer, views: Sequence[str] = VIEWS, controls: Sequence[str] = CONTROLS):
         self.explorer, start = explorer, explorer.default
-        controls = [name for name in controls if name != "skip" or explorer.k > 1]
+        self.controls = [name for name in controls if name != "skip" or explorer.k > 1]
         self.betas = [0.5] * explorer.layers
         self.r = Slider("experts kept, r", explorer.sizes, start.r)
         self.method = _buttons("method", explorer.methods)
         self.layer = Slider("layer", range(explorer.layers), 0)
-        self.mode = _buttons("skip by", SKIPPING if "layer" in controls else SKIPPING[:2])
-        self.share = Slider("share skipped, %", [round(100 * share) for share in SHARES], 50 if "skip" in controls else 0)
+        self.mode = _buttons("skip by", SKIPPING if "layer" in self.controls else SKIPPING[:2])
+        self.share = Slider("share skipped, %", [round(100 * share) for share in SHARES], 50 if "skip" in self.controls else 0)
         self.beta = Slider("beta", explorer.betas if explorer.k > 1 else [0.0], 0.5 if explorer.k > 1 else 0.0)
         self.beta.show(False)
         self.message, self.readout = ipywidgets.HTML(), ipywidgets.HTML()
@@ -107,7 +107,7 @@ class Dashboard:
         boxes["skip"] = [self.mode, self.share.box, self.beta.box]
         wrapped = ipywidgets.Layout(display="flex", flex_flow="row wrap")
         self.widget = ipywidgets.VBox([
-            *(box for name in controls for box in boxes[name]),
+            *(box for name in self.controls for box in boxes[name]),
             self.message,
             ipywidgets.HBox(list(self.pictures.values()), layout=wrapped),
             self.readout,
@@ -186,7 +186,8 @@ class Dashboard:
     def _expect(self, choice: Choice) -> None:
         """Draw what one step more will show while the kernel rests; what the control that moved last would, first."""
         last, self.last = self.last, choice
-        near = sorted(self.explorer.neighbours(choice), key=lambda other: _moved(choice, other) != _moved(last, choice))
+        near = [other for other in self.explorer.neighbours(choice) if _moved(choice, other)[0] in self.controls]
+        near.sort(key=lambda other: _moved(choice, other) != _moved(last, choice))
         views = ((name, self._part(other, DEPENDS[name])) for other in near for name in self.stages)
         if self.timer:
             self.timer.cancel()

@@ -206,14 +206,18 @@ def test_neighbours_are_one_step_away(shown):
     assert {other.r for other in ends} == {7, 8} and {other.layer for other in ends} == {0, 1}
 
 
-def test_the_next_step_is_drawn_ahead(shown, monkeypatch):
+# Pictures at first, for r = 5, and ahead for r = 4; if there are such controls for other methods; the next layer; if there
+# are such controls for another share twice.
+@pytest.mark.parametrize(
+    ("controls", "drawn"), [(widgets.CONTROLS, 5 + 4 + 4 + 4 * 4 + 2 + 2 * 2), (("r", "layer"), 5 + 4 + 4 + 2)]
+)
+def test_the_next_step_is_drawn_ahead(shown, monkeypatch, controls, drawn):
     """While nothing happens, and one picture at a time; a step in between comes first, and what fails says so when taken."""
     monkeypatch.setattr(widgets, "AHEAD", 0.01)
 
     async def steps() -> None:
-        board = widgets.Dashboard(shown)
+        board = widgets.Dashboard(shown, controls=controls)
         board.r.value = 5
-        drawn = 5 + 4 + 4 + 4 * 4 + 2 + 2 * 2  # at first, r = 5, r = 4, other methods, the next layer, another share twice
         for _ in range(500):
             if board._image.cache_info().misses == drawn:
                 break
