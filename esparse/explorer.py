@@ -229,18 +229,17 @@ class Explorer:
                 column.append(value)
         return found
 
-    def neighbours(self, choice: Choice) -> list[Choice]:
-        """Every choice that is one step of one control away."""
+    def neighbours(self, choice: Choice, layers: Sequence[int]) -> list[Choice]:
+        """Every choice that is one step away: of r, the method, the layer, the share, or beta in `layers` together."""
         near = [replace(choice, r=r) for r in _beside(self.sizes, choice.r)]
         near += [replace(choice, method=method) for method in self.methods if method != choice.method]
         near += [replace(choice, layer=layer) for layer in _beside(range(self.layers), choice.layer)]
         mode, at = choice.skip
         if mode == "share":
             return near + [replace(choice, skip=(mode, share)) for share in _beside(SHARES, at)]
-        for moved in {tuple(range(self.layers)), (choice.layer,)}:  # beta of all layers, or of the one that is shown
-            for step in (-1, 1):
-                betas = tuple(_further(self.betas, beta, step) if i in moved else beta for i, beta in enumerate(at))
-                near += [replace(choice, skip=(mode, betas))] if betas != at else []
+        for step in (-1, 1):
+            betas = tuple(_further(self.betas, beta, step) if i in layers else beta for i, beta in enumerate(at))
+            near += [replace(choice, skip=(mode, betas))] if betas != at else []
         return near
 
     # --- views ---
@@ -295,13 +294,14 @@ class Explorer:
     # --- words ---
 
     def title(self, name: str, choice: Choice) -> str:
-        """What stands above a view."""
+        """What stands above a view: with it, what of the choice it depends on."""
+        at = f"{_skipped(choice)}, r = {choice.r}, {choice.method}"
         return {
             "kept": f"experts kept, r = {choice.r}, {choice.method}",
             "co_selection": f"experts chosen together, layer {choice.layer}",
             "landscape": f"loss of all subsets, layer {choice.layer}, r = {choice.r}, {choice.method}",
-            "skipping": f"skipping in every layer, r = {choice.r}, {choice.method}",
-            "trade_off": f"loss and skipping, r = {choice.r}, {choice.method}",
+            "skipping": f"layer by layer, {at}",
+            "trade_off": f"mean loss, {at}",
         }[name]
 
     def caption(self, name: str, choice: Choice) -> str:
@@ -387,6 +387,14 @@ class Explorer:
         """What to type to use an exported plan."""
         start = "python -m esparse"
         return [f"{start} prune {self.command} pruned --plan {path}", f"{start} evaluate {self.command} --plan {path}"]
+
+
+def _skipped(choice: Choice) -> str:
+    """What of the pairs is skipped, in a few words."""
+    mode, at = choice.skip
+    if mode == "share":
+        return f"{100 * at:.0f}% skipped"
+    return f"beta {at[0]:.2f}" if len(set(at)) == 1 else "a beta for each layer"
 
 
 def _nearest(values: Sequence[float], value: float) -> int:

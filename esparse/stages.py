@@ -15,6 +15,8 @@ from .style import COLOURS, MARKERS, STYLE
 
 DPI = 100
 
+SMALL = 32  # cells a side: fewer are drawn faster as a mesh, more as an image
+
 KEPT = ("removed", "kept", "kept for both", "only for {}", "only for {}")
 
 
@@ -38,9 +40,11 @@ def _kept_view(figure, frame: dict) -> Callable[[dict], list]:
 
 
 def _cells(axes, rows: int, columns: int, **colours):
-    """A grid of cells around whole numbers; a fraction of the time that an image of as many pixels takes to draw."""
-    edges = np.arange(columns + 1) - 0.5, np.arange(rows + 1) - 0.5
-    return axes.pcolormesh(*edges, np.zeros((rows, columns)), **colours)
+    """A grid of cells around whole numbers. A mesh of many cells would take long, and lose those below a pixel."""
+    empty = np.zeros((rows, columns))
+    if max(rows, columns) > SMALL:
+        return axes.imshow(empty, origin="lower", aspect="auto", **colours)
+    return axes.pcolormesh(np.arange(columns + 1) - 0.5, np.arange(rows + 1) - 0.5, empty, **colours)
 
 
 def _kept_state(expert: int, subsets: Sequence[Sequence[int]]) -> int:

@@ -7,6 +7,7 @@ JupyterLab takes its arrow keys: beside each stands a labelled number, linked to
 import asyncio
 import base64
 import html
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields, replace
@@ -29,6 +30,8 @@ DEPENDS = {
     "skipping": ("r", "method", "skip"),
     "trade_off": ("r", "method", "skip"),
 }
+# JupyterLab may send one message of a control to the kernel's main thread and the next to another; one draws at a time.
+LOCK = threading.RLock()
 AHEAD = 0.1  # seconds after a step until the next ones are drawn: longer than a key that is held takes to repeat
 _NAMED = {"style": {"description_width": "10em"}, "layout": ipywidgets.Layout(width="21em")}
 _FIGURE = 'style="margin: 0; text-align: center; line-height: 1.5"'
@@ -100,7 +103,7 @@ class Dashboard:
         # One for all that change together: each widget is a message, and takes the server some milliseconds.
         self.pictures = {DEPENDS[name]: ipywidgets.HTML() for name in views}
         self.seen: dict[tuple, Choice] = {}
-        self.last, self.timer = start, None
+        self.last, self.moved, self.turn = start, [], 0
         self._image = lru_cache(maxsize=1024)(self._draw)
         self._listen()
         boxes = {"r": [self.r.box], "method": [self.method], "layer": [self.layer.box]}
@@ -122,10 +125,11 @@ class Dashboard:
 
     def _guarded(self, call: Callable[[], None]) -> Callable:
         def changed(_change=None) -> None:
-            try:
-                call()
-            except Exception as error:  # whatever it is: a callback's error would be seen nowhere
-                self.say(f"{type(error).__name__}: {error}")
+            with LOCK:
+                try:
+                    call()
+                except Exception as error:  # whatever it is: a callback's error would be seen nowhere
+                    self.say(f"{type(error).__name__}: {error}")
 
         return changed
 
@@ -185,21 +189,22 @@ class Dashboard:
 
     def _expect(self, choice: Choice) -> None:
         """Draw what one step more will show while the kernel rests; what the control that moved last would, first."""
-        last, self.last = self.last, choice
-        near = [other for other in self.explorer.neighbours(choice) if _moved(choice, other)[0] in self.controls]
-        near.sort(key=lambda other: _moved(choice, other) != _moved(last, choice))
+        self.moved, self.last = _moved(self.last, choice) or self.moved, choice
+        layers = [choice.layer] if self.mode.value == SKIPPING[2] else range(self.explorer.layers)
+        near = [other for other in self.explorer.neighbours(choice, layers) if _moved(choice, other)[0] in self.controls]
+        near.sort(key=lambda other: _moved(choice, other) != self.moved)
         views = ((name, self._part(other, DEPENDS[name])) for other in near for name in self.stages)
-        if self.timer:
-            self.timer.cancel()
+        self.turn += 1
         with suppress(RuntimeError):  # no loop is running: this is no notebook, and nobody presses a key
-            self.timer = asyncio.get_running_loop().call_later(AHEAD, self._draw_next, views)
+            asyncio.get_running_loop().call_later(AHEAD, self._draw_next, views, self.turn)
 
-    def _draw_next(self, views: Iterator[tuple[str, Choice]]) -> None:
-        """One at a time, so that a key which is pressed meanwhile waits for no more than that."""
-        if view := next(views, None):
-            with suppress(Exception):  # whoever takes that step is told
-                self._image(*view)
-            self.timer = asyncio.get_running_loop().call_later(0, self._draw_next, views)
+    def _draw_next(self, views: Iterator[tuple[str, Choice]], turn: int) -> None:
+        """One at a time, so that a key which is pressed meanwhile waits for no more than that; it ends this turn."""
+        with LOCK:
+            if turn == self.turn and (view := next(views, None)):
+                with suppress(Exception):  # whoever takes that step is told
+                    self._image(*view)
+                asyncio.get_running_loop().call_later(0, self._draw_next, views, turn)
 
     def _draw(self, name: str, choice: Choice) -> str:
         """The view below its title, as an <img> with a text alternative, which a plain image widget lacks.

@@ -3,9 +3,12 @@
 import asyncio
 import html
 import io
+import itertools
 import json
 import re
 import shutil
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -170,10 +173,13 @@ def test_the_figure_of_all_views_says_where_the_controls_stand(shown):
         f"experts kept, {at}",
         "experts chosen together, layer 5",
         f"loss of all subsets, layer 5, {at}",
-        f"skipping in every layer, {at}",
-        f"loss and skipping, {at}",
+        f"layer by layer, beta 0.90, {at}",
+        f"mean loss, beta 0.90, {at}",
         "",  # five views leave one place empty
     ]
+    assert shown.title("trade_off", Choice(4, "random", 0, ("share", 0.35))) == "mean loss, 35% skipped, r = 4, random"
+    each = Choice(8, "random", 0, ("betas", (0.5,) * 5 + (0.6,)))
+    assert shown.title("skipping", each) == "layer by layer, a beta for each layer, r = 8, random"
 
 
 def figures(board: widgets.Dashboard) -> dict[str, str]:
@@ -189,20 +195,25 @@ def test_neighbours_are_one_step_away(shown):
         scale = 100 if choice.skip[0] == "betas" else 1
         return [choice.r, choice.layer, *(round(scale * value) for value in skip)]
 
-    for skip, count in (
-        (("share", 0.0), 1),
-        (("share", 0.35), 2),
-        (("betas", (0.2, 0.3, 0.4, 1.0, 0.5, 0.6)), 4),
-        (("betas", (1.0,) * 6), 2),
+    for skip, layers, count in (
+        (("share", 0.0), range(6), 1),
+        (("share", 0.35), [2], 2),
+        (("betas", (0.2, 0.3, 0.4, 1.0, 0.5, 0.6)), [2], 2),
+        (("betas", (0.2, 0.3, 0.4, 1.0, 0.5, 0.6)), [3], 1),
+        (("betas", (0.4,) * 6), range(6), 2),
+        (("betas", (1.0,) * 6), range(6), 1),
     ):
         choice = Choice(6, "enumerate", 2, skip)
-        near = shown.neighbours(choice)
+        near = shown.neighbours(choice, layers)
+        for other in near:
+            if other.skip != skip and skip[0] == "betas":
+                assert {i for i in range(6) if other.skip[1][i] != skip[1][i]} == set(layers)
         assert len(set(near)) == len(near) == 2 + 4 + 2 + count
         assert {other.method for other in near if other.method != "enumerate"} == set(shown.methods[1:])
         for other in near:
             moved = {after - before for before, after in zip(places(choice), places(other), strict=True)} - {0}
             assert moved in ({-1}, {1}) if other.method == "enumerate" else moved == set()
-    ends = shown.neighbours(Choice(8, "enumerate", 0, ("share", 1.0)))
+    ends = shown.neighbours(Choice(8, "enumerate", 0, ("share", 1.0)), range(6))
     assert {other.r for other in ends} == {7, 8} and {other.layer for other in ends} == {0, 1}
 
 
@@ -212,31 +223,102 @@ def test_neighbours_are_one_step_away(shown):
     ("controls", "drawn"), [(widgets.CONTROLS, 5 + 4 + 4 + 4 * 4 + 2 + 2 * 2), (("r", "layer"), 5 + 4 + 4 + 2)]
 )
 def test_the_next_step_is_drawn_ahead(shown, monkeypatch, controls, drawn):
-    """While nothing happens, and one picture at a time; a step in between comes first, and what fails says so when taken."""
+    """While nothing happens, one picture at a time, and first what the control that moved last would show."""
     monkeypatch.setattr(widgets, "AHEAD", 0.01)
+    order = []  # the pictures' choices, and what else had its turn between them
+    draw = widgets.Dashboard._draw
+    monkeypatch.setattr(widgets.Dashboard, "_draw", lambda *some: order.append(some[2]) or draw(*some))
 
     async def steps() -> None:
         board = widgets.Dashboard(shown, controls=controls)
         board.r.value = 5
-        for _ in range(500):
-            if board._image.cache_info().misses == drawn:
-                break
-            await asyncio.sleep(0.02)
+        assert len(order) == 9
+        end = time.monotonic() + 20
+        while board._image.cache_info().misses < drawn and time.monotonic() < end:
+            order.append("else")
+            await asyncio.sleep(0)  # a turn for all that is due
         await asyncio.sleep(0.1)  # and nothing more
-        monkeypatch.setattr(stages.Stage, "png", lambda *_: 1 / 0)
+        assert board._image.cache_info().misses == drawn
         board.r.value = 4
         assert board._image.cache_info().misses == drawn and board.message.value == ""
         assert "r = 4, enumerate" in figures(board)["kept"]
-        waiting = board.timer
+
+    asyncio.run(steps())
+    pictures = [place for place in range(9, len(order)) if order[place] != "else"]
+    assert [order[place].r for place in pictures[:4]] == [4] * 4 and len(pictures) == drawn - 9
+    assert all(after - before > 1 for before, after in itertools.pairwise(pictures))
+
+
+def test_a_step_ends_what_is_drawn_ahead_and_what_fails_is_told_when_it_is_taken(shown, monkeypatch):
+    monkeypatch.setattr(widgets, "AHEAD", 0.01)
+    failed, told = [], []
+
+    def breaks(*_):
+        failed.append(1)
+        raise ZeroDivisionError("division by zero")
+
+    async def steps() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _loop, context: told.append(context))
+        board = widgets.Dashboard(shown)
         board.r.value = 5
-        assert waiting.cancelled()
-        await asyncio.sleep(0.1)  # what is expected now cannot be drawn
-        assert board.message.value == ""
+        turn = board.turn
+        board.r.value = 4
+        drawn = board._image.cache_info().misses
+        board._draw_next(iter([("kept", Choice(3, "random", 5, ("share", 0.5)))]), turn)  # of the step before
+        assert board._image.cache_info().misses == drawn
+        monkeypatch.setattr(stages.Stage, "png", breaks)
+        await asyncio.sleep(0.5)
+        assert failed and board._image.cache_info().misses > drawn and told == [] and board.message.value == ""
         board.method.value = "random"
-        board.layer.value = 3
         assert "ZeroDivisionError" in board.message.value
 
     asyncio.run(steps())
+
+
+def test_two_threads_that_step_draw_no_wrong_picture(shown, monkeypatch):
+    """As JupyterLab does with kernels that have subshells: while one thread draws ahead, the other takes steps."""
+    monkeypatch.setattr(widgets, "AHEAD", 0.0)
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    board = widgets.Dashboard(shown)
+    try:
+        for i in range(24):
+
+            async def step(r=shown.sizes[i % 4]) -> None:
+                board.r.value = r
+
+            asyncio.run_coroutine_threadsafe(step(), loop).result()
+            time.sleep(0.004 * (i % 5))  # the loop draws ahead
+            board.method.value = shown.methods[i % len(shown.methods)]
+            board.layer.value = i % 6
+        pictures = {parts: picture.value for parts, picture in board.pictures.items()}
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+    assert "Error" not in board.message.value
+    alone = widgets.Dashboard(shown)
+    alone.r.value, alone.method.value, alone.layer.value = board.r.value, board.method.value, board.layer.value
+    assert pictures == {parts: picture.value for parts, picture in alone.pictures.items()}
+    for r in shown.sizes[:4]:  # what is kept of them is right, too
+        for method in shown.methods:
+            for one in (board, alone):
+                one.r.value, one.method.value = r, method
+            assert figures(board) == figures(alone)
+
+
+def test_a_pair_of_many_experts_is_seen(shown):
+    """One bright cell of 256 x 256, which is below a pixel, changes the picture wherever it is."""
+    frame = shown.frame | {"n": 256, "pairs": 0.2}
+    stage = stages.Stage("co_selection", frame)
+    empty = np.zeros((256, 256))
+    ground = stage.png({"tables": {name: empty for name in frame["corpora"]}})
+    generator = np.random.default_rng(0)
+    for place in generator.integers(256, size=(12, 2)):
+        table = empty.copy()
+        table[tuple(place)] = 0.2
+        assert stage.png({"tables": {name: table for name in frame["corpora"]}}) != ground
 
 
 def test_every_control_through_its_range(shown):
