@@ -295,13 +295,13 @@ class Explorer:
 
     def title(self, name: str, choice: Choice) -> str:
         """What stands above a view: with it, what of the choice it depends on."""
-        at = f"{_skipped(choice)}, r = {choice.r}, {choice.method}"
+        at = f"r = {choice.r}, {choice.method}"
         return {
-            "kept": f"experts kept, r = {choice.r}, {choice.method}",
+            "kept": f"experts kept, {at}",
             "co_selection": f"experts chosen together, layer {choice.layer}",
-            "landscape": f"loss of all subsets, layer {choice.layer}, r = {choice.r}, {choice.method}",
-            "skipping": f"layer by layer, {at}",
-            "trade_off": f"mean loss, {at}",
+            "landscape": f"loss of all subsets, layer {choice.layer}, {at}",
+            "skipping": f"layer by layer, {_skipped(choice)}, {at}",
+            "trade_off": f"mean loss, {_skipped(choice)}, {at}",
         }[name]
 
     def caption(self, name: str, choice: Choice) -> str:

@@ -14,7 +14,6 @@ from matplotlib.patches import Patch
 from .style import COLOURS, MARKERS, STYLE
 
 DPI = 100
-
 SMALL = 32  # cells a side: fewer are drawn faster as a mesh, more as an image
 
 KEPT = ("removed", "kept", "kept for both", "only for {}", "only for {}")

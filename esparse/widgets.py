@@ -199,7 +199,7 @@ class Dashboard:
             asyncio.get_running_loop().call_later(AHEAD, self._draw_next, views, self.turn)
 
     def _draw_next(self, views: Iterator[tuple[str, Choice]], turn: int) -> None:
-        """One at a time, so that a key which is pressed meanwhile waits for no more than that; it ends this turn."""
+        """One at a time, so that a key which is pressed meanwhile waits for no more than that; that key's step ends it."""
         with LOCK:
             if turn == self.turn and (view := next(views, None)):
                 with suppress(Exception):  # whoever takes that step is told
