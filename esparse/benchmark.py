@@ -250,14 +250,15 @@ def write_random_checkpoint(folder: Path, shape: Mapping[str, object], experts: 
     """A Mixtral of random bf16 weights in the hub's layout, with the tiny tokenizer, one layer in memory at a time."""
     from transformers import MixtralConfig
 
-    from .shards import INDEX, Layout, layer_number
+    from .layout import Layout
+    from .shards import INDEX
 
     folder.mkdir(parents=True)
     config = MixtralConfig(**shape, num_local_experts=experts, num_experts_per_tok=2, dtype="bfloat16")
     config.architectures = ["MixtralForCausalLM"]
     layout, generator, places = Layout(config, experts), torch.Generator().manual_seed(seed), {}
     for number in (None, *range(layout.layers)):
-        names = [name for name in layout.full if layer_number(name) == number]
+        names = [name for name in layout.full if layout.layer_number(name) == number]
         state = {name: torch.empty(layout.full[name], dtype=torch.bfloat16) for name in names}
         for name, tensor in state.items():
             tensor.fill_(1.0) if "norm" in name else tensor.normal_(0.0, 0.02, generator=generator)
@@ -272,14 +273,16 @@ def write_random_checkpoint(folder: Path, shape: Mapping[str, object], experts: 
 
 def stream_floor(folder: Path, r: int, sequences: int, length: int) -> dict[str, float]:
     """Seconds to read every weight of a Mixtral folder once, to write those that stay, and for the matrix products alone."""
-    from .shards import Layout, Source
+    from .layout import Checkpoint, Layout
+    from .shards import Source
 
     source = Source(folder)
     layout, kept, products = Layout(source.config, r), list(range(r)), 0.0
-    reading, writing = seconds_of(lambda: [source.read(name).clone() for name in source.rest()]), 0.0
+    opened = Checkpoint(source, layout)
+    reading, writing = seconds_of(lambda: [source.read(name).clone() for name in opened.stored(None)]), 0.0
     for number in range(layout.layers):
         state: dict[str, torch.Tensor] = {}
-        reading += seconds_of(lambda: state.update({name: source.read(name).clone() for name in source.layer(number)}))  # noqa: B023
+        reading += seconds_of(lambda: state.update({name: source.read(name).clone() for name in opened.stored(number)}))  # noqa: B023
         stay = {name: tensor for name, tensor in state.items() if layout.cut(name, kept)[0]}
         writing += seconds_of(lambda: save_file(stay, folder / "written.tmp"))  # noqa: B023
         (folder / "written.tmp").unlink()

@@ -10,8 +10,9 @@ import transformers
 from .benchmark import seconds_of
 from .corpora import from_hub
 from .files import local_folder
+from .layout import Layout, count_experts, expert_counts, text_model, with_experts
 from .models import decoder_layers, find_moe
-from .shards import UNWANTED, Layout, count_experts, expert_counts, skeleton, with_experts
+from .shards import UNWANTED
 
 GB = 1e9
 
@@ -73,7 +74,7 @@ class _Sizes:
     """Bytes and products of a model by its config."""
 
     def __init__(self, config, r: int, itemsize: int):
-        model = skeleton(config)
+        model = text_model(config)
         layers = [(layer, find_moe(layer)) for layer in decoder_layers(model)]
         count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
         self.itemsize, self.hidden = itemsize, config.get_text_config().hidden_size

@@ -17,11 +17,12 @@ from .checkpoints import load_model, load_tokenizer
 from .corpora import calibration_tokens
 from .evaluation import evaluate, perplexity, task_names, task_version
 from .files import checkout, digest, read_json, write_json
+from .layout import expert_counts
 from .models import fingerprint, free_memory, moe_layers
 from .preflight import preflight
 from .pruning import PruningPlan, masked
 from .search import search_experts
-from .shards import Source, expert_counts, fetch, read_config
+from .shards import Source, fetch, read_config
 from .skips import skipping
 from .streaming import prune_weights_checkpoint, trace_checkpoint
 from .traces import FORMAT, Trace, tokens_digest, trace

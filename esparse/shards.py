@@ -1,9 +1,7 @@
-"""Checkpoints as folders of safetensors, read one tensor at a time and written one layer at a time."""
+"""Checkpoints as folders of safetensors, read one tensor at a time."""
 
-import copy
 import json
 import os
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,19 +11,14 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
-from transformers.core_model_loading import revert_weight_conversion
 
 from .corpora import from_hub
 from .files import digest, local_folder, read_json
-from .models import COUNT_NAMES, count_names, decoder_layers, moe_layers
-from .traces import check_experts
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 FP8, FP8_SCALE = "F8_E4M3", "_scale_inv"  # block FP8: `weight` beside `weight_scale_inv`
 MXFP4, MXFP4_SCALE = "_blocks", "_scales"  # two 4-bit numbers a byte, and an exponent for 32 of them
-_NUMBERED = re.compile(r"(.*\.experts\.)(\d+)(\..*)")
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -34,12 +27,13 @@ class Entry:
 
     file: Path
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: torch.dtype | None  # None for what holds no weights of a language model, such as whole numbers
     stored: str  # safetensors' name of the dtype on disk
 
-    @property
-    def nbytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+    def check(self, name: str) -> None:
+        """ValueError where a tensor that the model is made of is in a dtype that holds no weights."""
+        if self.dtype is None:
+            raise ValueError(f"{self.file}: tensor {name} is of dtype {self.stored}; weights must be {', '.join(DTYPES)}.")
 
 
 class Source:
@@ -99,11 +93,10 @@ class Source:
                 yield name.removesuffix(MXFP4), Entry(path, whole, torch.bfloat16, dtype)
             elif dtype == FP8 and self.method == "fp8":
                 yield name, Entry(path, shape, torch.bfloat16, dtype)
-            elif dtype in DTYPES:
-                if not (self.method == "fp8" and name.endswith(FP8_SCALE)):
-                    yield name, Entry(path, shape, DTYPES[dtype], dtype)
-            elif not (self.method == "mxfp4" and name.endswith(MXFP4_SCALE)):
-                raise ValueError(f"{path}: tensor {name} is of dtype {dtype}; weights must be BF16, F16, F32 or F64.")
+            elif not (self.method == "fp8" and name.endswith(FP8_SCALE)) and not (
+                self.method == "mxfp4" and name.endswith(MXFP4_SCALE)
+            ):
+                yield name, Entry(path, shape, DTYPES.get(dtype), dtype)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -112,6 +105,11 @@ class Source:
         sizes = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         forms = [(name, entry.stored, entry.shape) for name, entry in sorted(self.entries.items())]
         return digest(sizes, forms, self.config.to_dict())
+
+    def nbytes(self, name: str) -> int:
+        """The bytes that a tensor takes in memory."""
+        entry = self.entries[name]
+        return torch.Size(entry.shape).numel() * (entry.dtype or torch.int64).itemsize
 
     def announce(self, names: list[str]) -> None:
         """Say that these tensors are wanted soon: the system reads them into its cache meanwhile, where it knows how."""
@@ -145,44 +143,12 @@ class Source:
     def _block(self) -> tuple[int, int]:
         return tuple(self.config.quantization_config["weight_block_size"])
 
-    def lazily(self, names: Iterable[str]) -> dict[str, "_Lazy"]:
-        """A state dict whose tensors are read when transformers asks for them."""
-        return {name: _Lazy(self, name) for name in names}
-
-    def check_finite(self) -> None:
-        """Read every tensor once. Raises ValueError naming the first that holds a NaN or an infinity."""
-        for name, entry in tqdm(self.entries.items(), desc="checking weights", unit="tensor"):
+    def check_finite(self, names: Iterable[str]) -> None:
+        """Read these tensors once. Raises ValueError naming the first that holds a NaN or an infinity."""
+        for name in tqdm(list(names), desc="checking weights", unit="tensor"):
             tensor = self.read(name)
             if not (torch.isfinite(tensor.sum()) or torch.isfinite(tensor).all()):  # the sum is twenty times as fast
-                raise ValueError(f"{entry.file}: tensor {name} holds NaN or infinite weights.")
-
-    def layer(self, number: int) -> list[str]:
-        """The tensors of one decoder layer."""
-        return [name for name in self.entries if layer_number(name) == number]
-
-    def rest(self) -> list[str]:
-        """The tensors outside the decoder layers."""
-        return [name for name in self.entries if layer_number(name) is None]
-
-
-@dataclass
-class _Lazy:
-    source: Source
-    name: str
-
-    def __getitem__(self, _everything) -> torch.Tensor:
-        return self.source.read(self.name)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.source.entries[self.name].shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.source.entries[self.name].dtype
-
-    def get_shape(self) -> list[int]:
-        return list(self.shape)
+                raise ValueError(f"{self.entries[name].file}: tensor {name} holds NaN or infinite weights.")
 
 
 def _raw(path: Path, name: str) -> torch.Tensor:
@@ -209,12 +175,6 @@ def _from_mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     return torch.stack(parts)
 
 
-def layer_number(name: str) -> int | None:
-    """The decoder layer that a tensor belongs to by its name, or None."""
-    found = _LAYER.search(name)
-    return int(found[1]) if found else None
-
-
 def read_config(folder: Path):
     """The config of a checkpoint. Raises FileNotFoundError without one, ValueError where it asks for code of its own."""
     entries = read_json(folder / "config.json", "model config")
@@ -239,102 +199,3 @@ def fetch(source: str, revision: str | None = None) -> Path:
 
 
 UNWANTED = ["consolidated*", "original/*", "metal/*"]
-
-
-# --- how a checkpoint changes when experts go ---------------------------------------------------------------------------
-
-
-def skeleton(config) -> transformers.PreTrainedModel:
-    """The model of a config without any weights."""
-    with torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-
-
-def with_experts(config, r: int):
-    """The config of the same model with r experts a layer, and without quantisation."""
-    config = copy.deepcopy(config)
-    n = count_experts(config)
-    for part in (config, config.get_text_config()):
-        for name in count_names(part, n):
-            setattr(part, name, r)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    return config
-
-
-class Layout:
-    """Which tensors stock transformers writes for a config, and how each is cut when r experts are kept.
-
-    Raises ValueError for the config of a model without MoE layers, or with one that cannot keep r experts.
-    """
-
-    def __init__(self, config, r: int):
-        self.n = count_experts(config)
-        full = skeleton(with_experts(config, self.n))
-        moe_layers(full)  # or says that there are none
-        if r != self.n:
-            check_experts(r, *expert_counts(config))
-        self.full, self.small = _written(full), _written(skeleton(with_experts(config, r)))
-        self.tied = (
-            set(getattr(full, "all_tied_weights_keys", None) or {}) if getattr(config, "tie_word_embeddings", False) else set()
-        )
-        self.layers = len(decoder_layers(full))
-
-    def check(self, source: Source) -> list[str]:
-        """The tensors of a source that are no part of the model, such as layers that predict further tokens.
-
-        Raises ValueError naming a tensor that is missing or of another shape.
-        """
-        for name, shape in self.full.items():
-            if name not in source.entries:
-                if name in self.tied:
-                    continue
-                raise ValueError(f"{source.folder} has no tensor {name}, which its config asks for.")
-            entry = source.entries[name]
-            if entry.shape != shape:
-                raise ValueError(
-                    f"{entry.file}: tensor {name} is of shape {list(entry.shape)}, but its config asks for {list(shape)}."
-                )
-        return [name for name in source.entries if name not in self.full]
-
-    def cut(self, name: str, kept: list[int]) -> tuple[str | None, int | None]:
-        """A tensor's new name (None, where it goes with its expert), and the axis to cut to the kept experts (or None)."""
-        numbered = _NUMBERED.fullmatch(name)
-        if numbered and f"{numbered[1]}{self.n - 1}{numbered[3]}" in self.full:
-            expert = int(numbered[2])
-            return (f"{numbered[1]}{kept.index(expert)}{numbered[3]}", None) if expert in kept else (None, None)
-        pairs = enumerate(zip(self.full[name], self.small[name], strict=True))
-        return name, next((axis for axis, (one, other) in pairs if one != other), None)
-
-    def pruned(self, source: Source, names: Iterable[str], kept: list[int]) -> dict[str, torch.Tensor]:
-        """These tensors of the source as the smaller model has them, read one by one."""
-        state = {}
-        for name in names:
-            new, axis = self.cut(name, kept)
-            if new is not None:
-                tensor = source.read(name)
-                state[new] = tensor if axis is None else tensor.index_select(axis, torch.tensor(kept))
-        return state
-
-
-def count_experts(config) -> int:
-    """The experts a layer has by its config. Raises ValueError where it counts none."""
-    counts = [getattr(config.get_text_config(), name) for name in count_names(config.get_text_config())]
-    if not counts:
-        raise ValueError(f"{type(config).__name__} counts no experts ({', '.join(COUNT_NAMES)}): this is no MoE model.")
-    return counts[0]
-
-
-def expert_counts(config) -> tuple[int, int]:
-    """The experts of a layer, and those a token is routed to, by the config."""
-    text = config.get_text_config()
-    names = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
-    k = next((value for name in names if (value := getattr(text, name, None))), None)
-    if k is None:
-        raise ValueError(f"{type(config).__name__} does not say how many experts a token is routed to.")
-    return count_experts(config), max(k) if isinstance(k, list) else k
-
-
-def _written(model) -> dict[str, tuple[int, ...]]:
-    state = revert_weight_conversion(model, dict(model.state_dict()))
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}

@@ -84,7 +84,7 @@ REFUSED = {
     "zaya": ("Zyphra/ZAYA1-8B", "chooses by 'router_states' as well"),
 }
 # What cannot be walked layer by layer from disk, and the words that say why.
-CARRIED = {"glm_moe_dsa": "hands on more than hidden states", "hy_v4": "hands on more", "inkling2_text": "lacks weights"}
+CARRIED = {"glm_moe_dsa": "hands on more than hidden states", "hy_v4": "hands on more"}
 
 # What the generic names leave too large, or what a family asks for by a rule of its own.
 OWN = {

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import esparse
 from esparse import __main__, destination, processes, shards, streaming
+from esparse.layout import PREDICTING, Checkpoint, Layout
 from esparse.shards import INDEX, SINGLE
 from esparse.tests.conftest import random_tokens
 from esparse.tests.families import CARRIED, FAMILIES, family_model
@@ -59,7 +60,9 @@ def test_streamed_is_what_the_whole_model_gives(family, tmp_path):
     ours, expected = tensors(tmp_path / "pruned"), tensors(tmp_path / "expected")
     assert ours.keys() == expected.keys() and all(torch.equal(ours[name], expected[name]) for name in ours)
     one, other = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("pruned", "source"))
-    assert {(other.get(key), one[key]) for key in one if one[key] != other.get(key)} == {(8, 6)}
+    changed = {key: (other.get(key), one[key]) for key in one if one[key] != other.get(key)}
+    assert {change for key, change in changed.items() if key not in PREDICTING} == {(8, 6)}
+    assert all(one[key] == 0 for key in PREDICTING if key in one)  # layers that predict further tokens are never there
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -267,12 +270,13 @@ def test_the_next_layer_is_announced_while_one_is_computed(source, tmp_path, mon
         asked.append(os.pread(file, length, offset))
 
     monkeypatch.setattr(os, "posix_fadvise", advise)
-    names = opened.layer(1)
+    whole = Checkpoint(opened, Layout(opened.config, 8))
+    names = whole.stored(1)
     opened.announce(names)
     assert sorted(asked) == sorted(opened.read(name).contiguous().view(torch.uint8).numpy().tobytes() for name in names)
     asked.clear()
     esparse.prune_checkpoint(source, tmp_path / "pruned", 6, calibration=TOKENS)
-    assert len(asked) == sum(len(opened.layer(number)) for number in (1, 2))  # of three; the first has nothing before it
+    assert len(asked) == sum(len(whole.stored(number)) for number in (1, 2))  # of three; the first has nothing before it
 
 
 # --- nothing lost ---------------------------------------------------------------------------------------------------------
