@@ -29,7 +29,7 @@ from .traces import check_experts
 
 PREDICTING = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "mtp_num_layers")
 _NUMBERED = re.compile(r"(.*\.experts\.)(\d+)(\..*)")
-_COMPOSITES = (transformers.AutoModelForImageTextToText, transformers.AutoModelForMultimodalLM)
+_AUTO = (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText, transformers.AutoModelForMultimodalLM)
 
 
 # --- models without weights -----------------------------------------------------------------------------------------
@@ -39,28 +39,33 @@ def text_model(config) -> transformers.PreTrainedModel:
     """The language model of a config, or of the text part of a composite one, without any weights. It has an output layer
     where transformers has a class with one; tracing needs none."""
     config = config.get_text_config()
-    known = type(config) in transformers.AutoModelForCausalLM._model_mapping
-    return _empty(transformers.AutoModelForCausalLM if known else transformers.AutoModel, config)
+    kind = _class_of(config, (transformers.AutoModelForCausalLM, transformers.AutoModel))
+    with torch.device("meta"):
+        return kind(config)
 
 
 def stock_model(config) -> transformers.PreTrainedModel:
-    """The model that stock transformers loads a whole checkpoint of this config as, without any weights: the text model, or
-    for a composite config the class that it names or is registered for."""
-    if config.get_text_config() is config:
-        return text_model(config)
-    named = getattr(transformers, (config.architectures or [""])[0], None)
-    if isinstance(named, type) and getattr(named, "config_class", None) is type(config):
-        with torch.device("meta"):
-            return named(config)
-    known = next((auto for auto in _COMPOSITES if type(config) in auto._model_mapping), transformers.AutoModelForCausalLM)
-    return _empty(known, config)
-
-
-def _empty(auto: type, config) -> transformers.PreTrainedModel:
-    if type(config) not in auto._model_mapping:
-        raise ValueError(f"transformers {transformers.__version__} has no language model of type {config.model_type!r}.")
+    """The model that stock transformers loads a whole checkpoint of this config as, without any weights."""
     with torch.device("meta"):
-        return auto.from_config(config, trust_remote_code=False)
+        return stock_class(config)(config)
+
+
+def stock_class(config) -> type:
+    """The class of a whole checkpoint of this config: a causal language model, or for a composite config the class that it
+    names or is registered for. Raises ValueError where transformers has none."""
+    named = getattr(transformers, (config.architectures or [""])[0], None)
+    if config.get_text_config() is not config and getattr(named, "config_class", None) is type(config):
+        return named
+    return _class_of(config, _AUTO)
+
+
+def _class_of(config, autos: Sequence[type]) -> type:
+    """The first class that one of transformers' automatic classes makes of just this kind of config."""
+    for auto in autos:
+        kind = auto._model_mapping[type(config)] if type(config) in auto._model_mapping else None
+        if getattr(kind, "config_class", None) is type(config):
+            return kind
+    raise ValueError(f"transformers {transformers.__version__} has no language model of type {config.model_type!r}.")
 
 
 def with_experts(config, r: int):
