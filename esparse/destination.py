@@ -11,12 +11,10 @@ from safetensors.torch import save_file
 
 from .checkpoints import card
 from .files import read_json, refuse_existing, write_json, write_text
+from .folder import INDEX, REPORT, inside, side_files
 from .models import COUNT_NAMES
 from .processes import rank, together
-from .shards import INDEX, Layout, Source
-
-REPORT = "pruning_report.json"
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
+from .shards import Layout, Source
 
 
 class Progress:
@@ -100,13 +98,13 @@ class ShardWriter:
             temporary.unlink(missing_ok=True)
 
     def finish(self, r: int, report: dict, what: str) -> None:
-        """The rest of the weights, the index, and everything that is no weight; `what` was done is for the model card."""
+        """The rest of the weights, the index, and what belongs beside them; `what` was done is for the model card."""
         rest = [name for name in self.source.rest() if name in self.layout.full]
         self.write(self.layout.layers, self.layout.pruned(self.source, rest, []))
         self._write_index()
-        for path in self.source.folder.iterdir():
-            if path.is_file() and path.suffix not in WEIGHTS and path.name not in (INDEX, "config.json", "README.md"):
-                shutil.copyfile(path, self.folder / path.name)
+        for name in side_files(self.source.folder, same_experts=r == self.layout.n)[0]:
+            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(inside(self.source.folder, name), self.folder / name)
         write_json(self.folder / "config.json", self._config(r))
         write_json(self.folder / REPORT, report)
         made = f" Pruned by esparse from {report['source']} ({what}); see `{REPORT}`."
@@ -125,6 +123,7 @@ class ShardWriter:
         """The source's own config.json, with another number of experts and without quantisation."""
         config = json.loads((self.source.folder / "config.json").read_text(encoding="utf-8"))
         config.pop("quantization_config", None)
+        config.pop("transformers_weights", None)  # the files they lie in are others now
         parts = [config, *(part for part in config.values() if isinstance(part, dict))]
         counted = [(part, name) for part in parts for name in COUNT_NAMES if part.get(name) == self.layout.n]
         for part, name in counted or [(config, COUNT_NAMES[0])]:

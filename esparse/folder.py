@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -89,69 +90,73 @@ def refuse_adapter(folder: Path) -> None:
     )
 
 
-def first_file(here: Container[str], asked: str | None = None) -> str:
-    """The file that a folder's weights begin with, a safetensors file or an index, as transformers chooses among those that
-    are there; asked: what the config names as `transformers_weights`. Raises FileNotFoundError where there is none."""
-    if asked is not None and not asked.endswith((".safetensors", ".safetensors.index.json")):
-        raise ValueError(f"The config's transformers_weights is {asked}: only safetensors and an index of them are read.")
-    found = next((name for name in ([asked] if asked else [SINGLE, INDEX]) if name in here), None)
-    if found is None:
-        raise FileNotFoundError(f"neither {asked} is there" if asked else f"neither {SINGLE} nor {INDEX} is there")
+def named(folder: Path, here: Container[str] | None = None) -> tuple[list[str], dict[str, str]]:
+    """The files that hold a folder's weights, and what its index, if it has one, says that each holds: tensors to files.
+
+    here: the files that there are (those in the folder, if None). Raises FileNotFoundError without safetensors, ValueError
+    for an adapter, a distributed checkpoint, an index that is none, and names that lead out of the folder.
+    """
+    refuse_adapter(folder)
+    if any(folder.glob("shard-?????-model-?????-of-?????.safetensors")):
+        raise ValueError(f"{folder} is a distributed checkpoint (shard-...): save it as one model first.")
+    asked = read_json(inside(folder, CONFIG), "model config").get("transformers_weights")
+    first = _first(folder, here, asked)
+    if first.endswith(".safetensors"):
+        return [first], {}
+    places = _weight_map(inside(folder, first))
+    return sorted(set(places.values())), places
+
+
+def _first(folder: Path, here: Container[str] | None, asked: str | None) -> str:
+    """The safetensors file or the index that transformers takes, of those that are there; asked: the one of the config."""
+    if asked is not None and not str(asked).endswith((".safetensors", ".safetensors.index.json")):
+        raise ValueError(f"The config of {folder} names {asked} as its weights: only safetensors and an index are read.")
+    names = (SINGLE, INDEX) if asked is None else (asked,)
+    is_there = here.__contains__ if here is not None else lambda name: (folder / name).is_file()
+    if (found := next(filter(is_there, names), None)) is None:
+        raise FileNotFoundError(f"There are no safetensors in {folder}: no {' and no '.join(names)} is there.")
     return found
 
 
-def weight_map(path: Path) -> dict[str, str]:
-    """Tensor names to files, as an index has them. Raises ValueError for a file that is no index."""
+def _weight_map(path: Path) -> dict[str, str]:
     index = read_json(path, "safetensors index")
     places = index.get("weight_map") if isinstance(index, dict) else None
     if not (isinstance(places, dict) and places and all(isinstance(name, str) for name in places.values())):
         raise ValueError(f"{path} is not a safetensors index: it has no weight_map from tensors to files.")
+    if not isinstance(index.get("metadata"), dict):
+        raise ValueError(f'{path} has no metadata, without which transformers does not read it: add "metadata": {{}} to it.')
     return places
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that a folder means, as transformers reads them. Raises what `tensors` does, headers apart."""
-    return sorted({inside(folder, name) for name in _named(folder)[0]})
+    """The safetensors files that a folder means. Raises what `named` does, and ValueError where one is missing."""
+    return _present(folder, named(folder)[0])
 
 
-def _named(folder: Path) -> tuple[list[str], dict[str, str]]:
-    """The files that a folder means, and where its index, if it has one, says that tensors are."""
-    refuse_adapter(folder)
-    asked = read_json(inside(folder, CONFIG), "model config").get("transformers_weights")
-    if any(fnmatchcase(path.name, "shard-?????-model-?????-of-?????.safetensors") for path in folder.iterdir()):
-        raise ValueError(f"{folder} is a distributed checkpoint (shard-...): save it as one model first.")
-    try:
-        first = first_file([path.name for path in folder.iterdir() if path.is_file()], asked)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"There are no safetensors in {folder}: {error}.") from None
-    if first.endswith(".safetensors"):
-        return [first], {}
-    places = weight_map(inside(folder, first))
-    for name in (names := sorted(set(places.values()))):
-        if not inside(folder, name).is_file():
-            raise ValueError(f"The index {first} names {name}, which is not in {folder}: download it again.")
-    return names, places
+def _present(folder: Path, names: Iterable[str]) -> list[Path]:
+    paths = [inside(folder, name) for name in names]
+    for path in paths:
+        if not path.is_file():
+            raise ValueError(f"The index of {folder} names {path.name}, which is not in it: download it again.")
+    return paths
 
 
 def tensors(folder: Path) -> dict[str, Place]:
     """Every tensor that a folder means, by name: all that its files hold, as transformers reads them, whatever an index says.
 
-    Raises FileNotFoundError without safetensors, and ValueError naming the file and the tensor for a file outside the
-    folder, one that an index names and is missing, a header that is not as safetensors demands, a tensor that the index
-    names and no file has, and one that two files have.
+    Raises what `weight_files` does, and ValueError naming the file and the tensor for a header that is not as safetensors
+    demands, a tensor that the index names and no file has, and one that two files have.
     """
-    names, promised = _named(folder)
+    names, promised = named(folder)
     found: dict[str, Place] = {}
-    for name in names:
-        for tensor, place in header(inside(folder, name)).items():
-            if tensor in found:
-                raise ValueError(
-                    f"{found[tensor].file} and {place.file} both have a tensor {tensor}: nothing says which counts."
-                )
-            found[tensor] = place
-    for tensor, name in promised.items():
-        if tensor not in found:
-            raise ValueError(f"{folder / name} has no tensor {tensor}, which the index says it has: download it again.")
+    for path in _present(folder, names):
+        for name, place in header(path).items():
+            if name in found:
+                raise ValueError(f"{found[name].file} and {path} both have a tensor {name}: nothing says which of them counts.")
+            found[name] = place
+    for name, file in promised.items():
+        if name not in found:
+            raise ValueError(f"{folder / file} has no tensor {name}, which the index says it has: download it again.")
     return found
 
 
@@ -190,8 +195,7 @@ def _parsed(path: Path, text: bytes) -> dict:
 def _once(pairs: list[tuple]) -> dict:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} is given twice")
+        raise ValueError(f"{Counter(name for name, _ in pairs).most_common(1)[0][0]} is given twice")
     return found
 
 
@@ -199,7 +203,8 @@ def _place(path: Path, name: str, about: dict, start: int, size: int) -> Place:
     """A tensor's place from what the header says of it, if that can be."""
     try:
         dtype, shape, (since, until) = about["dtype"], about["shape"], about["data_offsets"]
-        counted = isinstance(shape, list) and all(type(n) is int and 0 <= n < 2**63 for n in (*shape, since, until))
+        counted = isinstance(dtype, str) and isinstance(shape, list)
+        counted &= all(type(n) is int and 0 <= n < 2**63 for n in (*shape, since, until))
     except (KeyError, TypeError, ValueError):
         counted = False
     if not counted:
@@ -218,9 +223,8 @@ def _check_order(path: Path, places: dict[str, Place], start: int, size: int) ->
     end, former = start, "the header"
     for begins, stops, name in sorted((place.start, place.stop, name) for name, place in places.items()):
         if begins != end:
-            raise ValueError(
-                _torn(path, f"tensor {name} " + ("overlaps" if begins < end else "leaves a gap after") + f" {former}")
-            )
+            how = "overlaps" if begins < end else "leaves a gap after"
+            raise ValueError(_torn(path, f"tensor {name} {how} {former}"))
         end, former = stops, name
     if end != size:
         raise ValueError(_torn(path, f"the last tensor, {former}, ends at byte {end}, the file at {size}"))

@@ -19,6 +19,7 @@ from .checkpoints import load_tokenizer
 from .corpora import calibration_tokens
 from .destination import Progress, ShardWriter
 from .files import digest, refuse_existing, versions, write_json
+from .folder import PLAN, side_files
 from .models import check_tokens, decoder_layers, find_moe, gate_digest, moe_layers
 from .processes import everyone, rank, ranks, summed
 from .pruning import PruningPlan
@@ -292,7 +293,7 @@ def prune_checkpoint(
         return _prune_as_planned(source, destination, r, revision)
     opened = Source(fetch(str(source), revision))
     layout = Layout(opened.config, r)
-    left_out = layout.check(opened)
+    outside = _outside(opened, layout, r)
     tokens = _calibration_set(opened, calibration, sequences, length, seed)
     streamed = Streamed(opened, dtype, device)
     check_tokens(streamed.model, tokens)
@@ -302,7 +303,7 @@ def prune_checkpoint(
     checking = time.perf_counter()
     if not progress.records() and rank() == 0:
         opened.check_finite()
-    about |= {"source": str(source), "revision": revision, "quantised": opened.method, "left_out": left_out}
+    about |= {"source": str(source), "revision": revision, "quantised": opened.method} | outside
     about["checking"] = time.perf_counter() - checking
     writer = ShardWriter(opened, layout, progress.out)
     with torch.no_grad():
@@ -310,18 +311,24 @@ def prune_checkpoint(
         records = walk.run(walk.tracing(r, _chooser(r, method, seed, layout.layers)), writer.write_layer)
     report = _report(about, records)
     if rank() == 0:
-        write_json(progress.out / "plan.json", asdict(_plan_of(report, records)))
+        write_json(progress.out / PLAN, asdict(_plan_of(report, records)))
         writer.finish(r, report, f"method: {method}, r = {r}, {_calibrated(report)}")
     progress.finish()
     return report
+
+
+def _outside(source: Source, layout: Layout, r: int) -> dict:
+    """What of a source does not go into the result with r experts, for the report: tensors that are no part of the model, and
+    files, with why. Raises what `Layout.check` and `side_files` do."""
+    return {"left_out": layout.check(source), "not_copied": side_files(source.folder, same_experts=r == layout.n)[1]}
 
 
 def _prune_as_planned(source: str | Path, destination: str | Path, plan: PruningPlan, revision: str | None) -> dict:
     """`prune_checkpoint` by a plan: weights are copied, nothing else happens."""
     opened = Source(fetch(str(source), revision))
     layout = Layout(opened.config, plan.r)
-    left_out = layout.check(opened)
-    about = {"source": str(source), "revision": revision, "quantised": opened.method, "left_out": left_out}
+    outside = _outside(opened, layout, plan.r)
+    about = {"source": str(source), "revision": revision, "quantised": opened.method} | outside
     about |= {"method": plan.method, "r": plan.r, "calibration set": plan.tokens}
     records = _records_of(plan, Streamed(opened))
     opened.check_finite()
@@ -334,7 +341,7 @@ def _prune_as_planned(source: str | Path, destination: str | Path, plan: Pruning
         progress.finish_layer(number, records[number] | {"seconds": steps, "peak_gb": peak_gb()}, [])
     report = _report(about, progress.records())
     if rank() == 0:
-        write_json(progress.out / "plan.json", asdict(plan))
+        write_json(progress.out / PLAN, asdict(plan))
         writer.finish(plan.r, report, f"method: {plan.method}, r = {plan.r}, by a plan made before")
     progress.finish()
     return report
@@ -386,7 +393,7 @@ def prune_weights_checkpoint(
     asked = Sparsity.read(sparsity)
     opened = Source(fetch(str(source), revision))
     layout = Layout(opened.config, count_experts(opened.config))
-    left_out = layout.check(opened)
+    outside = _outside(opened, layout, layout.n)
     check_model(skeleton(with_experts(opened.config, layout.n)), asked, scope)
     tokens = _calibration_set(opened, calibration, sequences, length, seed)
     streamed = Streamed(opened, dtype, device)
@@ -408,7 +415,7 @@ def prune_weights_checkpoint(
         return found
 
     records = walk.run(visit)
-    about |= {"source": str(source), "revision": revision, "quantised": opened.method, "left_out": left_out}
+    about |= {"source": str(source), "revision": revision, "quantised": opened.method} | outside
     about |= {**summary(asked, method, scope, records), "n": layout.n, "k": expert_counts(opened.config)[1]}
     report = about | _costs(records)
     if rank() == 0:
