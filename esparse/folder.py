@@ -4,10 +4,10 @@ import json
 import os
 from collections import Counter
 from collections.abc import Container, Iterable
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
 from transformers.dynamic_module_utils import get_relative_imports
 
@@ -38,8 +38,7 @@ BITS |= dict.fromkeys(("U64", "I64", "F64", "C64"), 64) | {"F4": 4, "F6_E2M3": 6
 _LONGEST = 100_000_000  # bytes of a header, as safetensors has it
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """Where a tensor lies: bytes `start` to `stop` of a file."""
 
     file: Path
@@ -203,8 +202,8 @@ def _place(path: Path, name: str, about: dict, start: int, size: int) -> Place:
     """A tensor's place from what the header says of it, if that can be."""
     try:
         dtype, shape, (since, until) = about["dtype"], about["shape"], about["data_offsets"]
-        counted = isinstance(dtype, str) and isinstance(shape, list)
-        counted &= all(type(n) is int and 0 <= n < 2**63 for n in (*shape, since, until))
+        counted = isinstance(dtype, str) and isinstance(shape, list) and {int}.issuperset(map(type, (*shape, since, until)))
+        counted = counted and min(*shape, since) >= 0 and max(*shape, until) < 2**63
     except (KeyError, TypeError, ValueError):
         counted = False
     if not counted:
