@@ -66,6 +66,7 @@ def _prune(arguments) -> None:
         print(
             f"at most {report['peak_gb']:.1f} GB of memory" + (f"; left out: {report['left_out']}" * bool(report["left_out"]))
         )
+        _print_not_copied(report)
 
 
 def _weights(arguments) -> None:
@@ -83,6 +84,12 @@ def _weights(arguments) -> None:
         print(f"{arguments.destination}: {share:.1%} of {report['weights']} weights are zero, in {report['seconds']:.0f} s")
         for layer, experts in report["unrouted"].items():
             print(f"layer {layer}: no token reached the experts {experts}, which were pruned by magnitude")
+        _print_not_copied(report)
+
+
+def _print_not_copied(report: dict) -> None:
+    if report["not_copied"]:
+        print("not copied: " + ", ".join(f"{name} ({why})" for name, why in report["not_copied"].items()))
 
 
 def _evaluate(arguments) -> None:

@@ -8,12 +8,11 @@ import transformers
 
 from .corpora import from_hub
 from .files import data_folder, local_folder, new_folder, read_json, write_json, write_text
+from .folder import PLAN, SKIPPING_FILE, tensors
 from .models import moe_layers
 from .pruning import PruningPlan
 from .skips import disable_skipping, enable_skipping, skipping_betas
 from .training import PRESETS, preset_model
-
-SKIPPING_FILE = "esparse.json"
 
 
 def load_model(
@@ -34,10 +33,12 @@ def load_model(
     dtype: None means float32 for the tiny models (the fastest on a CPU) and the checkpoint's own for others; "int8" puts
     every linear map and every expert matrix into 8 bits with a scale for each row, through transformers' torchao support.
     A folder saved with skipping comes back skipping. Only safetensors are read and no remote code runs.
-    Raises FileNotFoundError, PermissionError or ConnectionError where the model cannot be had.
+    Raises FileNotFoundError, PermissionError or ConnectionError where the model cannot be had, and what `folder.tensors` does
+    for a local folder.
     """
     source = str(data_folder() / "tiny") if name == "tiny" or name in PRESETS else name
-    local_folder(source)
+    if (folder := local_folder(source)) is not None:
+        tensors(folder)
     if name in PRESETS and name != "tiny":
         model = preset_model(name).to(dtype or torch.float32)
     else:
@@ -128,4 +129,4 @@ def save_model(model, tokenizer, folder: str | Path, plan: PruningPlan | None = 
         if betas:
             write_json(temporary / SKIPPING_FILE, {"betas": betas})
         if plan:
-            plan.save(temporary / "plan.json")
+            plan.save(temporary / PLAN)

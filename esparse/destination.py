@@ -1,6 +1,5 @@
 """Where a checkpoint goes: work that survives being killed, and the folder that it becomes."""
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -12,13 +11,11 @@ from safetensors.torch import save_file
 
 from .checkpoints import card
 from .files import read_json, refuse_existing, write_json, write_text
+from .folder import CONFIG, INDEX, REPORT, inside
 from .layout import Checkpoint, written_config
 from .processes import rank, together
-from .shards import INDEX
 
 SHARD = 4e9  # bytes
-REPORT = "pruning_report.json"
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
 
 
 class Progress:
@@ -104,18 +101,18 @@ class ShardWriter:
             temporary.unlink(missing_ok=True)
 
     def finish(self, r: int, report: dict, what: str) -> None:
-        """The rest of the weights, the index, and everything that is no weight; `what` was done is for the model card."""
+        """The rest of the weights, the index, and what belongs beside them; `what` was done is for the model card."""
         source = self.checkpoint.source
         self.write(self.layers, self.checkpoint.pruned(None, []))
         for number, names in enumerate(self.parts, self.layers + 1):
             self.write(number, {name: source.read(name) for name in names})
         self._write_index()
-        for path in source.folder.iterdir():
-            if path.is_file() and path.suffix not in WEIGHTS and path.name not in (INDEX, "config.json", "README.md"):
-                shutil.copyfile(path, self.folder / path.name)
-        config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+        for name in self.checkpoint.side_files[0]:
+            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(inside(source.folder, name), self.folder / name)
+        config = read_json(source.folder / CONFIG, "model config")
         config, report["config"] = written_config(config, source.config, r, predicting=self.checkpoint.layout.composite)
-        write_json(self.folder / "config.json", config)
+        write_json(self.folder / CONFIG, config)
         write_json(self.folder / REPORT, report)
         made = f" Pruned by esparse from {report['source']} ({what}); see `{REPORT}`."
         write_text(self.folder / "README.md", card(source.config, r, report["k"], made))

@@ -23,6 +23,7 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
+from .folder import side_files
 from .models import COUNT_NAMES, count_names, decoder_layers, moe_layers
 from .shards import Source
 from .traces import check_experts
@@ -62,7 +63,7 @@ def stock_class(config) -> type:
 def _class_of(config, autos: Sequence[type]) -> type:
     """The first class that one of transformers' automatic classes makes of just this kind of config."""
     for auto in autos:
-        kind = auto._model_mapping[type(config)] if type(config) in auto._model_mapping else None
+        kind = auto._model_mapping.get(type(config), None)
         if getattr(kind, "config_class", None) is type(config):
             return kind
     raise ValueError(f"transformers {transformers.__version__} has no language model of type {config.model_type!r}.")
@@ -335,6 +336,11 @@ class Checkpoint:
         if published is None or counts(published) != counts(group):
             return None
         return [pair for pattern, names in group.names.items() for pair in zip(names, published.names[pattern], strict=True)]
+
+    @cached_property
+    def side_files(self) -> tuple[list[str], dict[str, str]]:
+        """What is copied beside the weights, and what is left behind, with why."""
+        return side_files(self.source.folder, same_experts=self.layout.small_model is self.layout.model)
 
     @cached_property
     def used(self) -> list[str]:

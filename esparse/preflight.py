@@ -5,14 +5,14 @@ import shutil
 from pathlib import Path
 
 import torch
-import transformers
 
 from .benchmark import seconds_of
 from .corpora import from_hub
 from .files import local_folder
+from .folder import named
 from .layout import Layout, count_experts, expert_counts, text_model, with_experts
 from .models import decoder_layers, find_moe
-from .shards import UNWANTED
+from .shards import described, read_config
 
 GB = 1e9
 
@@ -31,16 +31,15 @@ def preflight(
 ) -> dict[str, str]:
     """Memory, disk, download, FLOPs, time and access that `prune_checkpoint` would take, as sentences by name.
 
-    r: experts to keep (half of them, if None). Only the config is read (and downloaded, for a hub id). Estimates: memory
+    r: experts to keep (half of them, if None). Only the config is read (of a hub id the index too). Estimates: memory
     counts one layer while it is put together, the largest Gram and a batch's activations; time the matrix products at the
     speed of a small one measured now (and in float32 beside it, where that is much faster: on a CPU without instructions
     for the checkpoint's dtype), and every weight read twice and written once at 1 GB/s.
     Raises ValueError where r cannot be kept, and as `load_model` where a hub id cannot be had.
     """
     local = local_folder(source) is not None
-    source = local_folder(source) or source
-    load = lambda: transformers.AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)  # noqa: E731
-    config = load() if local else from_hub(load, f"the model {source!r}", str(source), "a local folder works offline")
+    folder = described(source, revision)
+    config = read_config(folder)
     quantised = (getattr(config, "quantization_config", None) or {}).get("quant_method")
     config = with_experts(config, count_experts(config))
     n, k = expert_counts(config)
@@ -63,7 +62,7 @@ def preflight(
             + (f", dequantised from {quantised}," if quantised else "")
             + f" and {streams / GB:.1f} while it works; {free / GB:.0f} GB are free"
         ),
-        "download": "nothing" if local else _download(str(source), revision),
+        "download": "nothing" if local else _download(str(source), folder, revision),
         "FLOPs": f"{flops:.1e} on {tokens} tokens, {sizes.reach} of {n} experts each",
         "time": _time(flops, moved, dtype or kind),
         "access": "a local folder" if local else _access(str(source), revision),
@@ -130,10 +129,10 @@ def _info(source: str, revision: str | None):
     return from_hub(load, f"the model {source!r}", source, "a local folder works offline")
 
 
-def _download(source: str, revision: str | None) -> str:
-    files = [f for f in _info(source, revision).siblings if f.rfilename.endswith(".safetensors")]
-    wanted = [f for f in files if not any(Path(f.rfilename).match(pattern) for pattern in UNWANTED)]
-    return f"{sum(f.size or 0 for f in wanted) / GB:.1f} GB in {len(wanted)} files, less what is there already"
+def _download(source: str, folder: Path, revision: str | None) -> str:
+    sizes = {file.rfilename: file.size or 0 for file in _info(source, revision).siblings}
+    wanted = named(folder, sizes)[0]
+    return f"{sum(sizes.get(name, 0) for name in wanted) / GB:.1f} GB in {len(wanted)} files, less what is there already"
 
 
 def _access(source: str, revision: str | None) -> str:

@@ -17,6 +17,7 @@ from .checkpoints import load_model, load_tokenizer
 from .corpora import calibration_tokens
 from .evaluation import evaluate, perplexity, task_names, task_version
 from .files import checkout, digest, read_json, write_json
+from .folder import CONFIG, side_files, weight_files
 from .layout import expert_counts
 from .models import fingerprint, free_memory, moe_layers
 from .preflight import preflight
@@ -97,7 +98,7 @@ class Run:
         with what does not fit left there."""
         if self.model_name in PRESETS:
             return False
-        return sum(path.stat().st_size for path in self.source.glob("*.safetensors")) > 0.8 * free_memory()
+        return sum(path.stat().st_size for path in weight_files(self.source)) > 0.8 * free_memory()
 
     def preflight(self) -> "pd.Series":
         """What tracing and pruning this model takes, before anything is read: see `preflight.preflight`."""
@@ -127,7 +128,8 @@ class Run:
         """What tells this model from others in the same place: its routers alone would not tell one with pruned weights."""
         if self.model_name in PRESETS:
             return fingerprint(self.model)
-        files = sorted(path for path in self.source.iterdir() if path.suffix in (".safetensors", ".json"))
+        beside = [self.source / name for name in (CONFIG, *side_files(self.source, same_experts=True)[0])]
+        files = [*weight_files(self.source), *sorted(beside)]
         return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
 
     @cached_property

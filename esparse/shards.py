@@ -1,6 +1,5 @@
 """Checkpoints as folders of safetensors, read one tensor at a time."""
 
-import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -9,13 +8,13 @@ from pathlib import Path
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from tqdm.auto import tqdm
 
 from .corpora import from_hub
 from .files import digest, local_folder, read_json
+from .folder import ADAPTER, CARRIED, CONFIG, INDEX, SINGLE, Place, named, refuse_adapter, tensors
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 FP8, FP8_SCALE = "F8_E4M3", "_scale_inv"  # block FP8: `weight` beside `weight_scale_inv`
 MXFP4, MXFP4_SCALE = "_blocks", "_scales"  # two 4-bit numbers a byte, and an exponent for 32 of them
@@ -39,9 +38,8 @@ class Entry:
 class Source:
     """A local folder of safetensors with its config; nothing but headers is read before a tensor is asked for.
 
-    Block-FP8 and MXFP4 tensors read as bfloat16. Raises FileNotFoundError, or ValueError naming the file and the tensor:
-    an index that names a missing file, a truncated file, a tensor that is not where the index says, of a dtype that
-    cannot be pruned, or quantised in another way.
+    Block-FP8 and MXFP4 tensors read as bfloat16. Raises what `folder.tensors` does, and ValueError naming the file and the
+    tensor for a dtype that cannot be pruned, or one quantised in another way.
     """
 
     def __init__(self, folder: str | Path):
@@ -53,40 +51,13 @@ class Source:
                 f"{self.folder} is quantised with {self.method}: only block FP8 and MXFP4 are dequantised here, so start from "
                 "the checkpoint it was made of."
             )
-        self.entries = self._entries()
+        self.stored = tensors(self.folder)
+        self.places = {name: place.file for name, place in self.stored.items()}  # of scales too, which are no entries
+        self.entries = dict(self._readable())
 
-    def _entries(self) -> dict[str, Entry]:
-        entries = {}
-        for path, names in self._files().items():
-            try:
-                with safe_open(path, framework="pt") as file:
-                    here = set(file.keys())
-                    for name in names if names is not None else sorted(here):
-                        if name not in here:
-                            raise ValueError(f"{path} has no tensor {name}, which the index says it has: download it again.")
-                        part = file.get_slice(name)
-                        entries[name] = (path, tuple(part.get_shape()), part.get_dtype())
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{path} is truncated or corrupt ({error}): download it again.") from None
-        self.places = {name: path for name, (path, _, _) in entries.items()}  # of scales too, which are no entries
-        return dict(self._readable(entries))
-
-    def _files(self) -> dict[Path, list[str] | None]:
-        """The files, and the tensors each should hold (None: whatever it holds)."""
-        if (self.folder / SINGLE).exists() and not (self.folder / INDEX).exists():
-            return {self.folder / SINGLE: None}
-        if not (self.folder / INDEX).exists():
-            raise FileNotFoundError(f"There are no safetensors in {self.folder}: neither {SINGLE} nor {INDEX} is there.")
-        files: dict[Path, list[str] | None] = {}
-        for name, file in read_json(self.folder / INDEX, "safetensors index")["weight_map"].items():
-            files.setdefault(self.folder / file, []).append(name)
-        for path in files:
-            if not path.exists():
-                raise ValueError(f"The index {INDEX} names {path.name}, which is not in {self.folder}: download it again.")
-        return files
-
-    def _readable(self, entries: dict[str, tuple]) -> Iterator[tuple[str, Entry]]:
-        for name, (path, shape, dtype) in entries.items():
+    def _readable(self) -> Iterator[tuple[str, Entry]]:
+        for name, place in self.stored.items():
+            path, shape, dtype = place.file, place.shape, place.dtype
             if self.method == "mxfp4" and name.endswith(MXFP4):
                 rows, groups, half = shape[-3:]
                 whole = (*shape[:-3], groups * half * 2, rows)  # stored transposed
@@ -115,15 +86,14 @@ class Source:
         """Say that these tensors are wanted soon: the system reads them into its cache meanwhile, where it knows how."""
         if not hasattr(os, "posix_fadvise"):
             return
-        for path in {self.entries[name].file for name in names}:
+        places: dict[Path, list[Place]] = {}
+        for name in names:
+            place = self.stored.get(name) or self.stored[name + MXFP4]
+            places.setdefault(place.file, []).append(place)
+        for path, found in places.items():
             with path.open("rb") as file:
-                start = 8 + int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(start - 8))
-                for name in names:
-                    about = header.get(name) or header.get(name + MXFP4)
-                    if about:
-                        since, until = about["data_offsets"]
-                        os.posix_fadvise(file.fileno(), start + since, until - since, os.POSIX_FADV_WILLNEED)
+                for place in found:
+                    os.posix_fadvise(file.fileno(), place.start, place.stop - place.start, os.POSIX_FADV_WILLNEED)
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, dequantised. The file is open no longer than that, so that no mapped pages add up."""
@@ -176,7 +146,9 @@ def _from_mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 
 
 def read_config(folder: Path):
-    """The config of a checkpoint. Raises FileNotFoundError without one, ValueError where it asks for code of its own."""
+    """The config of a checkpoint. Raises FileNotFoundError without one, ValueError for an adapter and where it asks for code
+    of its own."""
+    refuse_adapter(folder)
     entries = read_json(folder / "config.json", "model config")
     kind = entries.get("model_type")
     if kind not in transformers.CONFIG_MAPPING:
@@ -187,15 +159,26 @@ def read_config(folder: Path):
     return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
+def described(source: str | Path, revision: str | None = None) -> Path:
+    """The folder of a local checkpoint, or of a hub id once its config and index are downloaded. Raises ValueError for an
+    adapter, ConnectionError or PermissionError where a hub id cannot be had."""
+    folder = local_folder(source) or _download(source, revision, [CONFIG, ADAPTER, f"*{INDEX.removeprefix('model')}"])
+    refuse_adapter(folder)
+    return folder
+
+
 def fetch(source: str, revision: str | None = None) -> Path:
-    """The folder of a local checkpoint, or of a hub id once its safetensors, configuration and tokenizer are downloaded."""
-    if (folder := local_folder(source)) is not None:
-        return folder
+    """`described`, with the weights that the folder means, and what belongs beside them, downloaded as well."""
+    folder = described(source, revision)
+    if local_folder(source) is None:
+        asked = read_json(folder / CONFIG, "model config").get("transformers_weights")
+        _download(source, folder.name, [asked or SINGLE, *CARRIED, "*.py"])  # code is copied along, never run
+        _download(source, folder.name, named(folder)[0])
+    return folder
+
+
+def _download(source: str, revision: str | None, wanted: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*"]
-    load = lambda: snapshot_download(source, revision=revision, allow_patterns=wanted, ignore_patterns=UNWANTED)  # noqa: E731
+    load = lambda: snapshot_download(source, revision=revision, allow_patterns=wanted)  # noqa: E731
     return Path(from_hub(load, f"the model {source!r}", source, "a local folder works offline"))
-
-
-UNWANTED = ["consolidated*", "original/*", "metal/*"]

@@ -20,6 +20,7 @@ from .checkpoints import load_tokenizer
 from .corpora import calibration_tokens
 from .destination import Progress, ShardWriter
 from .files import digest, refuse_existing, versions, write_json
+from .folder import PLAN
 from .layout import Checkpoint, Layout, count_experts, expert_counts
 from .models import check_tokens, decoder_layers, find_moe, gate_digest
 from .processes import everyone, rank, ranks, summed
@@ -312,7 +313,7 @@ def prune_checkpoint(
         records = walk.run(walk.tracing(r, _chooser(r, method, seed, opened.layout.layers)), writer.write_layer)
     report = _report(about, records)
     if rank() == 0:
-        write_json(progress.out / "plan.json", asdict(_plan_of(report, records)))
+        write_json(progress.out / PLAN, asdict(_plan_of(report, records)))
         writer.finish(r, report, f"method: {method}, r = {r}, {_calibrated(report)}")
     progress.finish()
     return report
@@ -334,7 +335,7 @@ def _prune_as_planned(source: str | Path, destination: str | Path, plan: Pruning
         progress.finish_layer(number, records[number] | {"seconds": steps, "peak_gb": peak_gb()}, [])
     report = _report(about, progress.records())
     if rank() == 0:
-        write_json(progress.out / "plan.json", asdict(plan))
+        write_json(progress.out / PLAN, asdict(plan))
         writer.finish(plan.r, report, f"method: {plan.method}, r = {plan.r}, by a plan made before")
     progress.finish()
     return report
@@ -419,14 +420,17 @@ def prune_weights_checkpoint(
 
 def _open(source: str | Path, revision: str | None, r: int | None = None) -> Checkpoint:
     """A checkpoint to be pruned to r experts (to none fewer, if None), with everything checked that its headers tell."""
-    opened = Source(fetch(str(source), revision))
-    return Checkpoint(opened, Layout(opened.config, count_experts(opened.config) if r is None else r))
+    found = Source(fetch(str(source), revision))
+    opened = Checkpoint(found, Layout(found.config, count_experts(found.config) if r is None else r))
+    _ = opened.side_files  # or a sentence on one that leads out of the folder
+    return opened
 
 
 def _origin(opened: Checkpoint, source: str | Path, revision: str | None) -> dict:
-    """What a report says of the source."""
-    quantised = {"quantised": opened.source.method, "left_out": opened.left_out, "carried": len(opened.carried)}
-    return {"source": str(source), "revision": revision, **quantised}
+    """What a report says of the source: tensors that are no part of the model, how many of another part were copied as they
+    are, and files that were not, with why."""
+    found = {"left_out": opened.left_out, "carried": len(opened.carried), "not_copied": opened.side_files[1]}
+    return {"source": str(source), "revision": revision, "quantised": opened.source.method, **found}
 
 
 def _zeroed(stored: torch.Tensor, pruned: torch.Tensor) -> torch.Tensor:
