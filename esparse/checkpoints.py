@@ -1,19 +1,46 @@
 """Loading models, and saving pruned ones so that stock transformers can load them."""
 
 from collections.abc import Mapping
+from importlib import util
 from pathlib import Path
 
 import torch
 import transformers
+from safetensors import SafetensorError
 
 from .corpora import from_hub
 from .files import data_folder, local_folder, new_folder, read_json, write_json, write_text
 from .models import moe_layers
 from .pruning import PruningPlan
+from .shards import check_causal, read_config
 from .skips import disable_skipping, enable_skipping, skipping_betas
 from .training import PRESETS, preset_model
 
 SKIPPING_FILE = "esparse.json"
+_DTYPES = {
+    torch.bfloat16: ("bfloat16", "bf16"),
+    torch.float16: ("float16", "fp16", "half"),
+    torch.float32: ("float32", "fp32", "float"),
+    torch.float64: ("float64", "fp64", "double"),
+}
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "tekken.json")
+
+
+def read_dtype(name: torch.dtype | str | None, *, eight_bits: bool = False) -> torch.dtype | str | None:
+    """The dtype that a name means, such as torch.bfloat16 for "bf16"; None for None and "auto": the checkpoint's own.
+
+    eight_bits: whether "int8" may be asked, which comes back as it is. Raises ValueError for any other name.
+    """
+    word = str(name).removeprefix("torch.").lower()
+    if word in ("none", "auto"):
+        return None
+    if word == "int8" and eight_bits:
+        return word
+    found = next((dtype for dtype, names in _DTYPES.items() if word in names), None)
+    if found is None:
+        known = ", ".join(names[0] for names in _DTYPES.values()) + ", auto" + ", int8" * eight_bits
+        raise ValueError(f"Unknown dtype {name!r}: take one of {known}.")
+    return found
 
 
 def load_model(
@@ -31,14 +58,19 @@ def load_model(
         model, tokenizer = esparse.load_model("mistralai/Mixtral-8x7B-v0.1", device_map="auto")
 
     name: "tiny", a preset with random weights ("tiny-16", "tiny-32", "small-16"), a local folder, or a hub id.
-    dtype: None means float32 for the tiny models (the fastest on a CPU) and the checkpoint's own for others; "int8" puts
-    every linear map and every expert matrix into 8 bits with a scale for each row, through transformers' torchao support.
+    dtype: see `read_dtype`; None means float32 for the tiny models (the fastest on a CPU) and the checkpoint's own for
+    others; "int8" puts every linear map and every expert matrix into 8 bits with a scale for each row, through transformers'
+    torchao support.
     A folder saved with skipping comes back skipping. Only safetensors are read and no remote code runs.
-    Raises FileNotFoundError, PermissionError or ConnectionError where the model cannot be had.
+    Raises FileNotFoundError, PermissionError or ConnectionError where the model cannot be had, ValueError where transformers
+    cannot load it as a causal language model or has no tokenizer for it.
     """
-    source = str(data_folder() / "tiny") if name == "tiny" or name in PRESETS else name
+    made = name in PRESETS and name != "tiny"
+    dtype = read_dtype(dtype, eight_bits=not made)
+    source = str(data_folder() / "tiny" if made or name == "tiny" else name)
     local_folder(source)
-    if name in PRESETS and name != "tiny":
+    tokenizer = load_tokenizer(source, revision)
+    if made:
         model = preset_model(name).to(dtype or torch.float32)
     else:
         kept = None if dtype == "int8" else dtype
@@ -48,7 +80,6 @@ def load_model(
         model = _fetch(transformers.AutoModelForCausalLM, source, **options)
         if dtype == "int8":
             model.set_experts_implementation("eager")  # no grouped product takes them
-    tokenizer = load_tokenizer(source, revision)
     if device is not None:
         model = model.to(device)
     if (Path(source) / SKIPPING_FILE).exists():
@@ -75,17 +106,57 @@ def weight_bytes(model) -> int:
 
 
 def load_tokenizer(source: str, revision: str | None = None):
-    """The tokenizer of a folder or a hub id."""
-    return _fetch(transformers.AutoTokenizer, source, revision=revision)
+    """The tokenizer of a folder or a hub id. Raises ValueError where there is none that transformers can load."""
+    folder = Path(source)
+    if folder.is_dir() and not any((folder / name).exists() for name in _TOKENIZERS) and not [*folder.glob("*tiktoken*")]:
+        raise ValueError(_no_tokenizer(source, f"there is no {_TOKENIZERS[0]}"))
+    tokenizer = _fetch(transformers.AutoTokenizer, source, revision=revision)
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what some families' classes make of nothing
+        raise ValueError(_no_tokenizer(source, "transformers makes an empty one of what is there"))
+    return tokenizer
+
+
+def _no_tokenizer(source: str, why: str) -> str:
+    return (
+        f"{source} has no tokenizer that can be loaded: {why}. Copy tokenizer.json and tokenizer_config.json there from the "
+        "model it was made of."
+    )
 
 
 def _fetch(kind, source: str, **options):
+    """`kind.from_pretrained`, with one sentence where that fails."""
     options = {key: value for key, value in options.items() if value is not None}
-    load = lambda: kind.from_pretrained(source, trust_remote_code=False, **options)  # noqa: E731
+    language_model = kind is transformers.AutoModelForCausalLM
+
+    def load():
+        try:
+            return kind.from_pretrained(source, trust_remote_code=False, **options)
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError, ImportError) as error:
+            return error  # of what is there, not of getting it
+
     if Path(source).is_dir():
-        return load()
-    offline = "offline there are 'tiny' and local folders"
-    return from_hub(load, f"the model {source!r}", source, offline)
+        if language_model:
+            check_causal(read_config(Path(source)))
+        found = load()
+    else:
+        found = from_hub(load, f"the model {source!r}", source, "offline there are 'tiny' and local folders")
+    if not isinstance(found, Exception):
+        return found
+    line = (str(found).strip() or type(found).__name__).splitlines()[0]
+    if language_model and isinstance(found, RuntimeError | ImportError) and line == str(found):
+        raise found  # such as too little memory
+    told = f"transformers cannot load {source} as a language model: {line}" if language_model else _why_none(source, line)
+    raise ValueError(told) from found
+
+
+def _why_none(source: str, line: str) -> str:
+    """What is wrong with the tokenizer of a folder or a hub id, of which transformers says this."""
+    if line.startswith("Couldn't instantiate the backend tokenizer"):  # and goes on about packages, whatever is missing
+        line = "transformers finds no tokenizer.json, or one it does not read"
+    if (Path(source) / "tokenizer.model").exists() and not (Path(source) / "tokenizer.json").exists():
+        lacking = [name for name in ("sentencepiece", "google.protobuf") if not util.find_spec(name)]
+        line = "transformers cannot read its tokenizer.model" + f" without {' and '.join(lacking)}" * bool(lacking)
+    return _no_tokenizer(source, line)
 
 
 _CARD = """\

@@ -15,7 +15,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers.core_model_loading import revert_weight_conversion
 
-from .checkpoints import load_tokenizer
+from .checkpoints import load_tokenizer, read_dtype
 from .corpora import calibration_tokens
 from .destination import Progress, ShardWriter
 from .files import digest, refuse_existing, versions, write_json
@@ -79,12 +79,12 @@ def _partial(kind: type, number: int | None) -> type:
 class Streamed:
     """A causal language model of a source whose decoder layers are read when asked for, one at a time."""
 
-    def __init__(self, source: Source, dtype: torch.dtype | None = None, device: str | torch.device | None = None):
+    def __init__(self, source: Source, dtype: torch.dtype | str | None = None, device: str | torch.device | None = None):
         self.source, self.device = source, device or "cpu"
         self.config = with_experts(source.config, count_experts(source.config))
         self.config.tie_word_embeddings = False  # no output layer is held that could share the embeddings
         self.config.get_text_config().tie_word_embeddings = False
-        self.dtype = dtype or _usual_dtype(source)
+        self.dtype = read_dtype(dtype) or _usual_dtype(source)
         self.whole = skeleton(self.config)
         moe_layers(self.whole)  # or a sentence on why not
         self.kind = type(self.whole)
@@ -217,14 +217,14 @@ def trace_checkpoint(
     *,
     keep: int | None = None,
     revision: str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: str | torch.device | None = None,
     batch_size: int = BATCH,
     chunk_tokens: int | None = None,
 ) -> Trace:
     """`trace`, with one decoder layer in memory at a time; the trace is written to `folder` and read from there.
 
-    source: a local folder of safetensors, or a hub id. dtype: what to compute in (None: what most weights are of).
+    source: a local folder of safetensors, or a hub id. dtype: what to compute in, or its name (None: what most weights are of).
     Killed, the same call goes on after the last finished layer. Raises ValueError as `Source`, `Layout.check` and `trace`
     do, and for other inputs or options than the unfinished work has; FileExistsError if `folder` is there.
     """
@@ -267,7 +267,7 @@ def prune_checkpoint(
     seed: int = 42,
     method: str = "enumerate",
     revision: str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: str | torch.device | None = None,
     batch_size: int = BATCH,
     chunk_tokens: int | None = None,
@@ -279,7 +279,7 @@ def prune_checkpoint(
     `plan.json`, a model card and `pruning_report.json`, which is also returned: kept experts, losses, betas, seconds, peak
     memory, versions, the calibration set. Weights are copied bit by bit; block FP8 and MXFP4 are written as bfloat16.
     calibration: a corpus or path as for `calibration_tokens`, or token ids [sequences, length]. method: as for
-    `search_experts`. dtype: what to compute in (None: what most weights are of). batch_size: sequences a forward pass.
+    `search_experts`. dtype: what to compute in, or its name (None: what most weights are of). batch_size: sequences a forward pass.
 
     Killed, out of disk or of memory, the destination stays absent, and the same call goes on after the last finished
     layer. Under `torchrun` every process takes its share of the sequences, and all choose alike.
@@ -372,7 +372,7 @@ def prune_weights_checkpoint(
     length: int = 2048,
     seed: int = 42,
     revision: str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: str | torch.device | None = None,
     batch_size: int = BATCH,
 ) -> dict:
