@@ -13,7 +13,7 @@ from .checkpoints import read_dtype
 from .corpora import from_hub
 from .files import local_folder
 from .models import decoder_layers, find_moe
-from .shards import DTYPES, FP8, UNWANTED, Layout, Source, count_experts, expert_counts, read_config, skeleton, with_experts
+from .shards import DTYPES, FP8, UNWANTED, Layout, Source, expert_counts, read_config, skeleton, with_experts
 
 GB = 1e9
 

@@ -279,7 +279,7 @@ def prune_checkpoint(
     `plan.json`, a model card and `pruning_report.json`, which is also returned: kept experts, losses, betas, seconds, peak
     memory, versions, the calibration set. Weights are copied bit by bit; block FP8 and MXFP4 are written as bfloat16.
     calibration: a corpus or path as for `calibration_tokens`, or token ids [sequences, length]. method: as for
-    `search_experts`. dtype: what to compute in, or its name (None: what most weights are of). batch_size: sequences a forward pass.
+    `search_experts`. dtype: what to compute in, or its name (None: what most weights are of). batch_size: sequences a pass.
 
     Killed, out of disk or of memory, the destination stays absent, and the same call goes on after the last finished
     layer. Under `torchrun` every process takes its share of the sequences, and all choose alike.
