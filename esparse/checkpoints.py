@@ -1,12 +1,12 @@
 """Loading models, and saving pruned ones so that stock transformers can load them."""
 
 from collections.abc import Mapping
-from importlib import util
 from pathlib import Path
 
 import torch
 import transformers
 from safetensors import SafetensorError
+from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
 from .corpora import from_hub
 from .files import data_folder, local_folder, new_folder, read_json, write_json, write_text
@@ -143,8 +143,10 @@ def _fetch(kind, source: str, **options):
     if not isinstance(found, Exception):
         return found
     line = (str(found).strip() or type(found).__name__).splitlines()[0]
-    if language_model and isinstance(found, RuntimeError | ImportError) and line == str(found):
-        raise found  # such as too little memory
+    if isinstance(found, ImportError) or "memory" in line:
+        raise found
+    if "ignore_mismatched_sizes" in line:  # and points at a report in its log
+        line = "its weights are of other shapes than its config.json asks for"
     told = f"transformers cannot load {source} as a language model: {line}" if language_model else _why_none(source, line)
     raise ValueError(told) from found
 
@@ -154,7 +156,8 @@ def _why_none(source: str, line: str) -> str:
     if line.startswith("Couldn't instantiate the backend tokenizer"):  # and goes on about packages, whatever is missing
         line = "transformers finds no tokenizer.json, or one it does not read"
     if (Path(source) / "tokenizer.model").exists() and not (Path(source) / "tokenizer.json").exists():
-        lacking = [name for name in ("sentencepiece", "google.protobuf") if not util.find_spec(name)]
+        there = {"sentencepiece": is_sentencepiece_available(), "protobuf": is_protobuf_available()}
+        lacking = [name for name, found in there.items() if not found]
         line = "transformers cannot read its tokenizer.model" + f" without {' and '.join(lacking)}" * bool(lacking)
     return _no_tokenizer(source, line)
 

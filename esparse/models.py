@@ -202,8 +202,8 @@ def check_tokens(model: nn.Module, tokens: torch.Tensor) -> None:
 def router_logits_off(model: nn.Module) -> Iterator[None]:
     """The model without `output_router_logits`, which its config has back afterwards.
 
-    Where it is on, transformers computes a balance loss on every forward pass, and `generate` fails in it: the mask also
-    covers the tokens of the cache, the router logits do not.
+    Where it is on, transformers computes a balance loss on every forward pass, and `generate` fails in it for a padded batch:
+    the mask also covers the tokens of the cache, the router logits do not.
     """
     configs = {id(config): config for config in (model.config, model.config.get_text_config())}.values()
     former = [config for config in configs if getattr(config, "output_router_logits", False)]

@@ -152,11 +152,15 @@ class Run:
     @cached_property
     def sizes(self) -> list[int]:
         """The numbers of experts to keep, falling: KEEP, or 7, 6, 5 and 4 eighths of them. Raises ValueError for one that
-        cannot be kept."""
+        cannot be kept; warns where all of them are, so that nothing is pruned."""
         n, k = self._experts
         for r in self.keep or ():
             check_experts(r, n, k)
-        return sorted(set(self.keep or [max(k, n * part // 8) for part in (7, 6, 5, 4)]), reverse=True)
+        sizes = sorted(set(self.keep or [max(k, n * part // 8) for part in (7, 6, 5, 4)]), reverse=True)
+        if sizes == [n]:
+            least = "fewer cannot be kept, since a token is routed to all" if n == k else "KEEP asks for no other size"
+            warnings.warn(f"Nothing is pruned here: {least}. Whatever shows r = {n} shows the full model.", stacklevel=2)
+        return sizes
 
     @property
     def size(self) -> int:

@@ -162,7 +162,7 @@ def test_tasks_joined_by_commas_and_suites():
 def test_patterns_and_tags_stand_for_their_tasks(tiny, hub):
     assert resolve_tasks("web_*") == [task for task in TINY_TASKS if task.startswith("web_")]
     assert resolve_tasks("arithmetic_r*,web_facts,arithmetic_result") == ["arithmetic_result", "web_facts"]
-    assert resolve_tasks("ai2_arc") == resolve_tasks("arc_[ce]*y,arc_challenge")[::-1] == ["arc_challenge", "arc_easy"]
+    assert resolve_tasks("ai2_arc") == resolve_tasks("arc_challeng?,arc_eas[y]") == ["arc_challenge", "arc_easy"]
     table = esparse.evaluate(*tiny, "ai2_arc,web_facts", limit=4)
     assert [*table.index] == ["arc_challenge", "arc_easy", "web_facts"] and (table["items"] == 4).all()
     with pytest.raises(ValueError, match="Unknown task 'web_z\\*': take one of web_facts"):
@@ -181,7 +181,7 @@ def test_a_group_without_a_score_of_its_own_gives_its_tasks(tiny, hub, tmp_path,
     run = esparse.Run(tasks="pair,web_facts", folder=tmp_path / "run", limit=3)
     scores = run.scores()
     assert [*scores.index[:-1]] == [*table.index] and scores.index[-1] == "web_facts"
-    assert [*scores.value[:-1]] == [*table.value]
+    assert [*scores.value[:-1]] == pytest.approx([*table.value])
     monkeypatch.setattr(runs, "evaluate", lambda *_, **__: pytest.fail("computed again"))
     assert run.scores().equals(scores)
 
@@ -199,13 +199,14 @@ def test_a_task_that_lm_eval_cannot_make_ready_is_named(tiny, hub, monkeypatch):
 
 @torch.no_grad()
 def test_a_config_with_output_router_logits_is_evaluated_as_without(tiny, tiny_tokens):
-    """There stock `generate` fails, and every pass computes a balance loss that nobody asked for."""
+    """There stock `generate` fails for a padded batch, and every pass computes a balance loss that nobody asked for."""
     expected = esparse.perplexity(tiny[0], tiny_tokens), esparse.evaluate(*tiny, "arithmetic_problems,web_facts", limit=6)
-    ids = tiny_tokens[:2, :20]
+    ids, mask = tiny_tokens[:2, :20], torch.ones(2, 20, dtype=torch.long)
+    mask[0, :5] = 0
     tiny[0].config.output_router_logits = True
     try:
         with pytest.raises(RuntimeError):
-            tiny[0].generate(ids, max_new_tokens=3, pad_token_id=2)
+            tiny[0].generate(ids, attention_mask=mask, max_new_tokens=3, pad_token_id=2)
         assert esparse.perplexity(tiny[0], tiny_tokens) == expected[0]
         assert esparse.evaluate(*tiny, "arithmetic_problems,web_facts", limit=6).equals(expected[1])
         assert tiny[0].config.output_router_logits is True
