@@ -66,7 +66,10 @@ def _class_of(config, autos: Sequence[type]) -> type:
         kind = auto._model_mapping.get(type(config), None)
         if getattr(kind, "config_class", None) is type(config):
             return kind
-    raise ValueError(f"transformers {transformers.__version__} has no language model of type {config.model_type!r}.")
+    raise ValueError(
+        f"transformers {transformers.__version__} has no language model of type {config.model_type!r}: esparse works on "
+        "language models with a Mixture of Experts, such as Mixtral, Qwen3-MoE or OLMoE."
+    )
 
 
 def with_experts(config, r: int):
@@ -384,6 +387,14 @@ class Checkpoint:
             self._made = self.of[parameter].make(self.layout.model, self.source.read)
         return self._made.pop(parameter)
 
+    def read_text(self, name: str) -> torch.Tensor:
+        """The same by the parameter's name in the text model."""
+        return self.read(self._parameter_of[name])
+
+    @cached_property
+    def _parameter_of(self) -> dict[str, str]:
+        return {text: name for name, text in self.layout.text_names.items()}
+
     def dtype(self, parameter: str) -> torch.dtype:
         """The dtype that a parameter is stored in."""
         return self.source.entries[next(iter(self.of[parameter].names.values()))[0]].dtype
@@ -392,6 +403,14 @@ class Checkpoint:
         """A decoder layer's state dict (or the rest's), by the text model's names, read when transformers asks for it."""
         names = self.layout.text_names
         return {names[name]: _Lazy(self, name) for name in self.layout.parameters(number) if name in self.of}
+
+    def written(self) -> Iterator[tuple[torch.dtype, float]]:
+        """The dtype and bytes of everything that will be written, tensor by tensor."""
+        small = self.layout.small_model.state_dict()
+        for name in self.of:
+            yield self.dtype(name), small[name].numel() * self.dtype(name).itemsize
+        for name in self.carried:
+            yield self.source.entries[name].dtype or torch.int64, self.source.nbytes(name)
 
     def pruned(self, number: int | None, kept: Sequence[int]) -> dict[str, torch.Tensor]:
         """A decoder layer (or the rest) as the smaller model has it: tensors by published name, in their stored dtype."""

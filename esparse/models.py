@@ -1,7 +1,7 @@
 """Finding the MoE layers of a transformers model, through the experts interface rather than by model name."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -84,7 +84,7 @@ def moe_layers(model: nn.Module) -> list[MoELayer]:
 
     Raises ValueError for a model without any.
     """
-    layers = list(_blocks(model))
+    layers = list(moe_blocks(model))
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has no MoE layers behind transformers' experts interface: "
@@ -93,7 +93,8 @@ def moe_layers(model: nn.Module) -> list[MoELayer]:
     return layers
 
 
-def _blocks(module: nn.Module) -> Iterator[MoELayer]:
+def moe_blocks(module: nn.Module) -> Iterator[MoELayer]:
+    """Every MoE layer within a module, in order; none for a dense one."""
     for name, block in module.named_modules():
         experts = getattr(block, "experts", None)
         gate = getattr(block, "gate", None) or getattr(block, "router", None)
@@ -103,7 +104,7 @@ def _blocks(module: nn.Module) -> Iterator[MoELayer]:
 
 def find_moe(decoder: nn.Module) -> MoELayer | None:
     """The MoE layer of one decoder layer, or None where it is dense."""
-    return next(_blocks(decoder), None)
+    return next(moe_blocks(decoder), None)
 
 
 @torch.no_grad()
@@ -167,7 +168,7 @@ def free_memory(device: torch.device | None = None) -> float:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A short name for the model's routers, the same in every dtype that holds the weights exactly.
+    """A short name for the model's routers as they are stored, whatever dtype they were loaded in (see `remember_stored`).
 
     Traces and plans carry it, so that none is used with another model by mistake.
     """
@@ -176,10 +177,37 @@ def fingerprint(model: nn.Module) -> str:
 
 def gate_digest(layer: MoELayer) -> str:
     """The same for one layer's gate."""
-    state = hashlib.sha256(f"{layer.n}/{layer.k}".encode())
-    for module in layer.gate.modules():
+    now = _digest(layer, [held(module, name) for module, name in _gate_tensors(layer).values()])
+    loaded, stored = getattr(layer.gate, "esparse_stored", (None, None))
+    return stored if now == loaded else now
+
+
+def remember_stored(model: nn.Module, layers: Iterable[MoELayer], read: Callable[[str], torch.Tensor]) -> None:
+    """Let these layers' gates know the name that they have as stored, until their values change: loading may have rounded them.
+
+    read: the stored tensor of a parameter, by its name in the model.
+    """
+    places = {module: name for name, module in model.named_modules()}
+    for layer in layers:
+        here = _gate_tensors(layer)
+        now = _digest(layer, [held(module, name) for module, name in here.values()])
+        stored = _digest(layer, [read(f"{places[layer.gate]}.{name}") for name in here])
+        layer.gate.esparse_stored = (now, stored)
+
+
+def _gate_tensors(layer: MoELayer) -> dict[str, tuple[nn.Module, str]]:
+    """The modules and names of a gate's parameters, by their names within the gate."""
+    found = {}
+    for place, module in layer.gate.named_modules():
         for name, _ in module.named_parameters(recurse=False):
-            state.update(held(module, name).detach().float().cpu().numpy().tobytes())
+            found[f"{place}.{name}".removeprefix(".")] = (module, name)
+    return found
+
+
+def _digest(layer: MoELayer, tensors: Sequence[torch.Tensor]) -> str:
+    state = hashlib.sha256(f"{layer.n}/{layer.k}".encode())
+    for tensor in tensors:
+        state.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return state.hexdigest()[:16]
 
 
@@ -196,6 +224,24 @@ def check_tokens(model: nn.Module, tokens: torch.Tensor) -> None:
     if low < 0 or high >= size:
         wrong = low if low < 0 else high
         raise ValueError(f"Token id {wrong} is outside the vocabulary of {size}: use the tokenizer that belongs to the model.")
+
+
+@contextmanager
+def router_logits_off(model: nn.Module) -> Iterator[None]:
+    """The model without `output_router_logits`, which its config has back afterwards.
+
+    Where it is on, transformers computes a balance loss on every forward pass, and `generate` fails in it for a padded batch:
+    the mask also covers the tokens of the cache, the router logits do not.
+    """
+    configs = {id(config): config for config in (model.config, model.config.get_text_config())}.values()
+    former = [config for config in configs if getattr(config, "output_router_logits", False)]
+    for config in former:
+        config.output_router_logits = False
+    try:
+        yield
+    finally:
+        for config in former:
+            config.output_router_logits = True
 
 
 @contextmanager

@@ -293,6 +293,8 @@ def _greedy(layer: LayerTrace, r: int) -> list[int]:
 
     Where few are removed, that is cheap enough to do more: exchange two for two, and start from the REAP scores as well.
     """
+    if r == layer.n:  # nothing to remove, and no next expert in line
+        return list(range(r))
     if not layer.router.local or layer.router.score == SPARSEMIXER or layer.router.expert_scale:
         return _greedy_anew(layer, r)
     state = Removals(layer)

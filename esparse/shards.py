@@ -110,8 +110,10 @@ class Source:
         return _raw(self.places[name], name)
 
     @property
-    def _block(self) -> tuple[int, int]:
-        return tuple(self.config.quantization_config["weight_block_size"])
+    def _block(self) -> tuple[int, int] | None:
+        """What a scale is for: a block of so many rows and columns, or whatever the scales divide a weight into (None)."""
+        block = self.config.quantization_config.get("weight_block_size", (128, 128))  # transformers' default
+        return block and tuple(block)
 
     def check_finite(self, names: Iterable[str]) -> None:
         """Read these tensors once. Raises ValueError naming the first that holds a NaN or an infinity."""
@@ -126,11 +128,28 @@ def _raw(path: Path, name: str) -> torch.Tensor:
         return file.get_tensor(name)
 
 
-def _from_fp8(weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
-    """[rows, columns] float8 times one float32 a block (DeepSeek-V3's weight_scale_inv), as bfloat16."""
-    rows, columns = weight.shape
-    scale = scale.repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
+def _from_fp8(weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int] | None) -> torch.Tensor:
+    """[..., rows, columns] float8 times float32 scales (DeepSeek-V3's weight_scale_inv), as bfloat16.
+
+    One scale of any shape is for the whole tensor; [..., rows / block, columns / block] are for blocks of the size that the
+    config names, or where that is not theirs, of the size they divide the weight into. Raises ValueError if they do not.
+    """
+    if scale.numel() == 1:
+        return (weight.float() * scale.float().reshape(())).bfloat16()
+    sides = _sides(weight.shape[-2:], scale.shape[-2:], block) if scale.ndim == weight.ndim > 1 else None
+    if sides is None:
+        raise ValueError(f"FP8 scales of shape {list(scale.shape)} do not divide a weight of {list(weight.shape)}.")
+    for axis, side in zip((-2, -1), sides, strict=True):
+        scale = scale.repeat_interleave(side, axis).narrow(axis, 0, weight.shape[axis])
     return (weight.float() * scale.float()).bfloat16()
+
+
+def _sides(shape: torch.Size, grid: torch.Size, block: tuple[int, int] | None) -> tuple[int, int] | None:
+    """The rows and columns that one of a grid of scales is for."""
+    if block and all(-(-whole // side) == count for whole, side, count in zip(shape, block, grid, strict=True)):
+        return block
+    fits = all(whole % count == 0 for whole, count in zip(shape, grid, strict=True))
+    return tuple(whole // count for whole, count in zip(shape, grid, strict=True)) if fits else None
 
 
 def _from_mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

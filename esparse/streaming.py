@@ -16,13 +16,13 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers.core_model_loading import revert_weight_conversion
 
-from .checkpoints import load_tokenizer
+from .checkpoints import load_tokenizer, read_dtype
 from .corpora import calibration_tokens
 from .destination import Progress, ShardWriter
 from .files import digest, refuse_existing, versions, write_json
 from .folder import PLAN
 from .layout import Checkpoint, Layout, count_experts, expert_counts
-from .models import check_tokens, decoder_layers, find_moe, gate_digest
+from .models import check_tokens, decoder_layers, find_moe, gate_digest, moe_blocks, remember_stored
 from .processes import everyone, rank, ranks, summed
 from .pruning import PruningPlan
 from .search import check_method, make_plan, search_layer
@@ -82,11 +82,13 @@ def _partial(kind: type, number: int | None) -> type:
 class Streamed:
     """The language model of a checkpoint whose decoder layers are read when asked for, one at a time."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype | None = None, device: str | torch.device | None = None):
+    def __init__(
+        self, checkpoint: Checkpoint, dtype: torch.dtype | str | None = None, device: str | torch.device | None = None
+    ):
         self.checkpoint, self.device = checkpoint, device or "cpu"
         self.config = copy.deepcopy(checkpoint.layout.text.config)
         self.config.tie_word_embeddings = False  # no output layer is held that could share the embeddings
-        self.dtype = dtype or _usual_dtype(checkpoint)
+        self.dtype = read_dtype(dtype) or _usual_dtype(checkpoint)
         self.model = self._load(None)
 
     def _load(self, number: int | None) -> nn.Module:
@@ -113,6 +115,7 @@ class Streamed:
         """The decoder layer in its place, with its weights, for as long as it is needed."""
         layers = decoder_layers(self.model)
         passing, layers[number] = layers[number], decoder_layers(self._load(number))[number]
+        remember_stored(self.model, moe_blocks(layers[number]), self.checkpoint.read_text)
         try:
             yield layers[number]
         finally:
@@ -220,14 +223,14 @@ def trace_checkpoint(
     *,
     keep: int | None = None,
     revision: str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: str | torch.device | None = None,
     batch_size: int = BATCH,
     chunk_tokens: int | None = None,
 ) -> Trace:
     """`trace`, with one decoder layer in memory at a time; the trace is written to `folder` and read from there.
 
-    source: a local folder of safetensors, or a hub id. dtype: what to compute in (None: what most weights are of).
+    source: a local folder of safetensors, or a hub id. dtype: what to compute in, or its name (None: what most weights are of).
     Killed, the same call goes on after the last finished layer. Raises ValueError as `Source`, `Layout.check` and `trace`
     do, and for other inputs or options than the unfinished work has; FileExistsError if `folder` is there.
     """
@@ -273,7 +276,7 @@ def prune_checkpoint(
     seed: int = 42,
     method: str = "enumerate",
     revision: str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: str | torch.device | None = None,
     batch_size: int = BATCH,
     chunk_tokens: int | None = None,
@@ -285,7 +288,7 @@ def prune_checkpoint(
     `plan.json`, a model card and `pruning_report.json`, which is also returned: kept experts, losses, betas, seconds, peak
     memory, versions, the calibration set. Weights are copied bit by bit; block FP8 and MXFP4 are written as bfloat16.
     calibration: a corpus or path as for `calibration_tokens`, or token ids [sequences, length]. method: as for
-    `search_experts`. dtype: what to compute in (None: what most weights are of). batch_size: sequences a forward pass.
+    `search_experts`. dtype: what to compute in, or its name (None: what most weights are of). batch_size: sequences a pass.
 
     Killed, out of disk or of memory, the destination stays absent, and the same call goes on after the last finished
     layer. Under `torchrun` every process takes its share of the sequences, and all choose alike.
@@ -324,7 +327,7 @@ def _prune_as_planned(source: str | Path, destination: str | Path, plan: Pruning
     opened = _open(source, revision, plan.r)
     about = _origin(opened, source, revision)
     about |= {"method": plan.method, "r": plan.r, "calibration set": plan.tokens}
-    records = _records_of(plan, Streamed(opened))
+    records = _records_of(plan, Streamed(opened, None))
     opened.check_finite()
     progress = Progress(destination, {"source": opened.source.fingerprint, "plan": digest(asdict(plan))})
     writer = ShardWriter(opened, progress.out)
@@ -373,7 +376,7 @@ def prune_weights_checkpoint(
     length: int = 2048,
     seed: int = 42,
     revision: str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: str | torch.device | None = None,
     batch_size: int = BATCH,
 ) -> dict:
