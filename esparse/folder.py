@@ -63,6 +63,14 @@ def inside(folder: Path, name: str) -> Path:
     return path
 
 
+def json_object(folder: Path, name: str, what: str) -> dict:
+    """A JSON file of a folder. Raises FileNotFoundError, or ValueError for one that is no object, or lies outside."""
+    found = read_json(inside(folder, name), what)
+    if not isinstance(found, dict):
+        raise ValueError(f"{folder / name} is no {what}: it holds no JSON object.")
+    return found
+
+
 def _rooms(root: Path) -> list[Path]:
     """Where a folder's files may really lie: in it, and, for a snapshot in the hub's cache, among the blobs of its
     repository, which may themselves be links to those of the whole cache."""
@@ -78,7 +86,7 @@ def refuse_adapter(folder: Path) -> None:
     """ValueError for a folder with a LoRA adapter, which transformers loads with peft and leaves out without it."""
     if not (folder / ADAPTER).is_file():
         return
-    base = read_json(inside(folder, ADAPTER), "adapter config").get("base_model_name_or_path")
+    base = json_object(folder, ADAPTER, "adapter config").get("base_model_name_or_path")
     if (folder / CONFIG).is_file():
         raise ValueError(
             f"{folder} holds an adapter ({ADAPTER}) beside a model: transformers adds it where peft is installed and leaves it "
@@ -98,11 +106,11 @@ def named(folder: Path, here: Container[str] | None = None) -> tuple[list[str], 
     refuse_adapter(folder)
     if any(folder.glob("shard-?????-model-?????-of-?????.safetensors")):
         raise ValueError(f"{folder} is a distributed checkpoint (shard-...): save it as one model first.")
-    asked = read_json(inside(folder, CONFIG), "model config").get("transformers_weights")
+    asked = json_object(folder, CONFIG, "model config").get("transformers_weights")
     first = _first(folder, here, asked)
     if first.endswith(".safetensors"):
         return [first], {}
-    places = _weight_map(inside(folder, first))
+    places = _weight_map(folder, first)
     return sorted(set(places.values())), places
 
 
@@ -117,13 +125,13 @@ def _first(folder: Path, here: Container[str] | None, asked: str | None) -> str:
     return found
 
 
-def _weight_map(path: Path) -> dict[str, str]:
-    index = read_json(path, "safetensors index")
-    places = index.get("weight_map") if isinstance(index, dict) else None
-    if not (isinstance(places, dict) and places and all(isinstance(name, str) for name in places.values())):
-        raise ValueError(f"{path} is not a safetensors index: it has no weight_map from tensors to files.")
+def _weight_map(folder: Path, name: str) -> dict[str, str]:
+    index = json_object(folder, name, "safetensors index")
+    places = index.get("weight_map")
+    if not (isinstance(places, dict) and places and all(isinstance(file, str) for file in places.values())):
+        raise ValueError(f"{folder / name} is not a safetensors index: it has no weight_map from tensors to files.")
     if not isinstance(index.get("metadata"), dict):
-        raise ValueError(f'{path} has no metadata, without which transformers does not read it: add "metadata": {{}} to it.')
+        raise ValueError(f'{folder / name} has no metadata, without which transformers reads no index: add "metadata": {{}}.')
     return places
 
 
@@ -203,7 +211,7 @@ def _place(path: Path, name: str, about: dict, start: int, size: int) -> Place:
     try:
         dtype, shape, (since, until) = about["dtype"], about["shape"], about["data_offsets"]
         counted = isinstance(dtype, str) and isinstance(shape, list) and {int}.issuperset(map(type, (*shape, since, until)))
-        counted = counted and min(*shape, since) >= 0 and max(*shape, until) < 2**63
+        counted = counted and min(*shape, since, until) >= 0 and max(*shape, since, until) < 2**63
     except (KeyError, TypeError, ValueError):
         counted = False
     if not counted:
@@ -257,7 +265,7 @@ def _why(path: Path) -> str:
 
 def _code(folder: Path, configs: Iterable[str]) -> set[str]:
     """The Python files in the folder that the `auto_map` of a config names, and those that they import from beside them."""
-    named = [ref for name in configs for ref in _references(read_json(inside(folder, name), "config"))]
+    named = [ref for name in configs for ref in _references(json_object(folder, name, "config"))]
     waiting, found = [f"{ref.split('.')[0]}.py" for ref in named if "--" not in ref], set()
     while waiting:
         name = waiting.pop()
@@ -269,5 +277,5 @@ def _code(folder: Path, configs: Iterable[str]) -> set[str]:
 
 def _references(config: dict) -> list[str]:
     """Every `module.Class` of a config's auto_map, some of which stand in pairs."""
-    values = (config.get("auto_map") or {}).values()
+    values = found.values() if isinstance(found := config.get("auto_map"), dict) else ()
     return [ref for value in values for ref in (value if isinstance(value, list) else [value]) if isinstance(ref, str)]

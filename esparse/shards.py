@@ -12,8 +12,8 @@ from safetensors import safe_open
 from tqdm.auto import tqdm
 
 from .corpora import from_hub
-from .files import digest, local_folder, read_json
-from .folder import ADAPTER, CARRIED, CONFIG, INDEX, SINGLE, Place, named, refuse_adapter, tensors
+from .files import digest, local_folder
+from .folder import ADAPTER, CARRIED, CONFIG, INDEX, SINGLE, Place, json_object, named, refuse_adapter, tensors
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 FP8, FP8_SCALE = "F8_E4M3", "_scale_inv"  # block FP8: `weight` beside `weight_scale_inv`
@@ -168,7 +168,7 @@ def read_config(folder: Path):
     """The config of a checkpoint. Raises FileNotFoundError without one, ValueError for an adapter and where it asks for code
     of its own."""
     refuse_adapter(folder)
-    entries = read_json(folder / "config.json", "model config")
+    entries = json_object(folder, CONFIG, "model config")
     kind = entries.get("model_type")
     if kind not in transformers.CONFIG_MAPPING:
         raise ValueError(
@@ -190,14 +190,14 @@ def fetch(source: str, revision: str | None = None) -> Path:
     """`described`, with the weights that the folder means, and what belongs beside them, downloaded as well."""
     folder = described(source, revision)
     if local_folder(source) is None:
-        asked = read_json(folder / CONFIG, "model config").get("transformers_weights")
+        asked = json_object(folder, CONFIG, "model config").get("transformers_weights")
         _download(source, folder.name, [asked or SINGLE, *CARRIED, "*.py"])  # code is copied along, never run
         _download(source, folder.name, named(folder)[0])
     return folder
 
 
-def _download(source: str, revision: str | None, wanted: list[str]) -> Path:
+def _download(source: str | Path, revision: str | None, wanted: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
-    load = lambda: snapshot_download(source, revision=revision, allow_patterns=wanted)  # noqa: E731
-    return Path(from_hub(load, f"the model {source!r}", source, "a local folder works offline"))
+    load = lambda: snapshot_download(str(source), revision=revision, allow_patterns=wanted)  # noqa: E731
+    return Path(from_hub(load, f"the model {str(source)!r}", str(source), "a local folder works offline"))

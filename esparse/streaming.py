@@ -286,7 +286,8 @@ def prune_checkpoint(
     r: how many to keep, or a `PruningPlan` made before, after which nothing is computed and no calibration set is read.
     source: a local folder of safetensors, or a hub id. destination: a folder of the same kind, with tokenizer, index,
     `plan.json`, a model card and `pruning_report.json`, which is also returned: kept experts, losses, betas, seconds, peak
-    memory, versions, the calibration set. Weights are copied bit by bit; block FP8 and MXFP4 are written as bfloat16.
+    memory, versions, the calibration set, and the tensors ("left_out") and files ("not_copied") of the source that do not go
+    along. Weights are copied bit by bit; block FP8 and MXFP4 are written as bfloat16.
     calibration: a corpus or path as for `calibration_tokens`, or token ids [sequences, length]. method: as for
     `search_experts`. dtype: what to compute in, or its name (None: what most weights are of). batch_size: sequences a pass.
 

@@ -127,7 +127,8 @@ REFUSED = {
     "bin alone": (bin_alone, "There are no safetensors in"),
     "a shard is missing": (lambda folder: weight_files(folder)[0].unlink(), "names model-00001-of-.*, which is not in it"),
     "an empty index": (lambda folder: change(folder / INDEX, weight_map={}), "no weight_map from tensors to files"),
-    "no metadata": (lambda folder: change(folder / INDEX, metadata=None), "has no metadata, without which transformers"),
+    "no metadata": (lambda folder: change(folder / INDEX, metadata=None), "has no metadata, without which transformers reads"),
+    "no config": (lambda folder: (folder / "config.json").write_text("[]"), "config.json is no model config"),
     "a pickle": (lambda folder: change(folder / "config.json", transformers_weights="x.bin"), "names x.bin as its weights"),
     "not there": (
         lambda folder: change(folder / "config.json", transformers_weights="x.safetensors"),
@@ -484,7 +485,7 @@ def hub(littered, tmp_path, monkeypatch):
 
     def info(*_):
         siblings = [SimpleNamespace(rfilename=name, size=(littered / name).stat().st_size) for name in names(littered)]
-        return SimpleNamespace(siblings=siblings, gated=False)
+        return SimpleNamespace(safetensors=None, siblings=siblings, gated=False)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     monkeypatch.setattr(sys.modules["esparse.preflight"], "_info", info)
