@@ -13,7 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .files import data_folder, digest
-from .models import check_tokens
+from .models import check_tokens, evaluating, input_device
 from .processes import leave_ranks, of_first
 
 if TYPE_CHECKING:
@@ -32,10 +32,11 @@ def perplexity(model, tokens: torch.Tensor, batch_size: int = 16) -> float:
     """exp of the mean next-token cross-entropy over tokens [sequences, length], as for WikiText in the literature."""
     check_tokens(model, tokens)
     total = 0.0
-    for batch in tqdm(tokens.split(batch_size), desc="perplexity", unit="batch", leave=False):
-        logits = model(batch.to(model.device), use_cache=False).logits[:, :-1].float()  # [b, length - 1, vocabulary]
-        targets = batch[:, 1:].to(logits.device)
-        total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
+    with evaluating(model):
+        for batch in tqdm(tokens.split(batch_size), desc="perplexity", unit="batch", leave=False):
+            logits = model(batch.to(input_device(model)), use_cache=False).logits[:, :-1].float()  # [b, length - 1, vocabulary]
+            targets = batch[:, 1:].to(logits.device)
+            total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
     return float(torch.tensor(total / (tokens.shape[0] * (tokens.shape[1] - 1))).exp())
 
 
@@ -71,19 +72,20 @@ def evaluate(
     if unknown:
         raise ValueError(f"Unknown task {unknown[0]!r}: take one of {', '.join(TINY_TASKS)} or one of lm-eval's own.")
     try:
-        results = lm_eval.simple_evaluate(
-            _language_model(model, tokenizer, batch_size),
-            tasks=[_task_config(task) if task in own else task for task in tasks],
-            num_fewshot=num_fewshot,
-            limit=limit,
-            task_manager=manager,
-            bootstrap_iters=1000,
-            log_samples=False,
-            random_seed=seed,
-            numpy_random_seed=seed,
-            torch_random_seed=seed,
-            fewshot_random_seed=seed,
-        )
+        with evaluating(model):
+            results = lm_eval.simple_evaluate(
+                _language_model(model, tokenizer, batch_size),
+                tasks=[_task_config(task) if task in own else task for task in tasks],
+                num_fewshot=num_fewshot,
+                limit=limit,
+                task_manager=manager,
+                bootstrap_iters=1000,
+                log_samples=False,
+                random_seed=seed,
+                numpy_random_seed=seed,
+                torch_random_seed=seed,
+                fewshot_random_seed=seed,
+            )
     except OSError as error:
         raise ConnectionError(
             f"The data of {', '.join(tasks)} could not be read ({error}): offline, take tasks among {', '.join(TINY_TASKS)}."
@@ -117,6 +119,7 @@ def _language_model(model, tokenizer, batch_size: int):
     from lm_eval.models.huggingface import HFLM
 
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    lm._device = input_device(model)  # it takes that of the first weight, which may be offloaded
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         from accelerate import Accelerator
 
