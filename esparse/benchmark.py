@@ -21,7 +21,7 @@ from transformers import CompileConfig, DynamicCache, StaticCache
 
 from .experts import Scratch
 from .files import data_folder, read_json, write_json
-from .models import moe_layers
+from .models import evaluating, input_device, moe_layers
 from .pruning import masked_layer
 from .search import subset_losses
 from .traces import CHUNK_TOKENS, LayerTrace, trace_block
@@ -87,7 +87,8 @@ def measure_generation(
     parts and their tokens per second over all sequences. Warm up before, repeat and take medians.
     """
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, model.config.vocab_size, (batch_size, prompt + new_tokens), generator=generator).to(model.device)
+    ids = torch.randint(3, model.config.vocab_size, (batch_size, prompt + new_tokens), generator=generator)
+    ids = ids.to(input_device(model))
     if compiled := cache is not None:
         cache.reset()  # of another one the addresses would be new, and what was captured useless
     else:
@@ -102,7 +103,8 @@ def measure_generation(
             for position in range(prompt, prompt + new_tokens):
                 step(forward, position, position + 1)
 
-    prefill, decoding = seconds_of(lambda: step(model, 0, prompt)), seconds_of(decode)
+    with evaluating(model):
+        prefill, decoding = seconds_of(lambda: step(model, 0, prompt)), seconds_of(decode)
     return {
         "prefill_seconds": prefill,
         "decode_seconds": decoding,

@@ -14,7 +14,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .files import data_folder, digest
-from .models import check_tokens, router_logits_off
+from .models import check_tokens, evaluating, input_device, router_logits_off
 from .processes import leave_ranks, of_first
 
 if TYPE_CHECKING:
@@ -33,9 +33,9 @@ def perplexity(model, tokens: torch.Tensor, batch_size: int = 16) -> float:
     """exp of the mean next-token cross-entropy over tokens [sequences, length], as for WikiText in the literature."""
     check_tokens(model, tokens)
     total = 0.0
-    with router_logits_off(model):
+    with evaluating(model), router_logits_off(model):
         for batch in tqdm(tokens.split(batch_size), desc="perplexity", unit="batch", leave=False):
-            logits = model(batch.to(model.device), use_cache=False).logits[:, :-1].float()  # [b, length - 1, vocabulary]
+            logits = model(batch.to(input_device(model)), use_cache=False).logits[:, :-1].float()  # [b, length - 1, vocabulary]
             targets = batch[:, 1:].to(logits.device)
             total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
     return float(torch.tensor(total / (tokens.shape[0] * (tokens.shape[1] - 1))).exp())
@@ -70,7 +70,7 @@ def evaluate(
     lm_eval = _lm_eval()
     names = resolve_tasks(tasks)
     own = [task for task in names if _is_shipped(task)]
-    with router_logits_off(model):
+    with evaluating(model), router_logits_off(model):
         results = lm_eval.simple_evaluate(
             _language_model(model, tokenizer, batch_size),
             tasks=[_task_config(task) if task in own else task for task in names],
@@ -182,6 +182,7 @@ def _language_model(model, tokenizer, batch_size: int):
     from lm_eval.models.huggingface import HFLM
 
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    lm._device = input_device(model)  # it takes that of the first weight, which may be offloaded
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         from accelerate import Accelerator
 

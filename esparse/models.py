@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .files import digest
-from .routers import Router, held, identify
+from .routers import Router, device_of, held, identify
 
 COUNT_NAMES = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
@@ -39,7 +39,8 @@ class MoELayer:
     @cached_property
     def _identified(self) -> tuple[Router, int]:
         try:
-            return identify(self.block, self.gate, self.n)
+            with evaluating(self.block, self.gate):
+                return identify(self.block, self.gate, self.n)
         except ValueError as error:
             raise ValueError(f"{self.name}: esparse cannot use the router {type(self.gate).__name__}, since {error}.") from None
 
@@ -112,6 +113,7 @@ def _after(layer: MoELayer) -> tuple[bool, torch.Tensor | None]:
     """Whether a block's output is linear in its experts' sum, and the map, found by handing it sums of our own."""
     width = layer.experts.down_proj.shape[2 if layer.experts.is_transposed else 1]
     like = next(p for p in layer.gate.parameters() if p.ndim == 2)
+    like = like.new_empty(like.shape, device=device_of(layer.gate, like))
     given = torch.randn(8, width, generator=torch.Generator().manual_seed(0)).to(like.device, layer.experts.down_proj.dtype)
     close = lambda one, other: torch.allclose(one, other, rtol=2e-2, atol=2e-2 * other.abs().max().item())  # noqa: E731
     try:
@@ -129,7 +131,7 @@ def _after(layer: MoELayer) -> tuple[bool, torch.Tensor | None]:
 
 def block_output(layer: MoELayer, sums: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """The block's output [rows, d] were its experts to sum up to `sums` [rows, inner], on inputs of zero."""
-    with silenced(layer, sums):
+    with silenced(layer, sums), evaluating(layer.block):
         output = layer.block(like.new_zeros(1, len(sums), like.shape[1]).to(sums.dtype))
     return (output[0] if isinstance(output, tuple) else output).reshape(len(sums), -1)
 
@@ -242,6 +244,43 @@ def router_logits_off(model: nn.Module) -> Iterator[None]:
     finally:
         for config in former:
             config.output_router_logits = True
+
+
+@contextmanager
+def modes_kept(*models: nn.Module) -> Iterator[None]:
+    """On leaving, every module of these is again in the mode, training or evaluation, that it was in."""
+    former = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in former:
+            module.training = mode
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """These in evaluation mode, without dropout or a router's jitter, and afterwards as they were."""
+    with modes_kept(*models):
+        for module in (module for model in models for module in model.modules()):
+            module.training = False
+        yield
+
+
+def uncompiled():
+    """A context in which torch.compile's code gives way to the modules', since it does not hear hooks that came later."""
+    return torch.compiler.set_stance("force_eager")
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where a model takes its token ids: its embeddings may be offloaded."""
+    embeddings = model.get_input_embeddings()
+    return device_of(embeddings, embeddings.weight)
+
+
+def check_held(modules: Iterable[nn.Module], advice: str) -> None:
+    """ValueError, with advice, where accelerate has left weights of these modules on disk or on another device."""
+    if any(p.is_meta for module in modules for p in module.parameters()):
+        raise ValueError(f"Weights of this model are offloaded, so that they cannot be changed in place: {advice}.")
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .files import read_json, refuse_existing, write_json
-from .models import MoELayer, check_fingerprint, count_names, moe_layers
+from .models import MoELayer, check_fingerprint, check_held, count_names, moe_layers, uncompiled
 from .routers import per_expert, unpack
 from .traces import check_experts
 
@@ -61,7 +61,8 @@ def _masking_hook(layer: MoELayer, kept: list[int]):
 
 @contextmanager
 def masked_layer(layer: MoELayer, kept: Sequence[int]) -> Iterator[None]:
-    handle = layer.gate.register_forward_hook(_masking_hook(layer, list(kept)))
+    # First of the gate's hooks: whoever listens already, as transformers to record router logits, hears the masked router.
+    handle = layer.gate.register_forward_hook(_masking_hook(layer, list(kept)), prepend=True)
     try:
         yield
     finally:
@@ -84,9 +85,10 @@ def _check_plan(model, plan: PruningPlan) -> list[MoELayer]:
 def masked(model, plan: PruningPlan) -> Iterator[None]:
     """The model as if pruned: removed experts are taken out of the routing, no weight is copied or changed.
 
-    Raises ValueError for a plan made with another model.
+    Router logits that transformers records inside are those of the kept experts, at their old numbers; the others' are -inf.
+    A compiled model runs uncompiled meanwhile. Raises ValueError for a plan made with another model.
     """
-    with ExitStack() as stack:
+    with ExitStack() as stack, uncompiled():
         for layer, kept in zip(_check_plan(model, plan), plan.kept, strict=True):
             stack.enter_context(masked_layer(layer, kept))
         yield
@@ -97,8 +99,9 @@ def prune(model, plan: PruningPlan):
     """Remove the experts outside the plan, in place, and return the model: an ordinary one with fewer experts.
 
     Everything is checked before anything changes. One layer is copied at a time. Raises ValueError for a plan made
-    with another model.
+    with another model, and for MoE layers that accelerate has offloaded.
     """
+    check_held((layer.block for layer in moe_layers(model)), "prune from disk to disk, with prune_checkpoint")
     layers = _check_plan(model, plan)
     n, configs = layers[0].n, (model.config, model.config.get_text_config(), *(layer.experts.config for layer in layers))
     for layer, kept in zip(layers, plan.kept, strict=True):

@@ -174,7 +174,7 @@ def identify(block: nn.Module, gate: nn.Module, n: int) -> tuple[Router, int]:
     places = [(m, name) for m, name, _ in per_expert(block, gate, n) if getattr(m, name).numel() == n]
     vectors = {number: held(*place) for number, place in enumerate(places)}
     generator = torch.Generator().manual_seed(0)
-    probe = torch.randn(1, 64, weight.shape[1], generator=generator).to(_device(gate, weight), weight.dtype)
+    probe = torch.randn(1, 64, weight.shape[1], generator=generator).to(device_of(gate, weight), weight.dtype)
     offloaded = any(getattr(*place).is_meta for place in places)
     with _shaken([getattr(*place) for place in places], generator):
         spread = _ask(gate, probe, arguments)[0].float().std()  # logits far apart would make all kinds look alike
@@ -201,9 +201,9 @@ def _also_takes(gate: nn.Module) -> list[str]:
     return [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
 
 
-def _device(gate: nn.Module, weight: torch.Tensor) -> torch.device:
-    """Where a gate computes: offloaded weights lie on "meta" until its hook brings them."""
-    return torch.device(gate._hf_hook.execution_device) if weight.is_meta and hasattr(gate, "_hf_hook") else weight.device
+def device_of(module: nn.Module, weight: torch.Tensor) -> torch.device:
+    """Where a module with this weight computes: offloaded weights lie on "meta" until its hook brings them."""
+    return torch.device(module._hf_hook.execution_device) if weight.is_meta and hasattr(module, "_hf_hook") else weight.device
 
 
 def _ask(gate: nn.Module, probe: torch.Tensor, arguments: list) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

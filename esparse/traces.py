@@ -19,9 +19,19 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from .experts import Scratch, pair_outputs, run_experts
+from .experts import Scratch, mixed, pair_outputs, run_experts
 from .files import new_folder, read_json, write_json
-from .models import MoELayer, check_tokens, experts_implementation, fingerprint, free_memory, moe_layers
+from .models import (
+    MoELayer,
+    check_tokens,
+    evaluating,
+    experts_implementation,
+    fingerprint,
+    free_memory,
+    input_device,
+    moe_layers,
+    uncompiled,
+)
 from .processes import everyone, summed
 from .routers import Router, read_router, skip_pairs, skip_ratios, unpack
 
@@ -371,6 +381,7 @@ class Recorder:
         target: Iterator[torch.Tensor] | None = None,
     ):
         self.layer, self.chunk, self.scratch, self.target = layer, chunk, scratch, target
+        self.stock = layer.experts.config._experts_implementation
         _ = layer.after  # asked before anybody listens
         self.keep, self.m = keep or layer.k, reach(layer.n, layer.k, keep, layer.router)
         self.logits, self.order, self.gram, self.target_dot, self.target_norm = [], [], [], [], []
@@ -396,6 +407,7 @@ class Recorder:
         """
         result = torch.empty_like(hidden_states)
         weights = weights.gather(1, self.sorting)  # as in `order`
+        ranks = self.sorting.argsort(1)  # where in `order` stands what the router gave first
         target = next(self.target) if self.target else None
         self.chunk = self.chunk or chunk_size(self.layer, self.m, hidden_states)
         start, first = 0, len(self.gram)
@@ -403,7 +415,7 @@ class Recorder:
             part = slice(start, start + self.chunk)
             try:
                 there = None if target is None else target[part]
-                result[part] = self._run(hidden_states[part], self.order[-1][part], weights[part], there)
+                result[part] = self._run(hidden_states[part], self.order[-1][part], weights[part], ranks[part], there)
                 start = part.stop
                 continue
             except (MemoryError, RuntimeError) as error:
@@ -419,14 +431,13 @@ class Recorder:
             )
         return result
 
-    def _run(self, hidden_states, order, weights, target) -> torch.Tensor:
+    def _run(self, hidden_states, order, weights, ranks, target) -> torch.Tensor:
         """The layer's own result [chunk, d]; the Gram of its experts' contributions is kept."""
         outputs = pair_outputs(self.layer.experts, hidden_states, order, self.scratch)  # [chunk, m, d]
+        result = mixed(outputs[:, : self.layer.k], order[:, : self.layer.k], weights, ranks, self.stock)
         outputs = outputs if outputs.dtype == torch.float64 else outputs.float()
-        mixed = weights[:, None].to(outputs.dtype) @ outputs[:, : self.layer.k]  # [chunk, 1, d]
-        mixed = mixed[:, 0].to(hidden_states.dtype)
         self._accumulate(leaving(self.layer, outputs), target)  # last: after it nothing can fail, and be tried again
-        return mixed
+        return result
 
     def _accumulate(self, outputs: torch.Tensor, target: torch.Tensor | None) -> None:
         i, j = torch.triu_indices(self.m, self.m, device=outputs.device)
@@ -478,7 +489,7 @@ ALL_EXPERTS_FUNCTIONS.register("esparse_tracing", _tracing_forward)
 @contextmanager
 def recording(recorders: Sequence[Recorder]) -> Iterator[None]:
     """These recorders in the place of their layers' experts."""
-    with ExitStack() as stack:
+    with ExitStack() as stack, uncompiled():
         stack.enter_context(experts_implementation([recorder.layer for recorder in recorders], "esparse_tracing"))
         for recorder in recorders:
             stack.callback(recorder.layer.gate.register_forward_hook(recorder.route).remove)
@@ -514,6 +525,9 @@ def trace(
     tokens: [sequences, length] ids. keep: the smallest number of experts the trace must answer for (None: k); fewer
     experts run the larger it is. batch_size: sequences a forward pass. chunk_tokens: tokens whose expert outputs are
     in memory at a time, which bounds the extra memory (from the free memory, if None). The result lies on the model's device.
+    The model runs in evaluation mode, and is as it was afterwards. In half precision the experts' outputs are added up as the
+    model's experts implementation does, so that it routes as in a stock forward pass; generated token by token, stock
+    transformers itself routes up to 1% of the tokens otherwise (bfloat16, tiny model, CPU).
     Raises ValueError for models without MoE layers, token ids outside the vocabulary, keep outside k..n, and for
     logits or outputs that are not finite.
     """
@@ -521,12 +535,12 @@ def trace(
     layers = moe_layers(model)
     for layer in layers:
         check_experts(layer.k if keep is None else keep, layer.n, layer.k)
-    check_gram(layers, tokens.numel(), keep, model.device)
+    check_gram(layers, tokens.numel(), keep, input_device(model))
     scratch = Scratch()
     recorders = [Recorder(layer, keep, chunk_tokens, scratch) for layer in layers]
-    with recording(recorders):
+    with evaluating(model), recording(recorders):
         for batch in tqdm(tokens.split(batch_size), desc="trace", unit="batch"):
-            model.base_model(batch.to(model.device), use_cache=False)
+            model.base_model(batch.to(input_device(model)), use_cache=False)
     return Trace([recorder.finish() for recorder in recorders], fingerprint(model), tokens_digest(tokens))
 
 
@@ -534,6 +548,6 @@ def trace(
 def trace_block(layer: MoELayer, hidden_states: torch.Tensor, keep: int | None, scratch: Scratch | None = None) -> LayerTrace:
     """The trace of one block alone, on hidden states [tokens, d]."""
     recorder = Recorder(layer, keep, None, scratch or Scratch())
-    with recording([recorder]):
+    with evaluating(layer.block), recording([recorder]):
         layer.block(hidden_states[None])
     return recorder.finish()
