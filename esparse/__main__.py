@@ -216,7 +216,7 @@ def _bench(arguments) -> None:
 
 def _add_calibration(command: argparse.ArgumentParser) -> None:
     """What commands that calibrate from disk ask for alike."""
-    corpora = "c4, math, gsm8k, web, arithmetic, two of them as web+arithmetic, or a path (c4)"
+    corpora = "c4, math, gsm8k, web, arithmetic, a file or folder, or a mix of them such as 'code.jsonl*3+c4' (c4)"
     command.add_argument("--calibration", default="c4", metavar="CORPUS", help=corpora)
     command.add_argument("--sequences", type=_count, default=128, metavar="N", help="sequences of the calibration set (128)")
     command.add_argument("--length", type=_count, default=2048, metavar="L", help="tokens of each (2048)")
@@ -289,7 +289,7 @@ def _parser() -> argparse.ArgumentParser:
     recover.add_argument("--rung", default="tune", help="router, experts or tune (tune)")
     recover.add_argument("--teacher", metavar="MODEL", help="the full model, for router and experts")
     recover.add_argument("--plan", metavar="FILE", help="the pruning plan, where the teacher has more experts")
-    recover.add_argument("--corpus", default="metamath", help="metamath, or any corpus or path (metamath)")
+    recover.add_argument("--corpus", default="metamath", help="metamath, or what prune --calibration takes (metamath)")
     recover.add_argument("--sequences", type=_count, default=8192, metavar="N", help="sequences to train on (8192)")
     recover.add_argument("--length", type=_count, default=2048, metavar="L", help="tokens of each (2048)")
     recover.add_argument("--steps", type=_count, default=900, metavar="N", help="of the optimiser (900)")

@@ -14,7 +14,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .checkpoints import load_model, load_tokenizer, read_dtype
-from .corpora import calibration_tokens
+from .corpora import calibration_tokens, is_local, parts
 from .evaluation import evaluate, is_group, perplexity, resolve_tasks, task_names, task_version
 from .files import checkout, digest, read_json, write_json
 from .folder import CONFIG, side_files, weight_files
@@ -171,8 +171,8 @@ class Run:
         return self.sizes[:2][-1]
 
     def tokens(self, corpus: str, *, sequences: int | None = None, seed: int | None = None) -> torch.Tensor:
-        """The calibration set of a corpus, [sequences, length]; of a file without its documents held out."""
-        names = "+".join(f"{name}/rest" if _is_file(name) else name for name in corpus.split("+"))
+        """The calibration set of a corpus, [sequences, length]; of a file or folder without its documents held out."""
+        names = _of_each(corpus, lambda name: "rest" if is_local(name) else None)
         drawn = (names, sequences or self.sequences, self.length, self.seed if seed is None else seed)
         if drawn not in self._drawn:
             options = dict(zip(("sequences", "length", "seed"), drawn[1:], strict=True))
@@ -185,9 +185,10 @@ class Run:
         return {}
 
     def held_out(self, corpus: str) -> torch.Tensor:
-        """As many sequences again that no calibration set holds: of the other split, or of a file every fifth document."""
-        split = HELD_OUT.get(corpus) or ("heldout" if _is_file(corpus) else None)
-        return self.tokens(f"{corpus}/{split}" if split else corpus, seed=self.seed + 1)
+        """As many sequences again that no calibration set holds: of the other split, or of a file or folder every fifth
+        document."""
+        names = _of_each(corpus, lambda name: "heldout" if is_local(name) else HELD_OUT.get(name))
+        return self.tokens(names, seed=self.seed + 1)
 
     def trace(self, corpus: str, *, tokens: torch.Tensor | None = None) -> Trace:
         """The trace of the full model on a corpus, down to the smallest size asked for; made once, then read."""
@@ -299,7 +300,9 @@ class Run:
 
     def label(self, corpus: str) -> str:
         """How figures name a corpus: synthetic ones are never called C4 or MATH."""
-        return LABELS.get(corpus) or " and ".join(Path(name).name for name in corpus.split("+"))
+        short = {one: LABELS.get(one) or _short(one) for one in (corpus, self.general, self.domain)}
+        alike = len({self.general, self.domain}) > 1 and short[self.general] == short[self.domain] == short[corpus]
+        return corpus if alike else short[corpus]
 
     @property
     def embedded(self) -> bool:
@@ -328,8 +331,19 @@ class Run:
         return pd.Series(values, name="value")
 
 
-def _is_file(corpus: str) -> bool:
-    return Path(corpus).suffix != "" and Path(corpus).is_file()
+def _of_each(corpus: str, split: Callable[[str], str | None]) -> str:
+    """A corpus, or each of a mix, with its split behind it. Raises ValueError where a folder has one called alike itself."""
+    words = []
+    for name, weight in parts(corpus):
+        part = split(name)
+        if part and is_local(name) and (Path(name) / part).exists():
+            raise ValueError(f"{name} holds {part!r} itself, by which a run calls what it parts the folder into: rename that.")
+        words.append((f"{name}/{part}" if part else name) + f"*{weight}" * (weight > 1))
+    return "+".join(words)
+
+
+def _short(corpus: str) -> str:
+    return " and ".join(f"{weight} x " * (weight > 1) + Path(name).name for name, weight in parts(corpus))
 
 
 def default_folder(model_name: str) -> Path:

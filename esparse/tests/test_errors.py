@@ -62,9 +62,9 @@ def test_corpus_that_is_not_there(tiny, tmp_path):
         esparse.calibration_tokens("web/test", tiny[1])
     with pytest.raises(FileNotFoundError, match="no corpus file at"):
         esparse.calibration_tokens(str(tmp_path / "nothing.txt"), tiny[1])
-    (tmp_path / "corpus.csv").write_text("a,b")
+    (tmp_path / "corpus.docx").write_text("a,b")
     with pytest.raises(ValueError, match="is not a .txt"):
-        esparse.calibration_tokens(str(tmp_path / "corpus.csv"), tiny[1])
+        esparse.calibration_tokens(str(tmp_path / "corpus.docx"), tiny[1])
 
 
 def test_corpus_empty_or_too_short(tiny, tmp_path):
