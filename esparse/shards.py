@@ -18,10 +18,13 @@ from transformers.core_model_loading import revert_weight_conversion
 from .corpora import from_hub
 from .files import digest, local_folder, read_json
 from .models import COUNT_NAMES, count_names, decoder_layers, moe_layers
+from .pruning import cut
+from .routers import pruned_table, table
 from .traces import check_experts
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+DTYPES |= {"I32": torch.int32, "I64": torch.int64}  # tables of token ids
 FP8, FP8_SCALE = "F8_E4M3", "_scale_inv"  # block FP8: `weight` beside `weight_scale_inv`
 MXFP4, MXFP4_SCALE = "_blocks", "_scales"  # two 4-bit numbers a byte, and an exponent for 32 of them
 _NUMBERED = re.compile(r"(.*\.experts\.)(\d+)(\..*)")
@@ -279,6 +282,7 @@ class Layout:
             set(getattr(full, "all_tied_weights_keys", None) or {}) if getattr(config, "tie_word_embeddings", False) else set()
         )
         self.layers = len(decoder_layers(full))
+        self.tables = _tables(full)
 
     def check(self, source: Source) -> list[str]:
         """The tensors of a source that are no part of the model, such as layers that predict further tokens.
@@ -313,7 +317,9 @@ class Layout:
             new, axis = self.cut(name, kept)
             if new is not None:
                 tensor = source.read(name)
-                state[new] = tensor if axis is None else tensor.index_select(axis, torch.tensor(kept))
+                if name in self.tables and kept:
+                    tensor = pruned_table(tensor, kept, self.n)
+                state[new] = tensor if axis is None else cut(tensor, axis, kept, self.n)
         return state
 
 
@@ -338,3 +344,11 @@ def expert_counts(config) -> tuple[int, int]:
 def _written(model) -> dict[str, tuple[int, ...]]:
     state = revert_weight_conversion(model, dict(model.state_dict()))
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def _tables(model) -> set[str]:
+    """The names, as stock transformers writes them, of what looks up experts by token id."""
+    gates = [layer.gate for layer in moe_layers(model) if table(layer.gate)]
+    names = [f"{name}.{table(module)}" for name, module in model.named_modules() if module in gates]
+    state = model.state_dict()
+    return set(revert_weight_conversion(model, {name: state[name] for name in names}))

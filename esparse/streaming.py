@@ -120,7 +120,7 @@ class Streamed:
 def _usual_dtype(source: Source) -> torch.dtype:
     """The dtype that most of the weights are of."""
     sizes: dict[torch.dtype, int] = {}
-    for entry in source.entries.values():
+    for entry in (entry for entry in source.entries.values() if entry.dtype.is_floating_point):
         sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.nbytes
     return max(sizes, key=sizes.__getitem__)
 
