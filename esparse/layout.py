@@ -25,6 +25,8 @@ from transformers.core_model_loading import (
 
 from .folder import side_files
 from .models import COUNT_NAMES, count_names, decoder_layers, moe_layers
+from .pruning import cut
+from .routers import pruned_table, table
 from .shards import Source
 from .traces import check_experts
 
@@ -248,6 +250,13 @@ class Layout:
         return name, _other_axis(self.full[name], self.small[name])
 
     @cached_property
+    def tables(self) -> set[str]:
+        """The parameters that look up experts by token id."""
+        places = {module: name for name, module in self.model.named_modules()}
+        gates = [layer.gate for layer in moe_layers(self.model) if table(layer.gate)]
+        return {f"{places[gate]}.{table(gate)}" for gate in gates}
+
+    @cached_property
     def axes(self) -> dict[str, int | None]:
         """The axis of each parameter that counts experts, or None."""
         small = self.small_model.state_dict()
@@ -297,7 +306,7 @@ class Checkpoint:
     def _check(self, group: Group) -> list[str]:
         """The parameters that a group makes, if they are those of the model."""
         for name in (name for names in group.names.values() for name in names):
-            self.source.entries[name].check(name)
+            self.source.entries[name].check(name, whole_numbers=group.parameter in self.layout.tables)
         for stored, published in self._pairs(group) or ():
             entry, shape = self.source.entries[stored], self.layout.full[published]
             if entry.shape != shape:
@@ -419,20 +428,21 @@ class Checkpoint:
             pairs = self._pairs(group)
             if pairs is None:
                 made = group.make(self.layout.model, self.source.read)
-                others |= {name: _selected(tensor, self.layout.axes[name], kept) for name, tensor in made.items()}
+                others |= {name: self._smaller(tensor, group, self.layout.axes[name], kept) for name, tensor in made.items()}
             else:
-                state |= dict(self._cut(pairs, kept))
+                state |= dict(self._cut(group, pairs, kept))
         return state | revert_weight_conversion(self.layout.small_model, others)
 
-    def _cut(self, pairs: Sequence[tuple[str, str]], kept: Sequence[int]) -> Iterator[tuple[str, torch.Tensor]]:
+    def _cut(self, group: Group, pairs: Sequence[tuple[str, str]], kept: Sequence[int]) -> Iterator[tuple[str, torch.Tensor]]:
         for stored, published in pairs:
             new, axis = self.layout.cut(published, kept)
             if new is not None:
-                yield new, _selected(self.source.read(stored), axis, kept)
+                yield new, self._smaller(self.source.read(stored), group, axis, kept)
 
-
-def _selected(tensor: torch.Tensor, axis: int | None, kept: Sequence[int]) -> torch.Tensor:
-    return tensor if axis is None else tensor.index_select(axis, torch.tensor(kept))
+    def _smaller(self, tensor: torch.Tensor, group: Group, axis: int | None, kept: Sequence[int]) -> torch.Tensor:
+        if group.parameter in self.layout.tables and kept:
+            tensor = pruned_table(tensor, kept, self.layout.n)
+        return tensor if axis is None else cut(tensor, axis, kept, self.layout.n)
 
 
 @dataclass

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .files import digest
-from .routers import Router, device_of, held, identify
+from .routers import Router, device_of, held, identify, table
 
 COUNT_NAMES = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
@@ -98,9 +98,9 @@ def moe_blocks(module: nn.Module) -> Iterator[MoELayer]:
     """Every MoE layer within a module, in order; none for a dense one."""
     for name, block in module.named_modules():
         experts = getattr(block, "experts", None)
-        gate = getattr(block, "gate", None) or getattr(block, "router", None)
-        if isinstance(experts, nn.Module) and _is_experts(experts) and isinstance(gate, nn.Module):
-            yield MoELayer(name, block, gate, experts)
+        gates = [gate for gate in (getattr(block, "gate", None), getattr(block, "router", None)) if isinstance(gate, nn.Module)]
+        if isinstance(experts, nn.Module) and _is_experts(experts) and gates:
+            yield MoELayer(name, block, gates[0], experts)
 
 
 def find_moe(decoder: nn.Module) -> MoELayer | None:
@@ -131,8 +131,9 @@ def _after(layer: MoELayer) -> tuple[bool, torch.Tensor | None]:
 
 def block_output(layer: MoELayer, sums: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """The block's output [rows, d] were its experts to sum up to `sums` [rows, inner], on inputs of zero."""
+    ids = {"input_ids": torch.zeros(1, len(sums), dtype=torch.long, device=like.device)} if table(layer.gate) else {}
     with silenced(layer, sums), evaluating(layer.block):
-        output = layer.block(like.new_zeros(1, len(sums), like.shape[1]).to(sums.dtype))
+        output = layer.block(like.new_zeros(1, len(sums), like.shape[1]).to(sums.dtype), **ids)
     return (output[0] if isinstance(output, tuple) else output).reshape(len(sums), -1)
 
 

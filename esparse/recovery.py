@@ -47,7 +47,7 @@ def expert_scales(layer: LayerTrace, kept: Sequence[int]) -> torch.Tensor:
     pseudo-inverse, so that an expert no token uses keeps its scale. Raises ValueError for subsets outside the trace.
     """
     kept = layer.check(kept)
-    column = torch.zeros(layer.n, dtype=torch.long, device=layer.order.device)
+    column = torch.zeros(layer.n + 1, dtype=torch.long, device=layer.order.device)
     column[kept] = torch.arange(len(kept), device=column.device)
     system = torch.zeros(len(kept), len(kept), dtype=torch.float64, device=column.device)
     target = torch.zeros(len(kept), dtype=torch.float64, device=column.device)
@@ -63,6 +63,9 @@ def expert_scales(layer: LayerTrace, kept: Sequence[int]) -> torch.Tensor:
             toward = (gram[:, :, : some.k] @ some.weights.double()[:, :, None]).squeeze(2)  # <f_i, z>, z the layer's own output
         else:
             toward = some.target_dot.double().gather(1, positions)
+        if some.router.shared:  # what the shared experts add otherwise than in z
+            before = some.weights.double().sum(1) if some.target_dot is None else some.router.total
+            toward = toward - gram[:, :, -1] * (before - weights.sum(1))[:, None]
         target.index_put_((at,), weights * toward, accumulate=True)
     system, target = layer.together(system), layer.together(target)
     return 1 + torch.linalg.pinv(system, hermitian=True) @ (target - system.sum(1))

@@ -16,6 +16,7 @@ from .files import digest, local_folder
 from .folder import ADAPTER, CARRIED, CONFIG, INDEX, SINGLE, Place, json_object, named, refuse_adapter, tensors
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+DTYPES |= {"I32": torch.int32, "I64": torch.int64}  # tables of token ids
 FP8, FP8_SCALE = "F8_E4M3", "_scale_inv"  # block FP8: `weight` beside `weight_scale_inv`
 MXFP4, MXFP4_SCALE = "_blocks", "_scales"  # two 4-bit numbers a byte, and an exponent for 32 of them
 
@@ -29,10 +30,11 @@ class Entry:
     dtype: torch.dtype | None  # None for what holds no weights of a language model, such as whole numbers
     stored: str  # safetensors' name of the dtype on disk
 
-    def check(self, name: str) -> None:
-        """ValueError where a tensor that the model is made of is in a dtype that holds no weights."""
-        if self.dtype is None:
-            raise ValueError(f"{self.file}: tensor {name} is of dtype {self.stored}; weights must be {', '.join(DTYPES)}.")
+    def check(self, name: str, whole_numbers: bool) -> None:
+        """ValueError where a tensor that the model is made of is in a dtype that does not hold what it should."""
+        if self.dtype is None or self.dtype.is_floating_point == whole_numbers:
+            known = [kind for kind, dtype in DTYPES.items() if dtype.is_floating_point != whole_numbers]
+            raise ValueError(f"{self.file}: tensor {name} is of dtype {self.stored}; it must be {', '.join(known)}.")
 
 
 class Source:

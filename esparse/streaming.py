@@ -127,7 +127,8 @@ def _usual_dtype(checkpoint: Checkpoint) -> torch.dtype:
     sizes: dict[torch.dtype, int] = {}
     for name in checkpoint.used:
         dtype = checkpoint.source.entries[name].dtype
-        sizes[dtype] = sizes.get(dtype, 0) + checkpoint.source.nbytes(name)
+        if dtype.is_floating_point:
+            sizes[dtype] = sizes.get(dtype, 0) + checkpoint.source.nbytes(name)
     return max(sizes, key=sizes.__getitem__)
 
 

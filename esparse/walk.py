@@ -165,7 +165,9 @@ class Walk:
         entering = at(self.pruned, b, batch)
         with outputs(layer) as target:
             after = through(self.model, decoder, batch, states)
-        if layer.linear and layer.shared:  # what shared experts add on the pruned stream, nobody else must make up for
+        if (
+            layer.linear and layer.shared and not layer.router.shared
+        ):  # what shared experts add on the pruned stream, nobody else must make up for
             with outputs(layer) as rest, silenced(layer):
                 through(self.model, decoder, batch, entering)
             target[0] = target[0] - rest[0]
