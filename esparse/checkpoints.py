@@ -68,7 +68,8 @@ def load_model(
     made = name in PRESETS and name != "tiny"
     dtype = read_dtype(dtype, eight_bits=not made)
     source = str(data_folder() / "tiny" if made or name == "tiny" else name)
-    local_folder(source)
+    if (folder := local_folder(source)) is not None:
+        check_causal(read_config(folder))
     tokenizer = load_tokenizer(source, revision)
     if made:
         model = preset_model(name).to(dtype or torch.float32)
@@ -83,8 +84,19 @@ def load_model(
     if device is not None:
         model = model.to(device)
     if (Path(source) / SKIPPING_FILE).exists():
-        enable_skipping(model, read_json(Path(source) / SKIPPING_FILE, "esparse settings file")["betas"])
+        enable_skipping(model, read_betas(Path(source) / SKIPPING_FILE))
     return model.eval(), tokenizer
+
+
+def read_betas(path: str | Path) -> list[float]:
+    """One beta per MoE layer, from a JSON list or one under "betas". Raises FileNotFoundError, or ValueError for another."""
+    found = read_json(path, "file of betas")
+    betas = found.get("betas") if isinstance(found, dict) else found
+    if not isinstance(betas, list):
+        raise ValueError(
+            f"{path} holds no betas: it must be a list of numbers, one for each MoE layer, or have one as 'betas'."
+        )
+    return betas
 
 
 def _eight_bits() -> transformers.TorchAoConfig:
@@ -134,12 +146,8 @@ def _fetch(kind, source: str, **options):
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError, ImportError) as error:
             return error  # of what is there, not of getting it
 
-    if Path(source).is_dir():
-        if language_model:
-            check_causal(read_config(Path(source)))
-        found = load()
-    else:
-        found = from_hub(load, f"the model {source!r}", source, "offline there are 'tiny' and local folders")
+    what, offline = f"the model {source!r}", "offline there are 'tiny' and local folders"
+    found = load() if Path(source).is_dir() else from_hub(load, what, source, offline)
     if not isinstance(found, Exception):
         return found
     line = (str(found).strip() or type(found).__name__).splitlines()[0]

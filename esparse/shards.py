@@ -235,15 +235,21 @@ def layer_number(name: str) -> int | None:
 
 
 def read_config(folder: Path):
-    """The config of a checkpoint. Raises FileNotFoundError without one, ValueError where it asks for code of its own."""
+    """The config of a checkpoint. Raises FileNotFoundError without one, ValueError where it asks for code of its own, or
+    holds what transformers cannot take."""
     entries = read_json(folder / "config.json", "model config")
-    kind = entries.get("model_type")
+    kind = entries.get("model_type") if isinstance(entries, dict) else None
     if kind not in transformers.CONFIG_MAPPING:
         raise ValueError(
             f"{folder} is of model type {kind!r}, which transformers {transformers.__version__} does not know: code that comes "
             "with a checkpoint is never run here, so use a version of transformers that has it."
         )
-    return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config.to_dict()
+    except Exception as error:  # of the type's own checks
+        raise ValueError(f"transformers cannot take {folder / 'config.json'}: {' '.join(str(error).split())}") from error
+    return config
 
 
 def fetch(source: str, revision: str | None = None) -> Path:
