@@ -43,6 +43,17 @@ def read_dtype(name: torch.dtype | str | None, *, eight_bits: bool = False) -> t
     return found
 
 
+def read_device(name: torch.device | str | None) -> torch.device | None:
+    """The device of that name. Raises ValueError for a name that torch does not know, and for a GPU that is not there."""
+    try:
+        device = None if name is None else torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"Unknown device {name!r}: take cpu, cuda, cuda:1 and the like.") from None
+    if device is not None and device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"There is no device {name} here: torch sees {torch.cuda.device_count()} GPUs.")
+    return device
+
+
 def load_model(
     name: str = "tiny",
     *,
@@ -65,7 +76,7 @@ def load_model(
     Raises FileNotFoundError, PermissionError or ConnectionError where the model cannot be had, ValueError where transformers
     cannot load it as a causal language model or has no tokenizer for it.
     """
-    made = name in PRESETS and name != "tiny"
+    made, device = name in PRESETS and name != "tiny", read_device(device)
     dtype = read_dtype(dtype, eight_bits=not made)
     source = str(data_folder() / "tiny" if made or name == "tiny" else name)
     if (folder := local_folder(source)) is not None:
@@ -79,7 +90,7 @@ def load_model(
         options |= {"quantization_config": _eight_bits() if dtype == "int8" else None}
         options |= {"device_map": device_map, "max_memory": max_memory, "use_safetensors": True}
         model = _fetch(transformers.AutoModelForCausalLM, source, **options)
-        if dtype == "int8":
+        if dtype in ("int8", torch.float64):
             model.set_experts_implementation("eager")  # no grouped product takes them
     if device is not None:
         model = model.to(device)

@@ -15,7 +15,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers.core_model_loading import revert_weight_conversion
 
-from .checkpoints import load_tokenizer, read_dtype
+from .checkpoints import load_tokenizer, read_device, read_dtype
 from .corpora import calibration_tokens
 from .destination import Progress, ShardWriter
 from .files import digest, refuse_existing, versions, write_json
@@ -80,7 +80,7 @@ class Streamed:
     """A causal language model of a source whose decoder layers are read when asked for, one at a time."""
 
     def __init__(self, source: Source, dtype: torch.dtype | str | None = None, device: str | torch.device | None = None):
-        self.source, self.device = source, device or "cpu"
+        self.source, self.device = source, read_device(device or "cpu")
         self.config = with_experts(source.config, count_experts(source.config))
         self.config.tie_word_embeddings = False  # no output layer is held that could share the embeddings
         self.config.get_text_config().tie_word_embeddings = False
