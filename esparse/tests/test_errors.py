@@ -10,7 +10,7 @@ import torch
 import transformers
 
 import esparse
-from esparse import corpora, shards
+from esparse import acceptance, corpora, shards
 from esparse.__main__ import main
 from esparse.checkpoints import read_betas, read_dtype
 from esparse.files import data_folder
@@ -471,3 +471,11 @@ def test_parameters_of_a_run_that_nobody_knows(tiny, tmp_path):
     run = esparse.Run(keep=8, folder=tmp_path)
     with pytest.warns(UserWarning, match="Nothing is pruned here: KEEP asks for no other size. Whatever shows r = 8 shows"):
         assert run.sizes == [8]
+
+
+def test_options_of_the_acceptance_run(tmp_path):
+    run = lambda **options: acceptance.acceptance(str(data_folder() / "tiny"), folder=tmp_path, **options)  # noqa: E731
+    one_sentence(lambda: run(nope=3), "There is no parameter NOPE: take general, domain, batch_size")
+    one_sentence(lambda: run(keep=[4]), "There is no parameter KEEP")
+    one_sentence(lambda: run(general="web", domain="web"), "Both corpora are called web (synthetic)")
+    assert not list(tmp_path.iterdir())
