@@ -93,8 +93,8 @@ def _print_not_copied(report: dict) -> None:
 
 
 def _evaluate(arguments) -> None:
+    from .checkpoints import read_betas
     from .evaluation import resolve_tasks
-    from .files import read_json
     from .processes import is_first
     from .pruning import PruningPlan
     from .runs import Run
@@ -111,8 +111,7 @@ def _evaluate(arguments) -> None:
         batch_size=arguments.batch_size,
     )
     plan = PruningPlan.load(arguments.plan) if arguments.plan else None
-    betas = read_json(arguments.betas, "file of betas") if arguments.betas else plan and plan.betas
-    betas = betas["betas"] if isinstance(betas, dict) else betas
+    betas = read_betas(arguments.betas) if arguments.betas else plan and plan.betas
     table = run.scores(plan, betas)
     if not is_first():
         return

@@ -3,6 +3,7 @@
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 
 import transformers
 
@@ -68,10 +69,16 @@ def acceptance(model: str, *, general: str = "c4", domain: str = "math", **optio
     """Trace a model on two corpora and set what it shows beside what the paper prints for Mixtral 8x7B.
 
     options: further fields of `Run`, such as sequences, length, dtype, folder. Returns rows of what, paper, here, as printed.
-    Made on stand-ins so far: nobody has told yet what real weights give. Raises ValueError unless there are 32 MoE layers.
+    Made on stand-ins so far: nobody has told yet what real weights give. Raises ValueError unless there are 32 MoE layers
+    and two corpora, and for another option.
     """
+    known = {field.name for field in fields(Run)} - {"model_name", "general", "domain", "keep"}
+    if unknown := sorted(set(options) - known):
+        raise ValueError(f"There is no parameter {unknown[0].upper()}: take general, domain, {', '.join(sorted(known))}.")
     run = Run(model, general=general, domain=domain, keep=[6], **options)
     labels = {run.label(corpus): corpus for corpus in (general, domain)}
+    if len(labels) < 2:
+        raise ValueError(f"Both corpora are called {run.label(general)}: the comparison takes two.")
     printed = dict(zip(paper("betas"), labels, strict=True))  # the general corpus stands for C4, the domain's for MATH
     betas = {name: median_betas(run.trace(labels[label])) for name, label in printed.items()}
     kept = {label: run.plan(corpus, 6).kept for label, corpus in labels.items()}

@@ -44,6 +44,17 @@ def read_dtype(name: torch.dtype | str | None, *, eight_bits: bool = False) -> t
     return found
 
 
+def read_device(name: torch.device | str | None) -> torch.device | None:
+    """The device of that name. Raises ValueError for a name that torch does not know, and for a GPU that is not there."""
+    try:
+        device = None if name is None else torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"Unknown device {name!r}: take cpu, cuda, cuda:1 and the like.") from None
+    if device is not None and device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"There is no device {name} here: torch sees {torch.cuda.device_count()} GPUs.")
+    return device
+
+
 def load_model(
     name: str = "tiny",
     *,
@@ -66,11 +77,12 @@ def load_model(
     Raises FileNotFoundError, PermissionError or ConnectionError where the model cannot be had, ValueError where transformers
     cannot load it as a language model or has no tokenizer for it, and what `folder.tensors` does for a local folder.
     """
-    made = name in PRESETS and name != "tiny"
+    made, device = name in PRESETS and name != "tiny", read_device(device)
     dtype = read_dtype(dtype, eight_bits=not made)
     source = str(data_folder() / "tiny" if made or name == "tiny" else name)
     if (folder := local_folder(source)) is not None:
         tensors(folder)
+    kind = None if made else _kind(source, revision)
     tokenizer = load_tokenizer(source, revision)
     if made:
         model = preset_model(name).to(dtype or torch.float32)
@@ -79,14 +91,14 @@ def load_model(
         options = {"dtype": kept or ("float32" if name == "tiny" else "auto"), "revision": revision}
         options |= {"quantization_config": _eight_bits() if dtype == "int8" else None}
         options |= {"device_map": device_map, "max_memory": max_memory, "use_safetensors": True}
-        model = _fetch(_kind(source, revision), source, **options)
+        model = _fetch(kind, source, **options)
         _remember_gates(model, source, revision)
-        if dtype == "int8":
+        if dtype in ("int8", torch.float64):
             model.set_experts_implementation("eager")  # no grouped product takes them
     if device is not None:
         model = model.to(device)
     if (Path(source) / SKIPPING_FILE).exists():
-        enable_skipping(model, read_json(Path(source) / SKIPPING_FILE, "esparse settings file")["betas"])
+        enable_skipping(model, read_betas(Path(source) / SKIPPING_FILE))
     return model.eval(), tokenizer
 
 
@@ -108,6 +120,17 @@ def _remember_gates(model, source: str, revision: str | None) -> None:
         return
     opened = Checkpoint(found, Layout(found.config, count_experts(found.config)))
     remember_stored(model, moe_blocks(model), opened.read if type(model) is type(opened.layout.model) else opened.read_text)
+
+
+def read_betas(path: str | Path) -> list[float]:
+    """One beta per MoE layer, from a JSON list or one under "betas". Raises FileNotFoundError, or ValueError for another."""
+    found = read_json(path, "file of betas")
+    betas = found.get("betas") if isinstance(found, dict) else found
+    if not isinstance(betas, list):
+        raise ValueError(
+            f"{path} holds no betas: it must be a list of numbers, one for each MoE layer, or have one as 'betas'."
+        )
+    return betas
 
 
 def _eight_bits() -> transformers.TorchAoConfig:
@@ -157,10 +180,8 @@ def _fetch(kind, source: str, **options):
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError, ImportError) as error:
             return error  # of what is there, not of getting it
 
-    if Path(source).is_dir():
-        found = load()
-    else:
-        found = from_hub(load, f"the model {source!r}", source, "offline there are 'tiny' and local folders")
+    what, offline = f"the model {source!r}", "offline there are 'tiny' and local folders"
+    found = load() if Path(source).is_dir() else from_hub(load, what, source, offline)
     if not isinstance(found, Exception):
         return found
     line = (str(found).strip() or type(found).__name__).splitlines()[0]

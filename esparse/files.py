@@ -42,9 +42,11 @@ def local_folder(source: str | Path) -> Path | None:
 
 
 def refuse_existing(path: str | Path) -> Path:
-    """The path, if nothing is there yet; FileExistsError otherwise."""
+    """The path, if nothing is there yet; FileExistsError otherwise, NotADirectoryError where it would lie below a file."""
     if Path(path).exists():
         raise FileExistsError(f"{path} already exists: choose another destination, or remove it first.")
+    if (file := next((parent for parent in Path(path).parents if parent.is_file()), None)) is not None:
+        raise NotADirectoryError(f"{path} cannot be made, since {file} is a file.")
     return Path(path)
 
 
@@ -84,6 +86,8 @@ def read_json(path: str | Path, what: str) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"There is no {what} at {path}.") from None
+    except OSError as error:
+        raise type(error)(f"{path} cannot be read as a {what}: {error.strerror}.") from None
     except ValueError as error:
         raise ValueError(f"{path} is not a readable {what} ({error}): it may be truncated; make it again.") from None
 

@@ -40,9 +40,14 @@ class PruningPlan:
     def load(cls, path: str | Path) -> "PruningPlan":
         """Read what `save` wrote. Raises FileNotFoundError, or ValueError for a file that is no plan."""
         try:
-            return cls(**read_json(path, "pruning plan"))
+            plan = cls(**read_json(path, "pruning plan"))
+            whole = isinstance(plan.r, int) and len(plan.losses) == len(plan.kept)
+            whole = whole and all(isinstance(expert, int) for kept in plan.kept for expert in kept)
         except TypeError:
-            raise ValueError(f"{path} is no pruning plan of esparse.") from None
+            whole = False
+        if not whole:
+            raise ValueError(f"{path} is no pruning plan of esparse.")
+        return plan
 
 
 def _masking_hook(layer: MoELayer, kept: list[int]):

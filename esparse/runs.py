@@ -83,6 +83,8 @@ class Run:
         self.batch_size = self.batch_size or (64 if tiny else 8)
         self.default_folder = self.folder is None
         self.folder = Path(self.folder) if self.folder else default_folder(self.model_name)
+        if self.folder.is_file():
+            raise NotADirectoryError(f"{self.folder} is a file: give a folder for traces and results.")
 
     @cached_property
     def _loaded(self):
@@ -264,7 +266,7 @@ class Run:
         with ExitStack() as stack:
             if plan:
                 stack.enter_context(masked(self.model, plan))
-            if betas:
+            if betas is not None:
                 stack.enter_context(skipping(self.model, betas))
             yield
 

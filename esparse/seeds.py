@@ -143,6 +143,8 @@ def ladder_rows(
     for rung in rungs:
         if rung == "output" and run.method != "enumerate":
             continue  # it chooses among the best of all subsets, which then are too many
+        if rung == "experts" and r == traced.layers[0].n:
+            continue  # no expert differs from the teacher's
         if rung == "output":
             chosen = run.once(lambda: _chosen(run, plan, traced, text), _settings(run, plan, text), "output", text)
             told, found = chosen["told"], quality(run, PruningPlan(**chosen["plan"]))

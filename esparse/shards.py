@@ -167,8 +167,8 @@ def _from_mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 
 
 def read_config(folder: Path):
-    """The config of a checkpoint. Raises FileNotFoundError without one, ValueError for an adapter and where it asks for code
-    of its own."""
+    """The config of a checkpoint. Raises FileNotFoundError without one, ValueError for an adapter, and where it asks for code
+    of its own or holds what transformers cannot take."""
     refuse_adapter(folder)
     entries = json_object(folder, CONFIG, "model config")
     kind = entries.get("model_type")
@@ -177,7 +177,12 @@ def read_config(folder: Path):
             f"{folder} is of model type {kind!r}, which transformers {transformers.__version__} does not know: code that comes "
             "with a checkpoint is never run here, so use a version of transformers that has it."
         )
-    return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config.to_dict()
+    except Exception as error:  # of the type's own checks
+        raise ValueError(f"transformers cannot take {folder / 'config.json'}: {' '.join(str(error).split())}") from error
+    return config
 
 
 def described(source: str | Path, revision: str | None = None) -> Path:

@@ -16,7 +16,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers.core_model_loading import revert_weight_conversion
 
-from .checkpoints import load_tokenizer, read_dtype
+from .checkpoints import load_tokenizer, read_device, read_dtype
 from .corpora import calibration_tokens
 from .destination import Progress, ShardWriter
 from .files import digest, refuse_existing, versions, write_json
@@ -85,7 +85,7 @@ class Streamed:
     def __init__(
         self, checkpoint: Checkpoint, dtype: torch.dtype | str | None = None, device: str | torch.device | None = None
     ):
-        self.checkpoint, self.device = checkpoint, device or "cpu"
+        self.checkpoint, self.device = checkpoint, read_device(device or "cpu")
         self.config = copy.deepcopy(checkpoint.layout.text.config)
         self.config.tie_word_embeddings = False  # no output layer is held that could share the embeddings
         self.dtype = read_dtype(dtype) or _usual_dtype(checkpoint)

@@ -26,8 +26,10 @@ RATIOS = ("general", "domain")  # of the measures, the perplexities
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard deviation (0 of one)."""
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+    """Mean and standard deviation (0 of one; none, where a value is none)."""
+    if len(values) == 1 or not all(map(math.isfinite, values)):
+        return statistics.fmean(values), 0.0 if len(values) == 1 else math.nan
+    return statistics.mean(values), statistics.stdev(values)
 
 
 def means(rows: Sequence[dict], by: Sequence[str]) -> "pd.DataFrame":

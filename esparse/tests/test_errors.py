@@ -10,9 +10,10 @@ import torch
 import transformers
 
 import esparse
-from esparse import corpora, layout
+from esparse import acceptance, corpora, layout
 from esparse.__main__ import main
-from esparse.checkpoints import read_dtype
+from esparse.checkpoints import read_betas, read_dtype
+from esparse.files import data_folder
 from esparse.models import moe_layers
 from esparse.tests.conftest import SHAPE, random_model, random_tokens
 
@@ -387,3 +388,94 @@ def test_a_folder_that_transformers_cannot_load(tmp_path, tiny):
     one_sentence(lambda: esparse.load_model(str(source)), f"{source} as a language model: its weights are of other shapes")
     (source / "config.json").write_text(json.dumps(config | {"model_type": "unheard_of"}))
     one_sentence(lambda: esparse.load_model(str(source)), "is of model type 'unheard_of', which transformers")
+
+
+def test_a_device_that_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, part in (
+        ("nonsense", "Unknown device 'nonsense'"),
+        ("cuda:1", "There is no device cuda:1 here: torch sees 1 GPU"),
+    ):
+        one_sentence(lambda: esparse.load_model("tiny", device=name), part)  # noqa: B023
+        options = {"calibration": random_tokens(), "device": name}
+        one_sentence(lambda: esparse.prune_checkpoint("data/tiny", tmp_path / "out", 6, **options), part)  # noqa: B023
+    assert not list(tmp_path.iterdir())
+
+
+# --- files that hold something else ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"kept": None}, {"kept": [[0.5, 1]]}, {"kept": [0, 1]}, {"r": "6"}, {"losses": None}, {"losses": []}, {"more": 1}],
+)
+def test_a_file_that_is_no_plan(changed, tmp_path):
+    about = {"method": "greedy", "r": 2, "kept": [[0, 1]], "losses": [0.0], "model": "", "tokens": ""}
+    (tmp_path / "plan.json").write_text(json.dumps(about))
+    assert esparse.PruningPlan.load(tmp_path / "plan.json").kept == [[0, 1]]
+    (tmp_path / "plan.json").write_text(json.dumps(about | changed))
+    one_sentence(lambda: esparse.PruningPlan.load(tmp_path / "plan.json"), "plan.json is no pruning plan of esparse.")
+
+
+@pytest.mark.parametrize("content", ["3", '"0.5"', '{"beta": [0.5]}', '{"betas": 0.5}', "{"])
+def test_a_file_without_betas(content, tmp_path, capsys):
+    path = tmp_path / "betas.json"
+    path.write_text(content)
+    one_sentence(lambda: read_betas(path), "betas.json")
+    words = ["evaluate", "tiny", "--tasks", "web_facts", "--run-dir", str(tmp_path / "run"), "--betas"]
+    assert main([*words, str(path)]) == 2 and "betas.json" in capsys.readouterr().err
+    assert main([*words, str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"esparse: {tmp_path} cannot be read as a file of betas: Is a directory.\n"
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ([], "is of model type None"),
+        ({"num_local_experts": "x"}, "config.json: Validation error for field 'num_local_experts'"),
+        ({"quantization_config": "fp8"}, "transformers cannot take"),
+    ],
+)
+def test_a_config_that_transformers_cannot_take(change, part, tmp_path):
+    config = json.loads((data_folder() / "tiny" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change if isinstance(change, dict) else change))
+    for call in (esparse.load_model, esparse.preflight):
+        one_sentence(lambda: call(str(tmp_path)), part)  # noqa: B023
+
+
+def test_a_destination_below_a_file(tmp_path, tiny, capsys):
+    (tmp_path / "file").write_text("x")
+    for call in (
+        lambda: esparse.save_model(*tiny, tmp_path / "file" / "out"),
+        lambda: esparse.prune_checkpoint("data/tiny", tmp_path / "file" / "out", 6),
+        lambda: esparse.Run(folder=tmp_path / "file"),
+    ):
+        with pytest.raises(NotADirectoryError, match=r"file is a file"):
+            call()
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "2.5", "x"])
+def test_a_count_that_is_none(value, capsys):
+    with pytest.raises(SystemExit):
+        main(["prune", "data/tiny", "out", "--experts", value])
+    assert f"argument --experts: must be a whole number from 1 on, got '{value}'" in capsys.readouterr().err
+
+
+def test_parameters_of_a_run_that_nobody_knows(tiny, tmp_path):
+    one_sentence(lambda: esparse.Run(method="magic"), "Unknown method 'magic'")
+    one_sentence(lambda: esparse.Run(keep=["six"]), "whole numbers of experts, got ['six']")
+    one_sentence(lambda: esparse.Run(keep=9, folder=tmp_path).sizes, "Cannot keep 9 experts: a token is routed to 2 of 8")
+    one_sentence(lambda: esparse.Run(keep=[6, 1], folder=tmp_path).sizes, "Cannot keep 1 experts")
+    assert esparse.Run(keep=6, folder=tmp_path).sizes == [6] and esparse.Run(keep=(5, 7, 5), folder=tmp_path).sizes == [7, 5]
+    assert [esparse.Run(keep=keep, folder=tmp_path).size for keep in (6, [7, 5], [4, 6, 7])] == [6, 5, 6]
+    run = esparse.Run(keep=8, folder=tmp_path)
+    with pytest.warns(UserWarning, match="Nothing is pruned here: KEEP asks for no other size. Whatever shows r = 8 shows"):
+        assert run.sizes == [8]
+
+
+def test_options_of_the_acceptance_run(tmp_path):
+    run = lambda **options: acceptance.acceptance(str(data_folder() / "tiny"), folder=tmp_path, **options)  # noqa: E731
+    one_sentence(lambda: run(nope=3), "There is no parameter NOPE: take general, domain, batch_size")
+    one_sentence(lambda: run(keep=[4]), "There is no parameter KEEP")
+    one_sentence(lambda: run(general="web", domain="web"), "Both corpora are called web (synthetic)")
+    assert not list(tmp_path.iterdir())

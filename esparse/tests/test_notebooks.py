@@ -187,6 +187,21 @@ def test_more_than_two_experts_a_token_run_by_changing_model_alone(tmp_path, tin
     assert "11_explorer" in result.stdout
 
 
+@pytest.mark.parametrize(("n", "keep"), [(2, None), (3, 2), (3, [3])])
+def test_few_experts_and_one_size_run_by_changing_parameters_alone(n, keep, tmp_path, tiny):
+    """Of two experts a token both stay, so nothing can go; of three one can; asked to keep all, nothing does."""
+    model = random_model("mixtral", n, 2, dtype=torch.float32, vocab_size=len(tiny[1]))
+    esparse.save_model(model, tiny[1], tmp_path / "model")
+    words = [f"MODEL={str(tmp_path / 'model')!r}", "GENERAL='web'", "DOMAIN='arithmetic'", "TASKS='web_facts'", "LIMIT=2"]
+    words += ["SEQUENCES=4", "LENGTH=64", f"KEEP={keep}"]
+    options = [part for word in words for part in ("--set", word)]
+    result = command("notebooks", "00", "02", "03", "05", "11", *options, "--run-dir", str(tmp_path / "run"))
+    assert result.returncode == 0, result.stderr
+    cells = nbformat.read(tmp_path / "run" / "notebooks" / "11_explorer.ipynb", as_version=4).cells
+    text = "".join(output.get("text", "") for cell in cells for output in cell.get("outputs", []))
+    assert ("there is no plan to export" in text) == (keep != 2)
+
+
 def test_the_tiny_model_takes_other_corpora_whose_numbers_nobody_vouches_for(tmp_path):
     """Two halves of one text route alike, which the notebook's numbers for the embedded corpora rule out."""
     for name, part in (("one", range(0, 1500, 2)), ("other", range(1, 1500, 2))):
