@@ -16,7 +16,7 @@ from .experts import pair_outputs
 from .models import MoELayer, check_fingerprint, check_tokens, experts_implementation, moe_layers
 from .processes import ranks, summed
 from .pruning import PruningPlan, masked
-from .search import subset_losses
+from .search import ranked, subset_losses
 from .traces import LayerTrace, Trace, full_gram, part
 from .weights import restore_zeros, zeros
 
@@ -114,7 +114,7 @@ def choose_by_output(
     close = []
     for layer in trace.layers:
         subsets, losses = subset_losses(layer, r)
-        close.append([(list(subsets[i]), losses[i].item()) for i in losses.argsort(stable=True)[:candidates].tolist()])
+        close.append([(list(subsets[i]), losses[i].item()) for i in ranked(losses)[:candidates].tolist()])
 
     def plan_of(chosen: list[int]) -> PruningPlan:
         kept, losses = zip(*(options[i] for options, i in zip(close, chosen, strict=True)), strict=True)
