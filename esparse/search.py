@@ -360,7 +360,7 @@ def _greedy_anew(layer: LayerTrace, r: int) -> list[int]:
         kept = _best_scores(layer, r, expert_scores(layer, "reap"))
     while len(kept) > r:
         without = [[e for e in kept if e != out] for out in kept]
-        kept = without[int(layer.losses(without).argmin())]
+        kept = without[ranked(layer.losses(without))[0]]
     now = layer.losses([kept]).item()
     for _ in range(SWEEPS):
         before = now
@@ -368,8 +368,9 @@ def _greedy_anew(layer: LayerTrace, r: int) -> list[int]:
             group = next(group for group in groups if back in group)
             options = [sorted({*kept, back} - {out}) for out in kept if out in group]
             losses = layer.losses(options)
-            if losses.min() < now * (1 - 1e-9):
-                kept, now = options[int(losses.argmin())], losses.min().item()
+            best = ranked(losses)[0]
+            if losses[best] < now * (1 - 1e-6):  # more than float32 rounds when options are fewer or more
+                kept, now = options[best], losses[best].item()
         if now == before:
             break
     return kept
