@@ -66,6 +66,7 @@ def _prune(arguments) -> None:
         print(
             f"at most {report['peak_gb']:.1f} GB of memory" + (f"; left out: {report['left_out']}" * bool(report["left_out"]))
         )
+        _print_not_copied(report)
 
 
 def _weights(arguments) -> None:
@@ -83,22 +84,28 @@ def _weights(arguments) -> None:
         print(f"{arguments.destination}: {share:.1%} of {report['weights']} weights are zero, in {report['seconds']:.0f} s")
         for layer, experts in report["unrouted"].items():
             print(f"layer {layer}: no token reached the experts {experts}, which were pruned by magnitude")
+        _print_not_copied(report)
+
+
+def _print_not_copied(report: dict) -> None:
+    if report["not_copied"]:
+        print("not copied: " + ", ".join(f"{name} ({why})" for name, why in report["not_copied"].items()))
 
 
 def _evaluate(arguments) -> None:
-    from .evaluation import task_names
+    from .evaluation import resolve_tasks
     from .files import read_json
     from .processes import is_first
     from .pruning import PruningPlan
     from .runs import Run
 
-    tasks = [name for asked in arguments.tasks or () for name in task_names(asked)]
+    tasks = arguments.tasks and resolve_tasks(arguments.tasks)
     run = Run(
         arguments.model,
         arguments.revision,
         arguments.dtype,
         device_map=arguments.device_map,
-        tasks=tasks or None,
+        tasks=tasks,
         limit=arguments.limit,
         folder=arguments.run_dir,
         batch_size=arguments.batch_size,
@@ -160,11 +167,23 @@ def _acceptance(arguments) -> None:
 
 
 def _dtype(name: str):
-    import torch
+    from .checkpoints import read_dtype
 
-    if name not in ("bfloat16", "float16", "float32"):
-        raise argparse.ArgumentTypeError(f"{name!r} is none of bfloat16, float16, float32")
-    return getattr(torch, name)
+    return _argument(read_dtype, name)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, got {text!r}")
+    return int(text)
+
+
+def _argument(read, text: str):
+    """What `read` makes of a word, with its own sentence where that is nothing: argparse does not pass on ValueErrors'."""
+    try:
+        return read(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _recipe(arguments) -> dict:
@@ -197,14 +216,14 @@ def _bench(arguments) -> None:
 
 def _add_calibration(command: argparse.ArgumentParser) -> None:
     """What commands that calibrate from disk ask for alike."""
-    corpora = "c4, math, gsm8k, web, arithmetic, two of them as web+arithmetic, or a path (c4)"
+    corpora = "c4, math, gsm8k, web, arithmetic, a file or folder, or a mix of them such as 'code.jsonl*3+c4' (c4)"
     command.add_argument("--calibration", default="c4", metavar="CORPUS", help=corpora)
-    command.add_argument("--sequences", type=int, default=128, metavar="N", help="sequences of the calibration set (128)")
-    command.add_argument("--length", type=int, default=2048, metavar="L", help="tokens of each (2048)")
+    command.add_argument("--sequences", type=_count, default=128, metavar="N", help="sequences of the calibration set (128)")
+    command.add_argument("--length", type=_count, default=2048, metavar="L", help="tokens of each (2048)")
     command.add_argument("--seed", type=int, default=42, metavar="S", help="which documents are drawn (42)")
     command.add_argument("--dtype", type=_dtype, help="what to compute in (what most weights are of)")
     command.add_argument("--device", help="where to compute (cpu), such as cuda")
-    command.add_argument("--batch-size", type=int, default=8, metavar="B", help="sequences a forward pass (8)")
+    command.add_argument("--batch-size", type=_count, default=8, metavar="B", help="sequences a forward pass (8)")
     command.add_argument("--revision", help="of the hub id")
 
 
@@ -234,11 +253,11 @@ def _parser() -> argparse.ArgumentParser:
     prune = commands.add_parser("prune", help="prune a checkpoint from disk to disk, one layer in memory at a time")
     prune.add_argument("source", help="a local folder of safetensors, or a hub id")
     prune.add_argument("destination", help="the folder to write; absent until it is complete")
-    prune.add_argument("--experts", type=int, metavar="R", help="experts to keep in each layer")
+    prune.add_argument("--experts", type=_count, metavar="R", help="experts to keep in each layer")
     prune.add_argument("--plan", metavar="FILE", help="which to keep, as the explorer or another run wrote it")
     prune.add_argument("--method", default="enumerate", help="enumerate, greedy, progressive, reap, ... (enumerate)")
     _add_calibration(prune)
-    prune.add_argument("--chunk-tokens", type=int, metavar="T", help="tokens whose expert outputs are held (as fit)")
+    prune.add_argument("--chunk-tokens", type=_count, metavar="T", help="tokens whose expert outputs are held (as fit)")
     prune.add_argument("--dry-run", action="store_true", help="only say what it would take")
     prune.set_defaults(call=_prune)
     weights = commands.add_parser("weights", help="prune weights instead of experts, from disk to disk")
@@ -252,14 +271,14 @@ def _parser() -> argparse.ArgumentParser:
     weights.set_defaults(call=_weights)
     evaluate = commands.add_parser("evaluate", help="score a model through lm-eval, pruned to a plan and skipping if asked")
     evaluate.add_argument("model", help="tiny, a local folder or a hub id")
-    evaluate.add_argument("--tasks", nargs="*", metavar="TASK", help="tiny, paper, domain, perplexity, or lm-eval's names")
+    evaluate.add_argument("--tasks", nargs="+", metavar="TASK", help="tiny, paper, domain, perplexity, or lm-eval's names")
     evaluate.add_argument("--plan", metavar="FILE", help="a pruning plan, as prune and search_experts save it")
     evaluate.add_argument(
         "--betas", metavar="FILE", help="JSON with one beta per MoE layer, or such a list under 'betas' (the plan's)"
     )
-    evaluate.add_argument("--limit", type=int, metavar="N", help="items of each task (all; 100 for the tiny model)")
+    evaluate.add_argument("--limit", type=_count, metavar="N", help="items of each task (all; 100 for the tiny model)")
     evaluate.add_argument("--dtype", help="of the weights, such as bfloat16 or int8 (the checkpoint's)")
-    evaluate.add_argument("--batch-size", type=int, metavar="B", help="items at once (64 for the tiny model, 8 for others)")
+    evaluate.add_argument("--batch-size", type=_count, metavar="B", help="items at once (64 for the tiny model, 8 for others)")
     evaluate.add_argument("--device-map", metavar="MAP", help="such as auto")
     evaluate.add_argument("--revision", help="of the hub id")
     evaluate.add_argument("--run-dir", metavar="DIR", help="where scores are kept, so that nothing is computed twice")
@@ -270,12 +289,12 @@ def _parser() -> argparse.ArgumentParser:
     recover.add_argument("--rung", default="tune", help="router, experts or tune (tune)")
     recover.add_argument("--teacher", metavar="MODEL", help="the full model, for router and experts")
     recover.add_argument("--plan", metavar="FILE", help="the pruning plan, where the teacher has more experts")
-    recover.add_argument("--corpus", default="metamath", help="metamath, or any corpus or path (metamath)")
-    recover.add_argument("--sequences", type=int, default=8192, metavar="N", help="sequences to train on (8192)")
-    recover.add_argument("--length", type=int, default=2048, metavar="L", help="tokens of each (2048)")
-    recover.add_argument("--steps", type=int, default=900, metavar="N", help="of the optimiser (900)")
+    recover.add_argument("--corpus", default="metamath", help="metamath, or what prune --calibration takes (metamath)")
+    recover.add_argument("--sequences", type=_count, default=8192, metavar="N", help="sequences to train on (8192)")
+    recover.add_argument("--length", type=_count, default=2048, metavar="L", help="tokens of each (2048)")
+    recover.add_argument("--steps", type=_count, default=900, metavar="N", help="of the optimiser (900)")
     recover.add_argument("--learning-rate", type=float, default=2e-5, metavar="R", help="at its highest (2e-5)")
-    recover.add_argument("--batch-size", type=int, default=8, metavar="B", help="sequences a process and step (8)")
+    recover.add_argument("--batch-size", type=_count, default=8, metavar="B", help="sequences a process and step (8)")
     recover.add_argument("--dtype", type=_dtype, help="of the weights while training (the checkpoint's)")
     recover.add_argument("--seed", type=int, default=42, metavar="S", help="of the order of the data (42)")
     recover.set_defaults(call=_recover)
@@ -290,8 +309,8 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("name", choices=BENCHES, help="what to measure, or to study over training seeds")
     bench.add_argument("--out", type=Path, metavar="FILE", help="also write the result as JSON")
     bench.add_argument("--preset", help="of the models that a study trains: tiny, small-16 with 51 M parameters (tiny)")
-    bench.add_argument("--steps", type=int, metavar="N", help="of their training (3600)")
-    bench.add_argument("--sequences", type=int, metavar="N", help="of 256 tokens a step (8)")
+    bench.add_argument("--steps", type=_count, metavar="N", help="of their training (3600)")
+    bench.add_argument("--sequences", type=_count, metavar="N", help="of 256 tokens a step (8)")
     bench.add_argument("--text", nargs=2, metavar="FILE", help="two files to train on as well, general and domain")
     bench.set_defaults(call=_bench)
     return parser
@@ -306,7 +325,7 @@ def main(words: list[str] | None = None) -> int:
         arguments.call(arguments)
         leave_ranks()  # not after a mistake, when others may wait in vain for this one
     except (ValueError, OSError, RuntimeError, ImportError) as error:
-        print(f"esparse: {error}", file=sys.stderr)
+        print(f"esparse: {(str(error).strip() or type(error).__name__).splitlines()[0]}", file=sys.stderr)
         return 2
     return 0
 

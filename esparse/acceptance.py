@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import transformers
 
 from .files import paper
+from .layout import Layout, with_experts
 from .runs import Run
-from .shards import Layout, with_experts
 from .traces import median_betas
 
 MIB = 2**20

@@ -21,7 +21,7 @@ from transformers import CompileConfig, DynamicCache, StaticCache
 
 from .experts import Scratch
 from .files import data_folder, read_json, write_json
-from .models import moe_layers
+from .models import evaluating, input_device, moe_layers
 from .pruning import masked_layer
 from .search import subset_losses
 from .traces import CHUNK_TOKENS, LayerTrace, trace_block
@@ -87,7 +87,8 @@ def measure_generation(
     parts and their tokens per second over all sequences. Warm up before, repeat and take medians.
     """
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, model.config.vocab_size, (batch_size, prompt + new_tokens), generator=generator).to(model.device)
+    ids = torch.randint(3, model.config.vocab_size, (batch_size, prompt + new_tokens), generator=generator)
+    ids = ids.to(input_device(model))
     if compiled := cache is not None:
         cache.reset()  # of another one the addresses would be new, and what was captured useless
     else:
@@ -102,7 +103,8 @@ def measure_generation(
             for position in range(prompt, prompt + new_tokens):
                 step(forward, position, position + 1)
 
-    prefill, decoding = seconds_of(lambda: step(model, 0, prompt)), seconds_of(decode)
+    with evaluating(model):
+        prefill, decoding = seconds_of(lambda: step(model, 0, prompt)), seconds_of(decode)
     return {
         "prefill_seconds": prefill,
         "decode_seconds": decoding,
@@ -250,14 +252,15 @@ def write_random_checkpoint(folder: Path, shape: Mapping[str, object], experts: 
     """A Mixtral of random bf16 weights in the hub's layout, with the tiny tokenizer, one layer in memory at a time."""
     from transformers import MixtralConfig
 
-    from .shards import INDEX, Layout, layer_number
+    from .layout import Layout
+    from .shards import INDEX
 
     folder.mkdir(parents=True)
     config = MixtralConfig(**shape, num_local_experts=experts, num_experts_per_tok=2, dtype="bfloat16")
     config.architectures = ["MixtralForCausalLM"]
     layout, generator, places = Layout(config, experts), torch.Generator().manual_seed(seed), {}
     for number in (None, *range(layout.layers)):
-        names = [name for name in layout.full if layer_number(name) == number]
+        names = [name for name in layout.full if layout.layer_number(name) == number]
         state = {name: torch.empty(layout.full[name], dtype=torch.bfloat16) for name in names}
         for name, tensor in state.items():
             tensor.fill_(1.0) if "norm" in name else tensor.normal_(0.0, 0.02, generator=generator)
@@ -272,14 +275,16 @@ def write_random_checkpoint(folder: Path, shape: Mapping[str, object], experts: 
 
 def stream_floor(folder: Path, r: int, sequences: int, length: int) -> dict[str, float]:
     """Seconds to read every weight of a Mixtral folder once, to write those that stay, and for the matrix products alone."""
-    from .shards import Layout, Source
+    from .layout import Checkpoint, Layout
+    from .shards import Source
 
     source = Source(folder)
     layout, kept, products = Layout(source.config, r), list(range(r)), 0.0
-    reading, writing = seconds_of(lambda: [source.read(name).clone() for name in source.rest()]), 0.0
+    opened = Checkpoint(source, layout)
+    reading, writing = seconds_of(lambda: [source.read(name).clone() for name in opened.stored(None)]), 0.0
     for number in range(layout.layers):
         state: dict[str, torch.Tensor] = {}
-        reading += seconds_of(lambda: state.update({name: source.read(name).clone() for name in source.layer(number)}))  # noqa: B023
+        reading += seconds_of(lambda: state.update({name: source.read(name).clone() for name in opened.stored(number)}))  # noqa: B023
         stay = {name: tensor for name, tensor in state.items() if layout.cut(name, kept)[0]}
         writing += seconds_of(lambda: save_file(stay, folder / "written.tmp"))  # noqa: B023
         (folder / "written.tmp").unlink()

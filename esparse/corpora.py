@@ -1,15 +1,14 @@
 """Calibration sets: documents from the hub, from local files or made here, packed as the paper packs them."""
 
-import gzip
-import json
 import random
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 
+from .documents import FORMS, Document, alternating, plain, read_documents, to_document
 from .files import data_folder
 
 HUB = {"c4": "allenai/c4", "math": "EleutherAI/hendrycks_math", "gsm8k": "openai/gsm8k", "metamath": "meta-math/MetaMathQA"}
@@ -24,8 +23,6 @@ _MATH_SUBJECTS = (
     "precalculus",
 )
 _C4_FILES = {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"}
-# What a record may hold, in the order tried; two fields are joined by a space, as the paper does for MATH.
-_FIELDS = (("text",), ("problem", "solution"), ("question", "answer"), ("query", "response"))
 
 
 def calibration_tokens(
@@ -34,119 +31,126 @@ def calibration_tokens(
     """A calibration set: int64 token ids [sequences, length].
 
     corpus: "c4", "math", "gsm8k" or "metamath" (from the hub, or its local cache), "web" or "arithmetic" (synthetic,
-    offline), each with an optional split as in "gsm8k/test", "c4/validation" or "web/heldout"; or a path to a .txt,
-    .json(.gz) or .jsonl(.gz) file, with "/heldout" behind it for the fifth of its documents that "/rest" leaves out; or
-    several with plus signs between them, whose sequences then take turns. Records may have `text`, `problem` and
-    `solution`, `question` and `answer`, or `query` and `response`.
+    offline), each with an optional split as in "gsm8k/test", "c4/validation" or "web/heldout"; or a path to a file of
+    .txt, .json, .jsonl, .ndjson, .csv or .tsv, packed as .gz or not, .parquet or .arrow, or to a folder of them, which goes
+    before the hub's where it is called like one, with "/heldout" behind it for the fifth of its documents that "/rest"
+    leaves out; or several with plus signs between them, whose sequences then take turns: of "code.jsonl*3+c4" three of the
+    first, then one of the second.
+    Records may have `text`, `problem` and `solution`, `question` and `answer`, `query` and `response`, or `content`, which
+    are read as plain text; or `messages` or `conversations`, `instruction` (with `input` or `context`) and `output` or
+    `response`, or `prompt` and `completion` or `response`, which go through the tokenizer's chat template, and where it has
+    none are joined by blank lines. Records without text are left out.
     protocol "paper" (A.7): shuffle with the seed, take the first 16 x sequences documents, tokenise one by one with BOS,
     pack each batch of 1,000 documents, drop its remainder, cut to length.
-    Raises ValueError for an unknown corpus or protocol, a malformed line, or too little text; FileNotFoundError for a
-    path that is not there; OSError where the hub cannot be reached or does not grant access.
+    Raises ValueError for an unknown corpus or protocol, a malformed line, turns that the template refuses, or too little
+    text; FileNotFoundError for a path that is not there; OSError where the hub cannot be reached or does not grant access.
     """
     if protocol != "paper":
         raise ValueError(f"Unknown protocol {protocol!r}: there is 'paper'.")
     if sequences < 1 or length < 1:
         raise ValueError(f"sequences and length must be at least 1, got {sequences} and {length}.")
-    if "+" in corpus and not Path(corpus).exists():
-        names = corpus.split("+")
-        share = -(-sequences // len(names))
-        parts = [calibration_tokens(name, tokenizer, sequences=share, length=length, seed=seed) for name in names]
-        return torch.stack(parts, 1).flatten(0, 1)[:sequences]
-    texts = documents(corpus)
-    order = list(range(len(texts)))
+    mixed = parts(corpus)
+    if len(mixed) > 1:
+        rounds, shape = -(-sequences // sum(weight for _, weight in mixed)), {"length": length, "seed": seed}
+        drawn = [calibration_tokens(name, tokenizer, sequences=rounds * weight, **shape) for name, weight in mixed]
+        return torch.cat([rows.unflatten(0, (rounds, -1)) for rows in drawn], 1).flatten(0, 1)[:sequences]
+    corpus = mixed[0][0]
+    found = documents(corpus)
+    order = list(range(len(found)))
     random.Random(seed).shuffle(order)
-    chosen = [texts[i] for i in order[: 16 * sequences]]
+    chosen = [found[i] for i in order[: 16 * sequences]]
     rows = [row for start in range(0, len(chosen), 1000) for row in _pack(chosen[start : start + 1000], tokenizer, length)]
     if len(rows) < sequences:
-        found = sum(len(_ids(tokenizer, text)) for text in chosen)
+        total = sum(len(_ids(tokenizer, document)) for document in chosen)
         raise ValueError(
-            f"The corpus {corpus!r} is too short: its {len(chosen)} documents have {found} tokens, which pack into {len(rows)} "
+            f"The corpus {corpus!r} is too short: its {len(chosen)} documents have {total} tokens, which pack into {len(rows)} "
             f"sequences of {length}, not {sequences}; ask for fewer or shorter sequences, or take a larger corpus."
         )
     return torch.tensor(rows[:sequences])
 
 
-def _ids(tokenizer, text: str) -> list[int]:
-    return tokenizer(text, verbose=False).input_ids
+def _ids(tokenizer, document: Document) -> list[int]:
+    if isinstance(document, str) or not getattr(tokenizer, "chat_template", None):
+        return tokenizer(plain(document), verbose=False).input_ids
+    from jinja2 import TemplateError
+
+    refused = None
+    for turns in (document, alternating(document)):
+        try:  # the template writes BOS itself
+            return tokenizer.apply_chat_template(turns, return_dict=False, tokenizer_kwargs={"verbose": False})
+        except (TemplateError, TypeError, ValueError) as error:
+            refused = refused or error
+    roles = ", ".join(turn["role"] for turn in document[:8])
+    raise ValueError(
+        f"The tokenizer's chat template refuses ({_first_line(refused)}) the conversation of {roles} that begins "
+        f"{plain(document)[:40]!r}: leave it out of the corpus."
+    )
 
 
-def _pack(texts: Sequence[str], tokenizer, length: int) -> Iterator[list[int]]:
-    joined = [token for text in texts for token in _ids(tokenizer, text)]
+def _pack(some: Sequence[Document], tokenizer, length: int) -> Iterator[list[int]]:
+    joined = [token for document in some for token in _ids(tokenizer, document)]
     for start in range(0, len(joined) - length + 1, length):
         yield joined[start : start + length]
 
 
-def documents(corpus: str) -> Sequence[str]:
+def parts(corpus: str) -> list[tuple[str, int]]:
+    """The corpora of a mix, each with its weight: those of "a*3+b" are ("a", 3) and ("b", 1). A path that is there stays
+    whole, whatever it holds. Raises ValueError for a weight that is no whole number from 1 on, or an empty name."""
+    words, found = corpus.split("+"), []
+    while words:
+        heads = [_weighted("+".join(words[:count])) for count in range(len(words), 0, -1)]
+        name, weight = next((head for head in heads if _is_there(head[0]) and head[1].isdecimal()), heads[-1])
+        if not name or not weight.isdecimal() or not int(weight):
+            raise ValueError(f"{corpus!r} is no corpus: a weight is a whole number from 1 on, as in code.jsonl*3+c4.")
+        found.append((name, int(weight)))
+        words = words[name.count("+") + 1 :]
+    return found
+
+
+def _weighted(word: str) -> tuple[str, str]:
+    """A corpus and its weight as written, "1" where there is none."""
+    if _is_there(word) or "*" not in word:
+        return word, "1"
+    name, _, weight = word.rpartition("*")
+    return name, weight
+
+
+def _is_there(name: str) -> bool:
+    return is_local(name) or is_local(re.sub("/(rest|heldout)$", "", name))
+
+
+def is_local(name: str) -> bool:
+    """Whether a name is that of a file or folder that is there, which goes before a corpus of the hub called alike."""
+    return name not in ("", *SYNTHETIC, *(f"{one}/heldout" for one in SYNTHETIC)) and Path(name).exists()
+
+
+def documents(corpus: str) -> Sequence[Document]:
     """The documents of a corpus, see `calibration_tokens`."""
+    if is_local(corpus):
+        return read_documents(Path(corpus))
+    path, _, part = corpus.rpartition("/")
+    if part in ("heldout", "rest") and is_local(path):
+        return [one for one in read_documents(Path(path)) if _is_held_out(one) == (part == "heldout")]
     name, _, split = corpus.partition("/")
     if name in SYNTHETIC:
         path = data_folder() / "corpora" / f"{name}.{split or 'calibration'}.jsonl.gz"
         if not path.exists():
             raise ValueError(f"The corpus {corpus!r} has no such split: there are '{name}' and '{name}/heldout'.")
         return read_documents(path)
-    path, _, part = corpus.rpartition("/")
-    if part in ("heldout", "rest") and Path(path).is_file():
-        return [text for text in read_documents(Path(path)) if (zlib.crc32(text.encode()) % 5 == 0) == (part == "heldout")]
-    if name in HUB and not Path(corpus).exists():
-        return _Texts(_from_hub(name, split or "train"))
-    if Path(corpus).suffix or Path(corpus).exists():
+    if name in HUB:
+        return _Documents(_from_hub(name, split or "train"))
+    if Path(corpus).suffix:
         return read_documents(Path(corpus))
     known = ", ".join([*HUB, *SYNTHETIC])
-    raise ValueError(
-        f"Unknown corpus {corpus!r}: choose from {known}, or give a path to a .txt, .json(.gz) or .jsonl(.gz) file."
-    )
+    raise ValueError(f"Unknown corpus {corpus!r}: choose from {known}, or give a path to {FORMS}, or to a folder of them.")
 
 
-def read_documents(path: Path) -> list[str]:
-    """The documents of a local file: blank lines separate them in .txt; .json holds a list or, as in the hub's C4 shards,
-    one object a line, like .jsonl. Raises FileNotFoundError, or ValueError naming the file and line."""
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no corpus file at {path}: give a path to a .txt, .json(.gz) or .jsonl(.gz) file.")
-    suffix = "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
-    if suffix not in (".txt", ".json", ".json.gz", ".jsonl", ".jsonl.gz"):
-        raise ValueError(f"{path} is not a .txt, .json(.gz) or .jsonl(.gz) file.")
-    try:
-        content = path.read_bytes()
-        text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): it may be truncated or in another encoding than UTF-8.") from None
-    if suffix == ".txt":
-        found = [part.strip() for part in re.split(r"\n\s*\n", text) if part.strip()]
-    else:
-        found = [record_text(record, where) for record, where in _records(text, path)]
-    if not found:
-        raise ValueError(f"The corpus {path} is empty: it has 0 tokens.")
-    return found
+def _is_held_out(document: Document) -> bool:
+    return zlib.crc32(plain(document).encode()) % 5 == 0
 
 
-def _records(text: str, path: Path) -> Iterator[tuple[Mapping, str]]:
-    """Each record and where it stands, for error messages."""
-    if text.lstrip().startswith("["):
-        yield from ((record, f"{path}, entry {i}") for i, record in enumerate(_parse(text, str(path)), 1))
-        return
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            where = f"{path}, line {number}"
-            yield _parse(line, where), where
-
-
-def _parse(text: str, where: str):
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{where} is not valid JSON ({error}).") from None
-
-
-def record_text(record: Mapping, where: str = "record") -> str:
-    """The text of a record: `text`, or a question and its answer by one of their names, joined by a space."""
-    for fields in _FIELDS:
-        if isinstance(record, Mapping) and all(isinstance(record.get(field), str) for field in fields):
-            return " ".join(record[field] for field in fields)
-    raise ValueError(f"{where} has neither 'text' nor a question and its answer ('problem' and 'solution', ...).")
-
-
-class _Texts(Sequence):
-    """The texts of a hub data set, read as they are asked for: a C4 shard has 356,317."""
+class _Documents(Sequence):
+    """The documents of a hub data set, read as they are asked for: a C4 shard has 356,317."""
 
     def __init__(self, dataset):
         self.dataset = dataset
@@ -155,7 +159,7 @@ class _Texts(Sequence):
         return len(self.dataset)
 
     def __getitem__(self, index):
-        return record_text(self.dataset[index])
+        return to_document(self.dataset[index])
 
 
 def _from_hub(name: str, split: str):

@@ -1,8 +1,8 @@
 """Where a checkpoint goes: work that survives being killed, and the folder that it becomes."""
 
-import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -11,12 +11,11 @@ from safetensors.torch import save_file
 
 from .checkpoints import card
 from .files import read_json, refuse_existing, write_json, write_text
-from .models import COUNT_NAMES
+from .folder import CONFIG, INDEX, REPORT, inside
+from .layout import Checkpoint, written_config
 from .processes import rank, together
-from .shards import INDEX, Layout, Source
 
-REPORT = "pruning_report.json"
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
+SHARD = 4e9  # bytes
 
 
 class Progress:
@@ -72,18 +71,20 @@ class Progress:
 
 
 class ShardWriter:
-    """The folder that a pruned checkpoint becomes: one shard a decoder layer, and one for the rest."""
+    """The folder that a pruned checkpoint becomes: one shard a decoder layer, one for what is outside of them, and those of
+    a composite's other parts."""
 
-    def __init__(self, source: Source, layout: Layout, folder: Path):
-        self.source, self.layout, self.folder = source, layout, folder
+    def __init__(self, checkpoint: Checkpoint, folder: Path):
+        self.checkpoint, self.folder, self.layers = checkpoint, folder, checkpoint.layout.layers
+        self.parts = list(_parts(checkpoint))
+        self.shards = self.layers + 1 + len(self.parts)
 
     def _shard(self, number: int) -> str:
-        return f"model-{number + 1:05d}-of-{self.layout.layers + 1:05d}.safetensors"
+        return f"model-{number + 1:05d}-of-{self.shards:05d}.safetensors"
 
     def write_layer(self, number: int, record: dict) -> None:
         """The decoder layer's tensors as they are in the source, cut to the experts that the record keeps."""
-        names = [name for name in self.source.layer(number) if name in self.layout.full]
-        self.write(number, self.layout.pruned(self.source, names, record.get("kept", [])) if rank() == 0 else {})
+        self.write(number, self.checkpoint.pruned(number, record.get("kept", [])) if rank() == 0 else {})
 
     def write(self, number: int, state: dict[str, torch.Tensor]) -> None:
         """One shard, by the first process alone."""
@@ -100,33 +101,40 @@ class ShardWriter:
             temporary.unlink(missing_ok=True)
 
     def finish(self, r: int, report: dict, what: str) -> None:
-        """The rest of the weights, the index, and everything that is no weight; `what` was done is for the model card."""
-        rest = [name for name in self.source.rest() if name in self.layout.full]
-        self.write(self.layout.layers, self.layout.pruned(self.source, rest, []))
+        """The rest of the weights, the index, and what belongs beside them; `what` was done is for the model card."""
+        source = self.checkpoint.source
+        self.write(self.layers, self.checkpoint.pruned(None, []))
+        for number, names in enumerate(self.parts, self.layers + 1):
+            self.write(number, {name: source.read(name) for name in names})
         self._write_index()
-        for path in self.source.folder.iterdir():
-            if path.is_file() and path.suffix not in WEIGHTS and path.name not in (INDEX, "config.json", "README.md"):
-                shutil.copyfile(path, self.folder / path.name)
-        write_json(self.folder / "config.json", self._config(r))
+        for name in self.checkpoint.side_files[0]:
+            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(inside(source.folder, name), self.folder / name)
+        config = read_json(source.folder / CONFIG, "model config")
+        config, report["config"] = written_config(config, source.config, r, predicting=self.checkpoint.layout.composite)
+        write_json(self.folder / CONFIG, config)
         write_json(self.folder / REPORT, report)
         made = f" Pruned by esparse from {report['source']} ({what}); see `{REPORT}`."
-        write_text(self.folder / "README.md", card(self.source.config, r, report["k"], made))
+        write_text(self.folder / "README.md", card(source.config, r, report["k"], made))
 
     def _write_index(self) -> None:
         places, size = {}, 0
-        for number in range(self.layout.layers + 1):
+        for number in range(self.shards):
             with safe_open(self.folder / self._shard(number), framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 (no mapping)
                     places[name] = self._shard(number)
             size += (self.folder / self._shard(number)).stat().st_size
         write_json(self.folder / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))})
 
-    def _config(self, r: int) -> dict:
-        """The source's own config.json, with another number of experts and without quantisation."""
-        config = json.loads((self.source.folder / "config.json").read_text(encoding="utf-8"))
-        config.pop("quantization_config", None)
-        parts = [config, *(part for part in config.values() if isinstance(part, dict))]
-        counted = [(part, name) for part in parts for name in COUNT_NAMES if part.get(name) == self.layout.n]
-        for part, name in counted or [(config, COUNT_NAMES[0])]:
-            part[name] = r
-        return config
+
+def _parts(checkpoint: Checkpoint) -> Iterator[list[str]]:
+    """What is carried, by names, in parts that together take no more memory than a shard may."""
+    part, size = [], 0
+    for name in checkpoint.carried:
+        nbytes = checkpoint.source.nbytes(name)
+        if part and size + nbytes > SHARD:
+            yield part
+            part, size = [], 0
+        part, size = [*part, name], size + nbytes
+    if part:
+        yield part

@@ -1,6 +1,7 @@
 """Quality: perplexity on held-out tokens, and tasks through EleutherAI's lm-eval."""
 
 import atexit
+import fnmatch
 import logging
 import os
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .files import data_folder, digest
-from .models import check_tokens
+from .models import check_tokens, evaluating, input_device, router_logits_off
 from .processes import leave_ranks, of_first
 
 if TYPE_CHECKING:
@@ -32,10 +33,11 @@ def perplexity(model, tokens: torch.Tensor, batch_size: int = 16) -> float:
     """exp of the mean next-token cross-entropy over tokens [sequences, length], as for WikiText in the literature."""
     check_tokens(model, tokens)
     total = 0.0
-    for batch in tqdm(tokens.split(batch_size), desc="perplexity", unit="batch", leave=False):
-        logits = model(batch.to(model.device), use_cache=False).logits[:, :-1].float()  # [b, length - 1, vocabulary]
-        targets = batch[:, 1:].to(logits.device)
-        total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
+    with evaluating(model), router_logits_off(model):
+        for batch in tqdm(tokens.split(batch_size), desc="perplexity", unit="batch", leave=False):
+            logits = model(batch.to(input_device(model)), use_cache=False).logits[:, :-1].float()  # [b, length - 1, vocabulary]
+            targets = batch[:, 1:].to(logits.device)
+            total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
     return float(torch.tensor(total / (tokens.shape[0] * (tokens.shape[1] - 1))).exp())
 
 
@@ -54,29 +56,27 @@ def evaluate(
         esparse.evaluate(model, tokenizer, ["web_facts", "arithmetic_problems"], limit=100)
         esparse.evaluate(model, tokenizer, "paper").value.mean()
 
-    tasks: "tiny" (the embedded six), "paper" (its eight, zero-shot `acc`), "domain" (GSM8K 5-shot strict match, MATH),
-    "perplexity" (WikiText, per word), a task or several. limit: the first so many items of each task (None: all).
-    num_fewshot: None takes each task's own. Works inside `masked` and `skipping`, and under `accelerate launch`, where each
-    process takes its share of the items. Returns a table indexed by task with `metric`, `value` (a share, or a perplexity),
-    `stderr` and `items`.
-    Raises ValueError for an unknown task; ConnectionError where a task's data must come from the hub and cannot.
+    tasks: one or several, joined by commas if need be: a suite ("tiny", the embedded six; "paper", its eight, zero-shot `acc`;
+    "domain", GSM8K 5-shot strict match and MATH; "perplexity", WikiText per word), a task, a group or a tag of lm-eval's, or
+    a pattern such as "web_*". limit: the first so many items of each task (None: all). num_fewshot: None takes each task's
+    own. Works inside `masked` and `skipping`, and under `accelerate launch`, where each process takes its share of the items.
+    Returns a table indexed by task with `metric`, `value` (a share, or a perplexity), `stderr` and `items`; a tag, and a
+    group without a score of its own, has a row for each of its tasks.
+    Raises ValueError for an unknown task and for one that lm-eval cannot make ready; ConnectionError where a task's data must
+    come from the hub and cannot.
     """
-    import lm_eval
+    import pandas as pd
 
-    _quiet()
-    tasks = task_names(tasks)
-    own = [task for task in tasks if _task_file(task).exists()]
-    manager = _task_manager(len(own) < len(tasks))
-    unknown = [task for task in tasks if task not in own and task not in manager.all_tasks]
-    if unknown:
-        raise ValueError(f"Unknown task {unknown[0]!r}: take one of {', '.join(TINY_TASKS)} or one of lm-eval's own.")
-    try:
+    lm_eval = _lm_eval()
+    names = resolve_tasks(tasks)
+    own = [task for task in names if _is_shipped(task)]
+    with evaluating(model), router_logits_off(model):
         results = lm_eval.simple_evaluate(
             _language_model(model, tokenizer, batch_size),
-            tasks=[_task_config(task) if task in own else task for task in tasks],
+            tasks=[_task_config(task) if task in own else task for task in names],
             num_fewshot=num_fewshot,
             limit=limit,
-            task_manager=manager,
+            task_manager=_task_manager(len(own) < len(names)),
             bootstrap_iters=1000,
             log_samples=False,
             random_seed=seed,
@@ -84,22 +84,65 @@ def evaluate(
             torch_random_seed=seed,
             fewshot_random_seed=seed,
         )
-    except OSError as error:
-        raise ConnectionError(
-            f"The data of {', '.join(tasks)} could not be read ({error}): offline, take tasks among {', '.join(TINY_TASKS)}."
-        ) from error
     parts = results and {part: results[part] for part in ("results", "n-samples", "group_subtasks")}
-    return _table(of_first(parts), tasks)  # lm-eval gives them to the first process alone
+    found = of_first(parts)  # lm-eval gives them to the first process alone
+    return pd.DataFrame([row for name in names for row in _rows(found, name)]).drop_duplicates("task").set_index("task")
+
+
+def _lm_eval():
+    """The library, made quiet."""
+    try:
+        import datasets
+        import lm_eval
+    except ImportError as error:
+        raise ImportError(f"Tasks are scored by lm-eval, which cannot be imported ({error}): pip install lm-eval.") from None
+    datasets.disable_progress_bars()
+    for name in ("lm_eval", "lm-eval", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    return lm_eval
 
 
 def task_names(tasks: str | Sequence[str]) -> list[str]:
-    """The tasks of a suite, or those named."""
-    return list(SUITES.get(tasks, [tasks])) if isinstance(tasks, str) else list(tasks)
+    """The tasks of a suite, or those named, each once; a word may hold several with commas between them."""
+    given = [tasks] if isinstance(tasks, str) else tasks
+    words = [word.strip() for joined in given for word in str(joined).split(",")]
+    return list(dict.fromkeys(name for word in words if word for name in SUITES.get(word, [word])))
+
+
+def resolve_tasks(tasks: str | Sequence[str]) -> list[str]:
+    """The shipped tasks, and lm-eval's tasks and groups, that words ask for: a tag and a pattern stand for their tasks.
+
+    Raises ValueError where there are none, or for one that nobody knows.
+    """
+    found = [name for word in task_names(tasks) for name in ([word] if _is_shipped(word) else _known(word))]
+    if not found:
+        raise ValueError(f"No tasks are asked: take some of {', '.join(TINY_TASKS)} or of lm-eval's own.")
+    return list(dict.fromkeys(found))
+
+
+def _known(word: str) -> list[str]:
+    """The tasks and groups that lm-eval knows under a word, or that have names of its pattern."""
+    _lm_eval()
+    manager = _task_manager(True)
+    if word in manager.all_tags:
+        entry = manager.task_index[word]
+        return sorted(entry["task"] if isinstance(entry, dict) else entry.tags)  # an older lm-eval's, or a newer one's
+    if word in manager.all_tasks:
+        return [word]
+    matching = fnmatch.filter([*TINY_TASKS, *manager.all_subtasks], word) or fnmatch.filter(manager.all_groups, word)
+    if not matching:
+        raise ValueError(f"Unknown task {word!r}: take one of {', '.join(TINY_TASKS)} or one of lm-eval's own.")
+    return matching
+
+
+def is_group(task: str) -> bool:
+    """Whether a resolved name stands for several tasks."""
+    return not _is_shipped(task) and task in _task_manager(True).all_groups
 
 
 def task_version(task: str) -> str:
     """What a cached score of a task depends on: the items and form of a shipped one, else lm-eval's version."""
-    if not _task_file(task).exists():
+    if not _is_shipped(task):
         return f"lm-eval {metadata.version('lm_eval')}"
     return digest(*(path.read_text(encoding="utf-8") for path in sorted(_task_file(task).parent.glob(f"{task}.*"))))
 
@@ -109,7 +152,29 @@ def _task_manager(everything: bool):
     """lm-eval's index of its own tasks, which takes it ten seconds, or of none."""
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_defaults=everything)
+    class Manager(TaskManager):
+        def load(self, tasks):
+            try:
+                loaded = super().load(tasks)
+            except Exception as error:  # each task's own code, and that of the package it reads its data with
+                raise _not_ready(tasks, error) from error
+            for name, task in loaded["tasks"].items():
+                if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
+                    raise ValueError(f"{name} runs code that the model writes, or shows it pictures: only text is scored here.")
+            return loaded
+
+    return Manager(include_defaults=everything)
+
+
+def _not_ready(tasks: Sequence[str | dict], error: Exception) -> Exception:
+    """Why lm-eval cannot make tasks ready, in one sentence."""
+    asked = ", ".join(task if isinstance(task, str) else task["task"] for task in tasks)
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if isinstance(error, OSError):
+        return ConnectionError(
+            f"The data of {asked} could not be read ({line}): offline, take tasks among {', '.join(TINY_TASKS)}."
+        )
+    return ValueError(f"lm-eval cannot make {asked} ready ({type(error).__name__}: {line}).")
 
 
 def _language_model(model, tokenizer, batch_size: int):
@@ -117,6 +182,7 @@ def _language_model(model, tokenizer, batch_size: int):
     from lm_eval.models.huggingface import HFLM
 
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    lm._device = input_device(model)  # it takes that of the first weight, which may be offloaded
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         from accelerate import Accelerator
 
@@ -127,12 +193,8 @@ def _language_model(model, tokenizer, batch_size: int):
     return lm
 
 
-def _quiet() -> None:
-    import datasets
-
-    datasets.disable_progress_bars()
-    for name in ("lm_eval", "lm-eval", "datasets"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+def _is_shipped(task: str) -> bool:
+    return task in TINY_TASKS
 
 
 def _task_file(task: str) -> Path:
@@ -149,20 +211,18 @@ def _task_config(task: str) -> dict:
     return config
 
 
-def _table(results: dict, tasks: Sequence[str]) -> "pd.DataFrame":
-    """One row a task: the metric of it that the literature reports, see `METRICS`, or its first."""
-    import pandas as pd
-
-    rows = []
-    for task in tasks:
-        scores = results["results"][task]
-        names = [key for key in scores if "," in key and "_stderr" not in key]
-        name = next((metric for metric in METRICS if metric in names), names[0])
-        metric, _, filtered = name.partition(",")
-        stderr = scores.get(f"{metric}_stderr,{filtered}")
-        stderr = float(stderr) if isinstance(stderr, int | float) else None
-        rows.append({"task": task, "metric": metric, "value": scores[name], "stderr": stderr, "items": _items(results, task)})
-    return pd.DataFrame(rows).set_index("task")
+def _rows(results: dict, task: str) -> list[dict]:
+    """The row of a task, with the metric of it that the literature reports, see `METRICS`, or its first; of a group without
+    a score of its own those of its tasks."""
+    scores = results["results"].get(task, {})
+    names = [key for key in scores if "," in key and "_stderr" not in key]
+    if not names:
+        return [row for part in results["group_subtasks"].get(task, ()) for row in _rows(results, part)]
+    name = next((metric for metric in METRICS if metric in names), names[0])
+    metric, _, filtered = name.partition(",")
+    stderr = scores.get(f"{metric}_stderr,{filtered}")
+    stderr = float(stderr) if isinstance(stderr, int | float) else None
+    return [{"task": task, "metric": metric, "value": scores[name], "stderr": stderr, "items": _items(results, task)}]
 
 
 def _items(results: dict, task: str) -> int:

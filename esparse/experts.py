@@ -24,6 +24,22 @@ def run_experts(
     return ALL_EXPERTS_FUNCTIONS["grouped_mm"](experts, hidden_states, top_k_index, top_k_weights)
 
 
+def mixed(
+    outputs: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, ranks: torch.Tensor, implementation: str | None
+) -> torch.Tensor:
+    """The sum [tokens, d] of experts' outputs [tokens, k, d] times weights [tokens, k], in half precision rounded as stock
+    transformers rounds it: "eager" adds one by one in the experts' order, other implementations at once in the order `ranks`.
+    """
+    if outputs.dtype in (torch.float32, torch.float64):
+        return (weights[:, None].to(outputs.dtype) @ outputs)[:, 0]
+    parts = outputs * weights[:, :, None]
+    ranks = chosen.argsort(1) if implementation == "eager" else ranks
+    parts = parts.gather(1, ranks[:, :, None].expand_as(parts))
+    if implementation != "eager":
+        return parts.sum(1).to(outputs.dtype)
+    return sum(parts.to(outputs.dtype).unbind(1))
+
+
 class Scratch:
     """Memory that results are written into again and again. A CPU maps megabytes afresh for every large result, and
     those page faults cost a trace up to a tenth of its time."""

@@ -71,6 +71,11 @@ def compare(layers: Sequence[LayerTrace], r: int) -> dict[str, dict]:
     return found
 
 
+def over(loss: float, least: float) -> float:
+    """A loss over the smallest there is: 1 where nothing is lost at all, as when no expert goes."""
+    return loss / least if least else 1.0
+
+
 def trained(name: str, folder: Path):
     """A preset trained by the package's own recipe, kept in `folder`: half an hour the first time."""
     if not (folder / name).exists():

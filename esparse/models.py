@@ -1,7 +1,7 @@
 """Finding the MoE layers of a transformers model, through the experts interface rather than by model name."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .files import digest
-from .routers import Router, held, identify
+from .routers import Router, device_of, held, identify, table
 
 COUNT_NAMES = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
@@ -39,7 +39,8 @@ class MoELayer:
     @cached_property
     def _identified(self) -> tuple[Router, int]:
         try:
-            return identify(self.block, self.gate, self.n)
+            with evaluating(self.block, self.gate):
+                return identify(self.block, self.gate, self.n)
         except ValueError as error:
             raise ValueError(f"{self.name}: esparse cannot use the router {type(self.gate).__name__}, since {error}.") from None
 
@@ -84,7 +85,7 @@ def moe_layers(model: nn.Module) -> list[MoELayer]:
 
     Raises ValueError for a model without any.
     """
-    layers = list(_blocks(model))
+    layers = list(moe_blocks(model))
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has no MoE layers behind transformers' experts interface: "
@@ -93,17 +94,18 @@ def moe_layers(model: nn.Module) -> list[MoELayer]:
     return layers
 
 
-def _blocks(module: nn.Module) -> Iterator[MoELayer]:
+def moe_blocks(module: nn.Module) -> Iterator[MoELayer]:
+    """Every MoE layer within a module, in order; none for a dense one."""
     for name, block in module.named_modules():
         experts = getattr(block, "experts", None)
-        gate = getattr(block, "gate", None) or getattr(block, "router", None)
-        if isinstance(experts, nn.Module) and _is_experts(experts) and isinstance(gate, nn.Module):
-            yield MoELayer(name, block, gate, experts)
+        gates = [gate for gate in (getattr(block, "gate", None), getattr(block, "router", None)) if isinstance(gate, nn.Module)]
+        if isinstance(experts, nn.Module) and _is_experts(experts) and gates:
+            yield MoELayer(name, block, gates[0], experts)
 
 
 def find_moe(decoder: nn.Module) -> MoELayer | None:
     """The MoE layer of one decoder layer, or None where it is dense."""
-    return next(_blocks(decoder), None)
+    return next(moe_blocks(decoder), None)
 
 
 @torch.no_grad()
@@ -111,6 +113,7 @@ def _after(layer: MoELayer) -> tuple[bool, torch.Tensor | None]:
     """Whether a block's output is linear in its experts' sum, and the map, found by handing it sums of our own."""
     width = layer.experts.down_proj.shape[2 if layer.experts.is_transposed else 1]
     like = next(p for p in layer.gate.parameters() if p.ndim == 2)
+    like = like.new_empty(like.shape, device=device_of(layer.gate, like))
     given = torch.randn(8, width, generator=torch.Generator().manual_seed(0)).to(like.device, layer.experts.down_proj.dtype)
     close = lambda one, other: torch.allclose(one, other, rtol=2e-2, atol=2e-2 * other.abs().max().item())  # noqa: E731
     try:
@@ -128,8 +131,9 @@ def _after(layer: MoELayer) -> tuple[bool, torch.Tensor | None]:
 
 def block_output(layer: MoELayer, sums: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """The block's output [rows, d] were its experts to sum up to `sums` [rows, inner], on inputs of zero."""
-    with silenced(layer, sums):
-        output = layer.block(like.new_zeros(1, len(sums), like.shape[1]).to(sums.dtype))
+    ids = {"input_ids": torch.zeros(1, len(sums), dtype=torch.long, device=like.device)} if table(layer.gate) else {}
+    with silenced(layer, sums), evaluating(layer.block):
+        output = layer.block(like.new_zeros(1, len(sums), like.shape[1]).to(sums.dtype), **ids)
     return (output[0] if isinstance(output, tuple) else output).reshape(len(sums), -1)
 
 
@@ -167,7 +171,7 @@ def free_memory(device: torch.device | None = None) -> float:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A short name for the model's routers, the same in every dtype that holds the weights exactly.
+    """A short name for the model's routers as they are stored, whatever dtype they were loaded in (see `remember_stored`).
 
     Traces and plans carry it, so that none is used with another model by mistake.
     """
@@ -176,10 +180,37 @@ def fingerprint(model: nn.Module) -> str:
 
 def gate_digest(layer: MoELayer) -> str:
     """The same for one layer's gate."""
-    state = hashlib.sha256(f"{layer.n}/{layer.k}".encode())
-    for module in layer.gate.modules():
+    now = _digest(layer, [held(module, name) for module, name in _gate_tensors(layer).values()])
+    loaded, stored = getattr(layer.gate, "esparse_stored", (None, None))
+    return stored if now == loaded else now
+
+
+def remember_stored(model: nn.Module, layers: Iterable[MoELayer], read: Callable[[str], torch.Tensor]) -> None:
+    """Let these layers' gates know the name that they have as stored, until their values change: loading may have rounded them.
+
+    read: the stored tensor of a parameter, by its name in the model.
+    """
+    places = {module: name for name, module in model.named_modules()}
+    for layer in layers:
+        here = _gate_tensors(layer)
+        now = _digest(layer, [held(module, name) for module, name in here.values()])
+        stored = _digest(layer, [read(f"{places[layer.gate]}.{name}") for name in here])
+        layer.gate.esparse_stored = (now, stored)
+
+
+def _gate_tensors(layer: MoELayer) -> dict[str, tuple[nn.Module, str]]:
+    """The modules and names of a gate's parameters, by their names within the gate."""
+    found = {}
+    for place, module in layer.gate.named_modules():
         for name, _ in module.named_parameters(recurse=False):
-            state.update(held(module, name).detach().float().cpu().numpy().tobytes())
+            found[f"{place}.{name}".removeprefix(".")] = (module, name)
+    return found
+
+
+def _digest(layer: MoELayer, tensors: Sequence[torch.Tensor]) -> str:
+    state = hashlib.sha256(f"{layer.n}/{layer.k}".encode())
+    for tensor in tensors:
+        state.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return state.hexdigest()[:16]
 
 
@@ -196,6 +227,61 @@ def check_tokens(model: nn.Module, tokens: torch.Tensor) -> None:
     if low < 0 or high >= size:
         wrong = low if low < 0 else high
         raise ValueError(f"Token id {wrong} is outside the vocabulary of {size}: use the tokenizer that belongs to the model.")
+
+
+@contextmanager
+def router_logits_off(model: nn.Module) -> Iterator[None]:
+    """The model without `output_router_logits`, which its config has back afterwards.
+
+    Where it is on, transformers computes a balance loss on every forward pass, and `generate` fails in it for a padded batch:
+    the mask also covers the tokens of the cache, the router logits do not.
+    """
+    configs = {id(config): config for config in (model.config, model.config.get_text_config())}.values()
+    former = [config for config in configs if getattr(config, "output_router_logits", False)]
+    for config in former:
+        config.output_router_logits = False
+    try:
+        yield
+    finally:
+        for config in former:
+            config.output_router_logits = True
+
+
+@contextmanager
+def modes_kept(*models: nn.Module) -> Iterator[None]:
+    """On leaving, every module of these is again in the mode, training or evaluation, that it was in."""
+    former = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in former:
+            module.training = mode
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """These in evaluation mode, without dropout or a router's jitter, and afterwards as they were."""
+    with modes_kept(*models):
+        for module in (module for model in models for module in model.modules()):
+            module.training = False
+        yield
+
+
+def uncompiled():
+    """A context in which torch.compile's code gives way to the modules', since it does not hear hooks that came later."""
+    return torch.compiler.set_stance("force_eager")
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where a model takes its token ids: its embeddings may be offloaded."""
+    embeddings = model.get_input_embeddings()
+    return device_of(embeddings, embeddings.weight)
+
+
+def check_held(modules: Iterable[nn.Module], advice: str) -> None:
+    """ValueError, with advice, where accelerate has left weights of these modules on disk or on another device."""
+    if any(p.is_meta for module in modules for p in module.parameters()):
+        raise ValueError(f"Weights of this model are offloaded, so that they cannot be changed in place: {advice}.")
 
 
 @contextmanager

@@ -2,16 +2,19 @@
 
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-import transformers
 
 from .benchmark import seconds_of
+from .checkpoints import read_dtype
 from .corpora import from_hub
 from .files import local_folder
+from .folder import named
+from .layout import Checkpoint, Layout, expert_counts, text_model, with_experts
 from .models import decoder_layers, find_moe
-from .shards import UNWANTED, Layout, count_experts, expert_counts, skeleton, with_experts
+from .shards import DTYPES, FP8, Source, described, read_config
 
 GB = 1e9
 
@@ -23,62 +26,91 @@ def preflight(
     sequences: int = 128,
     length: int = 2048,
     method: str = "enumerate",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     batch_size: int = 8,
     destination: str | Path = ".",
     revision: str | None = None,
 ) -> dict[str, str]:
     """Memory, disk, download, FLOPs, time and access that `prune_checkpoint` would take, as sentences by name.
 
-    r: experts to keep (half of them, if None). Only the config is read (and downloaded, for a hub id). Estimates: memory
-    counts one layer while it is put together, the largest Gram and a batch's activations; time the matrix products at the
-    speed of a small one measured now (and in float32 beside it, where that is much faster: on a CPU without instructions
-    for the checkpoint's dtype), and every weight read twice and written once at 1 GB/s.
-    Raises ValueError where r cannot be kept, and as `load_model` where a hub id cannot be had.
+    r: experts to keep (half of them, if None). Only the config is read, and of a local folder what its files say of their
+    tensors (of a hub id the config and the index are downloaded, and the hub is asked). Estimates: memory counts one layer
+    while it is put together, the largest Gram and a batch's activations; time the matrix products at the speed of a small one
+    measured now (and in float32 beside it, where that is much faster: on a CPU without instructions for the checkpoint's
+    dtype), and every weight read twice and written once at 1 GB/s.
+    Raises ValueError where r cannot be kept, and for a folder as `Checkpoint`; as `load_model` where a hub id cannot be had.
     """
-    local = local_folder(source) is not None
-    source = local_folder(source) or source
-    load = lambda: transformers.AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)  # noqa: E731
-    config = load() if local else from_hub(load, f"the model {source!r}", str(source), "a local folder works offline")
+    local, dtype = local_folder(source) is not None, read_dtype(dtype)
+    folder = described(source, revision)
+    config = read_config(folder)
     quantised = (getattr(config, "quantization_config", None) or {}).get("quant_method")
-    config = with_experts(config, count_experts(config))
     n, k = expert_counts(config)
     r = max(k, n // 2) if r is None else r
-    layout, sizes = Layout(config, r), _Sizes(config, r, (dtype or _config_dtype(config)).itemsize)
-    kind = _config_dtype(config)  # of the result, whatever is computed in
+    layout = Layout(config, r)
+    written, by = _written(folder if local else str(source), revision, layout, config)
+    dtype = dtype or max(written, key=written.get)  # most weights'
+    sizes, result = _Sizes(with_experts(config, n), r, dtype.itemsize), sum(written.values())
     tokens = sequences * length
-    per_token = sizes.reach * (sizes.reach + 1) // 2 * 4
+    gram = tokens * sizes.reach * (sizes.reach + 1) // 2 * 4
     streams = (2 if method == "progressive" else 1) * 2 * tokens * sizes.hidden * sizes.itemsize
-    written = sum(torch.Size(shape).numel() for shape in layout.small.values()) * kind.itemsize
     chunk = batch_size * length * (sizes.hidden * 12 + sizes.inner * 4) * 4
-    memory = sizes.rest + 1.4 * sizes.layer + tokens * per_token + chunk + 0.6 * GB
+    memory = sizes.rest + 1.4 * sizes.layer + gram + chunk + 0.6 * GB
     flops = 2 * tokens * (sizes.active * (2 if method == "progressive" else 1))
-    moved = 2 * sizes.whole * kind.itemsize / sizes.itemsize + written
-    free = shutil.disk_usage(_existing(Path(destination))).free
+    moved = result * (1 + 2 * _numel(layout.full) / _numel(layout.small))
     return {
-        "memory": f"about {memory / GB:.1f} GB: a layer has {sizes.layer / GB:.1f}, its Gram {tokens * per_token / GB:.2f}",
+        "memory": f"about {_bytes(memory)}: a layer has {_bytes(sizes.layer)}, its Gram {_bytes(gram)}",
         "disk": (
-            f"{written / GB:.1f} GB for the result in {str(kind).removeprefix('torch.')}"
+            f"{_bytes(result)} for the result in {_kinds(written)}{by}"
             + (f", dequantised from {quantised}," if quantised else "")
-            + f" and {streams / GB:.1f} while it works; {free / GB:.0f} GB are free"
+            + f" and {_bytes(streams)} while it works; {_bytes(shutil.disk_usage(_existing(Path(destination))).free)} are free"
         ),
-        "download": "nothing" if local else _download(str(source), revision),
+        "download": "nothing" if local else _download(str(source), folder, revision),
         "FLOPs": f"{flops:.1e} on {tokens} tokens, {sizes.reach} of {n} experts each",
-        "time": _time(flops, moved, dtype or kind),
+        "time": _time(flops, moved, dtype),
         "access": "a local folder" if local else _access(str(source), revision),
     }
+
+
+def _numel(shapes: Mapping[str, Sequence[int]]) -> int:
+    return sum(torch.Size(shape).numel() for shape in shapes.values())
+
+
+def _written(source: Path | str, revision: str | None, layout: Layout, config) -> tuple[dict[torch.dtype, int], str]:
+    """The bytes that the result has of each dtype, and who says so where the files do not."""
+    written: dict[torch.dtype, float] = {}
+    if isinstance(source, Path):
+        for dtype, size in Checkpoint(Source(source), layout).written():
+            written[dtype] = written.get(dtype, 0) + size
+        return written, ""
+    stored = getattr(_info(source, revision).safetensors, "parameters", None) or {}
+    counts = {DTYPES["BF16" if kind == FP8 else kind]: count for kind, count in stored.items() if kind in (FP8, *DTYPES)}
+    for dtype, count in counts.items():
+        written[dtype] = count / sum(counts.values()) * _numel(layout.small) * dtype.itemsize
+    said = getattr(config, "dtype", None) or torch.bfloat16
+    return (written, "") if written else ({said: _numel(layout.small) * said.itemsize}, " (as its config says)")
+
+
+def _kinds(written: dict[torch.dtype, int]) -> str:
+    """Dtypes by name, the one of most bytes first, each with its bytes where there are several."""
+    names = {str(dtype).removeprefix("torch."): size for dtype, size in sorted(written.items(), key=lambda pair: -pair[1])}
+    return " and ".join(f"{name} ({_bytes(size)})" for name, size in names.items()) if len(names) > 1 else next(iter(names))
+
+
+def _bytes(count: float) -> str:
+    """Bytes in the unit that fits: 12 kB, 81 MB, 2.3 GB."""
+    unit, size = next(((unit, size) for unit, size in (("GB", GB), ("MB", 1e6), ("kB", 1e3)) if count >= size), ("bytes", 1))
+    return f"{count / size:.{int(size == GB)}f} {unit}"
 
 
 class _Sizes:
     """Bytes and products of a model by its config."""
 
     def __init__(self, config, r: int, itemsize: int):
-        model = skeleton(config)
+        model = text_model(config)
         layers = [(layer, find_moe(layer)) for layer in decoder_layers(model)]
         count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
         self.itemsize, self.hidden = itemsize, config.get_text_config().hidden_size
         self.layer = max(count(layer) for layer, _ in layers) * itemsize
-        self.whole = count(model) * itemsize
         self.rest = count(model.get_input_embeddings()) * itemsize
         moe = next(moe for _, moe in layers if moe is not None)
         k = expert_counts(config)[1]
@@ -86,10 +118,6 @@ class _Sizes:
         one = count(moe.experts) // moe.n
         self.inner = one // self.hidden
         self.active = sum(count(layer) - (count(m.experts) - self.reach * one if m else 0) for layer, m in layers)
-
-
-def _config_dtype(config) -> torch.dtype:
-    return getattr(config, "dtype", None) or torch.bfloat16
 
 
 def _time(flops: float, moved: float, dtype: torch.dtype) -> str:
@@ -129,10 +157,10 @@ def _info(source: str, revision: str | None):
     return from_hub(load, f"the model {source!r}", source, "a local folder works offline")
 
 
-def _download(source: str, revision: str | None) -> str:
-    files = [f for f in _info(source, revision).siblings if f.rfilename.endswith(".safetensors")]
-    wanted = [f for f in files if not any(Path(f.rfilename).match(pattern) for pattern in UNWANTED)]
-    return f"{sum(f.size or 0 for f in wanted) / GB:.1f} GB in {len(wanted)} files, less what is there already"
+def _download(source: str, folder: Path, revision: str | None) -> str:
+    sizes = {file.rfilename: file.size or 0 for file in _info(source, revision).siblings}
+    wanted = named(folder, sizes)[0]
+    return f"{_bytes(sum(sizes.get(name, 0) for name in wanted))} in {len(wanted)} files, less what is there already"
 
 
 def _access(source: str, revision: str | None) -> str:

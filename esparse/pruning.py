@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from .files import read_json, refuse_existing, write_json
-from .models import MoELayer, check_fingerprint, count_names, moe_layers
-from .routers import per_expert, unpack
+from .models import MoELayer, check_fingerprint, check_held, count_names, moe_layers, uncompiled
+from .routers import all_logits, per_expert, pruned_table, table, table_ranking, unpack
 from .traces import check_experts
 
 
@@ -48,20 +48,30 @@ class PruningPlan:
 def _masking_hook(layer: MoELayer, kept: list[int]):
     """Gate hook: what the gate would return had it only the kept experts, under their old numbers."""
 
-    def hook(gate, _inputs, output):
-        logits, _, _ = unpack(output)
-        columns = torch.tensor(kept, device=logits.device)
-        chosen = layer.router.select(logits[:, columns], layer.k, columns)
-        weights = layer.router.weights(logits[:, columns], chosen, columns[chosen])
-        removed = torch.ones(layer.n, dtype=torch.bool, device=logits.device).index_fill_(0, columns, False)
-        return logits.masked_fill(removed, float("-inf")), weights, columns[chosen]
+    router, n = layer.router, layer.n
+
+    def hook(gate, inputs, output):
+        logits, _, chosen = unpack(output)
+        every = all_logits(router, gate, inputs, logits)
+        columns = torch.tensor([*kept, *range(n, every.shape[1])], device=logits.device)
+        some = every[:, columns]
+        ranking = table_ranking(chosen, n)[:, columns] if router.table else router.ranking(some, columns)
+        chosen = ranking.topk(layer.k).indices
+        weights, numbers = router.weights(some, chosen, columns[chosen]), columns[chosen]
+        if router.idle:
+            weights, numbers = weights.masked_fill(numbers == n, 0), numbers.masked_fill(numbers == n, kept[0])
+        more = (router.shared_weights(some, chosen),) if router.shared else output[3:]
+        removed = torch.ones(logits.shape[1], dtype=torch.bool, device=logits.device)
+        removed[columns[columns < logits.shape[1]]] = False
+        return logits.masked_fill(removed, float("-inf")), weights, numbers, *more
 
     return hook
 
 
 @contextmanager
 def masked_layer(layer: MoELayer, kept: Sequence[int]) -> Iterator[None]:
-    handle = layer.gate.register_forward_hook(_masking_hook(layer, list(kept)))
+    # First of the gate's hooks: whoever listens already, as transformers to record router logits, hears the masked router.
+    handle = layer.gate.register_forward_hook(_masking_hook(layer, list(kept)), prepend=True)
     try:
         yield
     finally:
@@ -84,9 +94,10 @@ def _check_plan(model, plan: PruningPlan) -> list[MoELayer]:
 def masked(model, plan: PruningPlan) -> Iterator[None]:
     """The model as if pruned: removed experts are taken out of the routing, no weight is copied or changed.
 
-    Raises ValueError for a plan made with another model.
+    Router logits that transformers records inside are those of the kept experts, at their old numbers; the others' are -inf.
+    A compiled model runs uncompiled meanwhile. Raises ValueError for a plan made with another model.
     """
-    with ExitStack() as stack:
+    with ExitStack() as stack, uncompiled():
         for layer, kept in zip(_check_plan(model, plan), plan.kept, strict=True):
             stack.enter_context(masked_layer(layer, kept))
         yield
@@ -97,8 +108,9 @@ def prune(model, plan: PruningPlan):
     """Remove the experts outside the plan, in place, and return the model: an ordinary one with fewer experts.
 
     Everything is checked before anything changes. One layer is copied at a time. Raises ValueError for a plan made
-    with another model.
+    with another model, and for MoE layers that accelerate has offloaded.
     """
+    check_held((layer.block for layer in moe_layers(model)), "prune from disk to disk, with prune_checkpoint")
     layers = _check_plan(model, plan)
     n, configs = layers[0].n, (model.config, model.config.get_text_config(), *(layer.experts.config for layer in layers))
     for layer, kept in zip(layers, plan.kept, strict=True):
@@ -111,7 +123,10 @@ def prune(model, plan: PruningPlan):
 
 def prune_layer(layer: MoELayer, kept: Sequence[int]) -> None:
     """Cut every tensor of one layer that is indexed by expert, and the counts on its modules."""
-    n, cuts = layer.n, list(per_expert(layer.block, layer.gate, layer.n))
+    n, beside, lookup = layer.n, layer.router.beside, table(layer.gate)
+    if lookup:
+        setattr(layer.gate, lookup, pruned_table(getattr(layer.gate, lookup), kept, n))
+    cuts = list(per_expert(layer.block, layer.gate, n, beside))
     cuts += [
         (layer.experts, name, 0)
         for name, tensor in layer.experts.named_parameters()
@@ -119,12 +134,20 @@ def prune_layer(layer: MoELayer, kept: Sequence[int]) -> None:
     ]
     for module, name, axis in cuts:
         tensor = getattr(module, name)
-        rows = tensor.index_select(axis, torch.tensor(kept, device=tensor.device))
+        rows = cut(tensor, axis, kept, n)
         setattr(module, name, nn.Parameter(rows, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else rows)
     for module in (layer.block, layer.experts, *layer.gate.modules()):
         for name in count_names(module, n):
             setattr(module, name, len(kept))
-        if isinstance(module, nn.Linear):  # a gate, or within one
-            module.out_features = len(kept)
+        if beside and getattr(module, "num_router_classes", None) == n + beside:
+            module.num_router_classes = len(kept) + beside
+        if isinstance(module, nn.Linear) and module.weight.shape[0] == len(kept) + beside:  # a gate, or within one
+            module.out_features = len(kept) + beside
     for found in ("_identified", "_leaving"):  # asked again of the smaller layer
         vars(layer).pop(found, None)
+
+
+def cut(tensor: torch.Tensor, axis: int, kept: Sequence[int], n: int) -> torch.Tensor:
+    """The entries of the kept ones of n experts, and whatever stands behind those of the experts."""
+    numbers = torch.tensor([*kept, *range(n, tensor.shape[axis])], device=tensor.device)
+    return tensor.index_select(axis, numbers)

@@ -13,7 +13,17 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .experts import pair_outputs
-from .models import MoELayer, check_fingerprint, check_tokens, experts_implementation, moe_layers
+from .models import (
+    MoELayer,
+    check_fingerprint,
+    check_held,
+    check_tokens,
+    evaluating,
+    experts_implementation,
+    input_device,
+    modes_kept,
+    moe_layers,
+)
 from .processes import ranks, summed
 from .pruning import PruningPlan, masked
 from .search import ranked, subset_losses
@@ -37,7 +47,7 @@ def expert_scales(layer: LayerTrace, kept: Sequence[int]) -> torch.Tensor:
     pseudo-inverse, so that an expert no token uses keeps its scale. Raises ValueError for subsets outside the trace.
     """
     kept = layer.check(kept)
-    column = torch.zeros(layer.n, dtype=torch.long, device=layer.order.device)
+    column = torch.zeros(layer.n + 1, dtype=torch.long, device=layer.order.device)
     column[kept] = torch.arange(len(kept), device=column.device)
     system = torch.zeros(len(kept), len(kept), dtype=torch.float64, device=column.device)
     target = torch.zeros(len(kept), dtype=torch.float64, device=column.device)
@@ -53,6 +63,9 @@ def expert_scales(layer: LayerTrace, kept: Sequence[int]) -> torch.Tensor:
             toward = (gram[:, :, : some.k] @ some.weights.double()[:, :, None]).squeeze(2)  # <f_i, z>, z the layer's own output
         else:
             toward = some.target_dot.double().gather(1, positions)
+        if some.router.shared:  # what the shared experts add otherwise than in z
+            before = some.weights.double().sum(1) if some.target_dot is None else some.router.total
+            toward = toward - gram[:, :, -1] * (before - weights.sum(1))[:, None]
         target.index_put_((at,), weights * toward, accumulate=True)
     system, target = layer.together(system), layer.together(target)
     return 1 + torch.linalg.pinv(system, hermitian=True) @ (target - system.sum(1))
@@ -63,7 +76,8 @@ def scale_experts(model, trace: Trace, plan: PruningPlan) -> list[list[float]]:
     """Fold the closed-form scales into the experts of a model pruned to `plan`, in place; returns them, [layers][r].
 
     trace: of the full model, that the plan was made from. Raises ValueError where the model is not pruned to the plan, the
-    trace belongs to another model, or a norm follows the experts' last map, which no scale of it can pass.
+    trace belongs to another model, a norm follows the experts' last map, which no scale of it can pass, or experts are
+    offloaded.
     """
     layers = moe_layers(model)
     if trace.model != plan.model:
@@ -72,6 +86,7 @@ def scale_experts(model, trace: Trace, plan: PruningPlan) -> list[list[float]]:
         raise ValueError(f"The model is not pruned to this plan: its layers must have {plan.r} experts; call prune first.")
     if any(getattr(layer.experts, "has_post_expert_norm", False) for layer in layers):
         raise ValueError("A norm follows the experts of this model: scaling their outputs changes nothing.")
+    check_held((layer.experts for layer in layers), "load the pruned model without offloading")
     scales = [expert_scales(traced, kept) for traced, kept in zip(trace.layers, plan.kept, strict=True)]
     for layer, scale in zip(layers, scales, strict=True):
         for name in ("down_proj", "down_proj_bias") if layer.experts.has_bias else ("down_proj",):
@@ -87,7 +102,8 @@ def divergence(model, tokens: torch.Tensor, expected: Sequence[torch.Tensor], ba
     """Mean KL(expected || model) of next-token distributions, in nats, on tokens [sequences, length]."""
     total = 0.0
     for batch, before in zip(tokens.split(batch_size), expected, strict=True):
-        total += _kl(before.to(model.device).float(), model(batch.to(model.device), use_cache=False).logits).item()
+        logits = _run(model, batch).logits
+        total += _kl(before.to(logits.device).float(), logits).item()
     return total / tokens.numel()
 
 
@@ -109,8 +125,8 @@ def choose_by_output(
     """
     check_tokens(model, tokens)
     check_fingerprint(model, trace.model, "trace")
-    run = lambda batch: model(batch.to(model.device), use_cache=False).logits  # noqa: E731
-    expected = [run(batch).float().log_softmax(-1).cpu() for batch in tokens.split(batch_size)]
+    with evaluating(model):
+        expected = [_run(model, batch).logits.float().log_softmax(-1).cpu() for batch in tokens.split(batch_size)]
     close = []
     for layer in trace.layers:
         subsets, losses = subset_losses(layer, r)
@@ -121,7 +137,7 @@ def choose_by_output(
         return PruningPlan("output", r, list(kept), list(losses), trace.model, trace.tokens)
 
     def ask(chosen: list[int]) -> float:
-        with masked(model, plan_of(chosen)):
+        with evaluating(model), masked(model, plan_of(chosen)):
             return divergence(model, tokens, expected, batch_size)
 
     chosen = [0] * len(close)
@@ -160,13 +176,14 @@ def recover(
     the teacher's next-token distributions (KL); "experts" everything, by L_CE + lambda * the sum over layers and experts of
     the mean squared difference between the outputs of the teacher's experts and their counterparts in the student, both
     models fed the same tokens and each expert those that the teacher routes to it; lambda is L_CE over that sum in the
-    first batch of all processes (MoE-Pruner, arXiv 2410.12013); "tune" everything, by next-token cross-entropy. plan: which
-    of the teacher's experts the student has, where it has fewer. Weights that are zero stay so; half-precision weights, in
+    first batch of all processes (MoE-Pruner, arXiv 2410.12013); "tune" everything, by next-token cross-entropy. Nothing is
+    added to these, such as the balance loss that a config may ask for. plan: which of the teacher's experts the student has,
+    where it has fewer. Weights that are zero stay so; half-precision weights, in
     which a step of the paper's size is lost in rounding, are trained as float32 and rounded at the end. arguments: further
     `TrainingArguments`.
     Returns {"rung", "steps", "seconds", "trained": parameters, "losses": of each step, "balance": lambda or None}.
-    Raises ValueError for an unknown rung, a missing teacher, models whose layers do not match, and under FSDP for other
-    rungs than "tune" and for its first version.
+    Raises ValueError for an unknown rung, a missing teacher, models whose layers do not match, a model (for "experts" also a
+    teacher) that is offloaded, and under FSDP for other rungs than "tune" and for its first version.
     """
     if rung not in RUNGS:
         raise ValueError(f"Unknown rung {rung!r}: choose from {', '.join(RUNGS)}.")
@@ -175,6 +192,7 @@ def recover(
     if under_fsdp() and os.environ.get("FSDP_VERSION") != "2":  # the first makes vectors of matrices: zeros would be lost
         raise ValueError("Pruned weights stay zero under FSDP's second version alone: launch with --fsdp_version 2.")
     check_tokens(model, tokens)
+    check_held([model], "load it whole, or train it in shards, by `accelerate launch -m esparse recover`")
     if rung != "tune":
         check_teacher(model, teacher, plan, rung)
     layers = moe_layers(model)
@@ -182,6 +200,8 @@ def recover(
     wanted = [p for p in wanted if p.requires_grad]  # a bias that balances the load is learnt otherwise
     with ExitStack() as stack:
         stack.enter_context(_training(model, wanted))
+        if teacher is not None:
+            stack.enter_context(evaluating(teacher))
         if not under_fsdp():  # which does it shard by shard
             stack.enter_context(_in_float32(model))
         if model.dtype in (torch.float32, torch.bfloat16):  # which the grouped product knows
@@ -234,6 +254,8 @@ def check_teacher(model, teacher, plan: PruningPlan | None, rung: str) -> None:
     if teacher is None:
         raise ValueError(f"The rung {rung!r} learns from the full model: give it as teacher=.")
     one, other = moe_layers(model), moe_layers(teacher)
+    if rung == "experts":
+        check_held([layer.experts for layer in other], "load the teacher whole, or take the rung 'router'")
     if len(one) != len(other):
         raise ValueError(f"The layers do not match: the teacher has {len(other)} MoE layers, the student {len(one)}.")
     if plan and len(plan.kept) != len(one):
@@ -260,11 +282,10 @@ def _training(model, wanted: Sequence[nn.Parameter]) -> Iterator[None]:
     chosen = {id(p) for p in wanted}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in chosen)
-    mode = model.training
     try:
-        yield
+        with modes_kept(model):
+            yield
     finally:
-        model.train(mode)
         model.zero_grad(set_to_none=True)
         for parameter in model.parameters():
             parameter.requires_grad_(former.get(id(parameter), True))
@@ -294,7 +315,7 @@ def _trainer(model, tokens: torch.Tensor, options: dict, measure):
 
     quiet = {"save_strategy": "no", "report_to": "none", "logging_steps": 1, "disable_tqdm": True, "log_level": "error"}
     quiet |= {"dataloader_pin_memory": torch.cuda.is_available(), "ddp_find_unused_parameters": False}
-    rows = [{"input_ids": row, "labels": row} for row in tokens]
+    rows = [{"input_ids": row} for row in tokens]
     trainer = Recovery(model, TrainingArguments(**quiet | options), train_dataset=rows, callbacks=[Watch()])
     trainer.remove_callback(PrinterCallback)
     trainer.model_accepts_loss_kwargs = False  # a mean over each batch, whatever is accumulated
@@ -310,7 +331,7 @@ class _Tune:
 
     def __call__(self, model, inputs) -> tuple[torch.Tensor, object]:
         output = model(**inputs, use_cache=False)
-        return output.loss, output
+        return _cross_entropy(output.logits, inputs["input_ids"]), output
 
 
 class _Router:
@@ -340,16 +361,22 @@ class _Experts:
             _on(self.teacher, inputs["input_ids"])
         with entering(self.layers) as now:
             output = model(**inputs, use_cache=False)
+        loss = _cross_entropy(output.logits, inputs["input_ids"])
         pairs = zip(self.layers, self.theirs, now, before, self.kept, strict=True)
         apart = torch.stack([expert_differences(*pair).sum() for pair in pairs]).sum()
         if self.balance is None:
             if apart <= ROUNDING * sum(states.float().square().mean() for states, _ in before):
                 raise ValueError("The student's experts give just what the teacher's give: there is nothing to distil.")
-            self.balance = (_mean(output.loss) / _mean(apart)).item()
-        return output.loss + self.balance * apart, output
+            self.balance = (_mean(loss) / _mean(apart)).item()
+        return loss + self.balance * apart, output
 
 
 _LOSSES = {"tune": _Tune, "router": _Router, "experts": _Experts}
+
+
+def _cross_entropy(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """The mean next-token cross-entropy alone: a model's own loss holds what its config adds."""
+    return nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten())
 
 
 def _mean(loss: torch.Tensor) -> torch.Tensor:
@@ -360,7 +387,11 @@ def _mean(loss: torch.Tensor) -> torch.Tensor:
 def _on(model, ids: torch.Tensor):
     if model.device != ids.device and not hasattr(model, "hf_device_map"):
         model.to(ids.device)
-    return model(ids.to(model.device), use_cache=False)
+    return _run(model, ids)
+
+
+def _run(model, ids: torch.Tensor):
+    return model(ids.to(input_device(model)), use_cache=False)
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """Router kinds and the arithmetic of routing weights: selection, renormalisation, and which pairs skipping drops."""
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,6 +22,10 @@ class Router:
     by score, or `by_logits`, plus `bias`, within the `top_groups` best of `groups`. Weights are divided by their sum
     plus `eps` if `renormalise`, then multiplied by `scale` and by each expert's own `expert_scale`, and are of `dtype`.
     The order of operations is that of the stock routers, so that weights agree to the last bit.
+
+    table: which experts a token uses is looked up by its id, not ranked (see `table_ranking`). `beside` logits stand behind
+    those of the experts, and stay whatever is removed: those of `shared` experts, by whose sigmoids too the chosen experts'
+    are divided (Inkling), or of `idle`, which a token chooses to use no expert (ZAYA).
     """
 
     score: str = "softmax"
@@ -38,6 +42,14 @@ class Router:
     group_size: int = 2  # experts whose scores make a group's
     zero_fill: bool = False  # what experts of other groups score: 0, or -inf
     jitter: float = 0.0
+    table: bool = False
+    shared: int = 0
+    idle: int = 0
+
+    @property
+    def beside(self) -> int:
+        """How many logits stand behind those of the experts."""
+        return self.shared + self.idle
 
     @property
     def local(self) -> bool:
@@ -47,12 +59,13 @@ class Router:
     @property
     def normalises(self) -> bool:
         """Whether the weights of a token add up to the same whatever was chosen: skipping then keeps their sum."""
-        return self.renormalise or self.score == SCORES[1]
+        return self.renormalise or bool(self.shared) or self.score == SCORES[1]
 
     @property
     def by_choice(self) -> bool:
         """Whether weights follow from the chosen experts alone (those of a renormalised softmax: but for rounding)."""
-        return self.local and self.score != SPARSEMIXER and (self.score != "softmax" or (self.renormalise and not self.eps))
+        kind = self.score != SPARSEMIXER and (self.score != "softmax" or (self.renormalise and not self.eps))
+        return self.local and not self.beside and kind
 
     @property
     def of_chosen(self) -> "Router":
@@ -62,7 +75,7 @@ class Router:
     @property
     def sorted(self) -> bool:
         """Whether the order of selection is that of falling weights."""
-        return not (self.bias or self.expert_scale or self.score == SPARSEMIXER)
+        return not (self.bias or self.expert_scale or self.table or self.score == SPARSEMIXER)
 
     def scores(self, logits: torch.Tensor) -> torch.Tensor:
         """What routing weights are made of, [tokens, r]."""
@@ -78,7 +91,12 @@ class Router:
                 return logits.softmax(-1)
 
     def ranking(self, logits: torch.Tensor, columns: torch.Tensor | None = None) -> torch.Tensor:
-        """What the experts are chosen by, the highest first: [tokens, r], for all or the experts `columns` [r]."""
+        """What the experts are chosen by, the highest first: [tokens, r], for all or the experts `columns` [r].
+
+        Behind them that of `idle`, if there is one: columns then names it as well.
+        """
+        if self.shared:
+            logits, columns = logits[:, : -self.shared], None if columns is None else columns[: -self.shared]
         scores = logits if self.by_logits or self.score in (SCORES[1], SPARSEMIXER) else self.scores(logits)
         if self.bias:
             scores = scores + _column(self.bias, logits, columns)
@@ -91,7 +109,7 @@ class Router:
         return grouped.masked_fill(~allowed[..., None], 0.0 if self.zero_fill else float("-inf")).flatten(-2)
 
     def select(self, logits: torch.Tensor, k: int, columns: torch.Tensor | None = None) -> torch.Tensor:
-        """The k columns [tokens, k] that a router of the experts `columns` (all, if None) chooses."""
+        """The k columns [tokens, k] that a router of the experts `columns` (all, if None) chooses; r where none is used."""
         return self.ranking(logits, columns).topk(k).indices
 
     def weights(self, logits: torch.Tensor, chosen: torch.Tensor, numbers: torch.Tensor | None = None) -> torch.Tensor:
@@ -99,7 +117,9 @@ class Router:
 
         numbers: the experts' own numbers where the columns are fewer (as `chosen`, if None).
         """
-        if self.score == SPARSEMIXER:
+        if self.shared:
+            weights = self._among_shared(logits, chosen)[:, : chosen.shape[1]]
+        elif self.score == SPARSEMIXER:
             weights = self._sparsemixer(logits, chosen)
         elif self.score in ("softmax", "given"):
             weights = self.scores(logits).gather(1, chosen.flatten(1)).view(chosen.shape)
@@ -112,6 +132,21 @@ class Router:
         if self.expert_scale:
             weights = weights * _column(self.expert_scale, logits, chosen if numbers is None else numbers)
         return weights.to(getattr(torch, self.dtype))
+
+    def shared_weights(self, logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        """The weights [tokens, shared] that the shared experts have beside the `chosen` ones."""
+        weights = self._among_shared(logits, chosen)[:, chosen.shape[1] :] * self.scale
+        return (weights * self.expert_scale[0]).to(getattr(torch, self.dtype))
+
+    def _among_shared(self, logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        """The shares of the chosen and of the shared experts in the sum of all their sigmoids, [tokens, k + shared]."""
+        logs = nn.functional.logsigmoid(torch.cat([logits.gather(1, chosen), logits[:, -self.shared :]], 1))
+        return (logs - logs.logsumexp(1, keepdim=True)).exp()
+
+    @property
+    def total(self) -> float:
+        """What a token's weights and those of the `shared` experts add up to."""
+        return self.scale * self.expert_scale[0]
 
     def _sparsemixer(self, logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         """Each choice's softmax over the experts close to it among those not chosen before (arXiv 2409.12136)."""
@@ -134,29 +169,70 @@ def _column(values: tuple[float, ...], like: torch.Tensor, numbers: torch.Tensor
     return column if numbers is None else column[numbers]
 
 
+def table_ranking(chosen: torch.Tensor, n: int) -> torch.Tensor:
+    """What stands in for a table of token ids when experts are removed, the highest first: float32 [tokens, n].
+
+    A token keeps those of its k table entries e_1..e_k that are kept, in their order. For every one that is not, the next
+    kept expert by number steps in that it does not use yet, counted from (e_1 + ... + e_k) mod n on. That follows from the
+    token's row alone, so that it can be written into the table of the smaller model; and since the table spreads token ids
+    evenly, it spreads those of a removed expert evenly over the others. Loads in stock transformers as a table of the same shape.
+    """
+    start, numbers = chosen.sum(1, keepdim=True), torch.arange(n, device=chosen.device)
+    own = torch.arange(chosen.shape[1], 0, -1, device=chosen.device).expand_as(chosen)
+    return (-((numbers - start) % n)).scatter(1, chosen, own).float()
+
+
+def pruned_table(table: torch.Tensor, kept: Sequence[int], n: int) -> torch.Tensor:
+    """The table [vocabulary, k] of a model that has the experts `kept` alone, by their new numbers."""
+    columns = torch.tensor(kept, device=table.device)
+    return table_ranking(table.long(), n)[:, columns].topk(table.shape[1]).indices.to(table.dtype)
+
+
 def unpack(output) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Logits [tokens, n], weights [tokens, k] and indices [tokens, k] out of what a gate returned.
 
-    Raises ValueError when it returned something else.
+    What it returned beside them, a state for the next layer or weights of shared experts, is left out. Raises ValueError
+    when it returned something else.
     """
-    if isinstance(output, tuple) and len(output) == 3 and all(torch.is_tensor(t) and t.ndim == 2 for t in output):
-        return output
-    raise ValueError(
-        "it does not return logits, weights and indices alone: a state for the next layer, "
-        "or weights of shared experts, pass through it as well"
-    )
+    if isinstance(output, tuple) and len(output) >= 3 and all(torch.is_tensor(t) and t.ndim == 2 for t in output[:3]):
+        return output[:3]
+    raise ValueError("it does not return logits, weights and indices")
+
+
+def all_logits(router: Router, gate: nn.Module, inputs: tuple, logits: torch.Tensor) -> torch.Tensor:
+    """The logits that a gate returned for these inputs, and behind them those of shared experts, which it keeps to itself."""
+    if not router.shared:
+        return logits
+    weight = matrix(gate, logits.shape[1] + router.shared).to(logits.device)
+    both = nn.functional.linear(inputs[0].reshape(-1, weight.shape[1]).float(), weight.float())
+    return torch.cat([logits, both[:, -router.shared :]], 1)
+
+
+def matrix(gate: nn.Module, rows: int) -> torch.Tensor | None:
+    """The gate's own matrix of so many rows, or None."""
+    names = (name for name, p in gate.named_parameters(recurse=False) if p.ndim == 2 and p.shape[0] == rows)
+    return next((held(gate, name) for name in names), None)
+
+
+def table(gate: nn.Module) -> str | None:
+    """The name of the integers [vocabulary, k] in which a gate looks up the experts of a token id, if it does."""
+    return next((name for name, b in gate.named_buffers() if b.ndim == 2 and not b.is_floating_point()), None)
 
 
 # --- finding out what a router does, by asking it -------------------------------------------------------------------
 
 
-def per_expert(block: nn.Module, gate: nn.Module, n: int) -> Iterator[tuple[nn.Module, str, int]]:
-    """The tensors of a router, in its modules and on the block itself, that are indexed by expert: owner, name, axis."""
+def per_expert(block: nn.Module, gate: nn.Module, n: int, beside: int = 0) -> Iterator[tuple[nn.Module, str, int]]:
+    """The tensors of a router, in its modules and on the block itself, that are indexed by expert: owner, name, axis.
+
+    beside: how many entries more some of them have behind those of the experts.
+    """
     for owner, recurse in ((gate, True), (block, False)):
         for module in owner.modules() if recurse else (owner,):
             for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-                if n in tensor.shape:
-                    yield module, name, list(tensor.shape).index(n)
+                axes = [axis for size in (n, n + beside) for axis, there in enumerate(tensor.shape) if there == size]
+                if axes and tensor.is_floating_point():
+                    yield module, name, axes[0]
 
 
 @torch.no_grad()
@@ -166,27 +242,71 @@ def identify(block: nn.Module, gate: nn.Module, n: int) -> tuple[Router, int]:
 
     Raises ValueError when no known kind does, with the reason.
     """
-    try:
-        arguments = [getattr(block, name) for name in _also_takes(gate)]
-    except AttributeError as error:
-        raise ValueError(f"it chooses by {error.name!r} as well, not by the hidden states alone") from None
-    weight = next(p for p in gate.parameters() if p.ndim == 2)
-    places = [(m, name) for m, name, _ in per_expert(block, gate, n) if getattr(m, name).numel() == n]
-    vectors = {number: held(*place) for number, place in enumerate(places)}
     generator = torch.Generator().manual_seed(0)
-    probe = torch.randn(1, 64, weight.shape[1], generator=generator).to(_device(gate, weight), weight.dtype)
+    weight = next(p for p in gate.parameters() if p.ndim == 2)
+    probe = torch.randn(1, 64, weight.shape[1], generator=generator).to(device_of(gate, weight), weight.dtype)
+    names = _also_takes(block, gate)
+    ids = torch.arange(64, device=probe.device) % (len(held(gate, table(gate))) if table(gate) else 64)
+    arguments = [ids[None] if name is None else getattr(block, name) for name in names]
+    beside = _beside(gate, _ask(gate, probe, arguments), n)
+    places = [(m, name) for m, name, _ in per_expert(block, gate, n, sum(beside)) if _vector(getattr(m, name), n, beside)]
+    if beside[0]:
+        places += [(gate, name) for name, p in gate.named_parameters(recurse=False) if p.numel() == 1]
+    vectors = {number: held(*place) for number, place in enumerate(places)}
     offloaded = any(getattr(*place).is_meta for place in places)
-    with _shaken([getattr(*place) for place in places], generator):
-        spread = _ask(gate, probe, arguments)[0].float().std()  # logits far apart would make all kinds look alike
-        logits, weights, chosen = _ask(gate, (probe / spread.clamp(min=1e-3)).to(probe.dtype), arguments)
-        if logits.shape[1] != n:
-            raise ValueError(f"it chooses among {logits.shape[1]} things where there are {n} experts")
-        shaken = [(number, tuple(held(*place).flatten().tolist())) for number, place in enumerate(places)]
+    shake = lambda held: held + 0.3 * torch.rand(held.shape, generator=generator).to(held)  # noqa: E731
+    with ExitStack() as stack:
+        stack.enter_context(_changed([getattr(*place) for place in places], shake))
+        states = probe / (spread := _spread(gate, probe, arguments))
+        if spread > 1 and (left := _spread(gate, states, arguments)) > 1.5:  # a norm undid it
+            matrices = [getattr(m, name) for m, name, _ in per_expert(block, gate, n, sum(beside)) if (m, name) not in places]
+            stack.enter_context(_changed(matrices, lambda held: held / left))
+        states = states.to(probe.dtype)
+        logits, weights, chosen, *more = _ask(gate, states, arguments)
+        shaken = [(number, _listed(held(*place), n)) for number, place in enumerate(places)]
         none_first = [(None, None), *shaken]
         # What is not shaken is taken for a bias if it may be one: without it, a small one would go unnoticed.
         biases = [*shaken, (None, None)] if offloaded else none_first
-        kind, names = _kind(gate, logits, weights, chosen, none_first, biases)
-    return replace(kind, **{field: tuple(vectors[name].flatten().tolist()) for field, name in names.items()}), chosen.shape[1]
+        plain = Router(shared=beside[0], idle=beside[1], table=table(gate) is not None)
+        logits = all_logits(plain, gate, (states,), logits)
+        used = weights.abs().sum(1) > 0 if plain.idle else slice(None)  # a token that uses no expert tells nothing of weights
+        kind, names = _kind(gate, plain, logits[used], weights[used], chosen[used], none_first, biases)
+        if plain.table:
+            _check_table(gate, chosen, ids)
+        if plain.shared and not torch.equal(kind.shared_weights(logits, chosen), more[0]):
+            raise ValueError("it weighs its shared experts in a way not known here")
+    return replace(kind, **{field: _listed(vectors[name], n) for field, name in names.items()}), chosen.shape[1]
+
+
+def _beside(gate: nn.Module, answer: tuple, n: int) -> tuple[int, int]:
+    """How many shared experts a gate weighs, and whether it can choose none: by what it returns. Raises ValueError where
+    it scores other things."""
+    logits, more = answer[0], answer[3:]
+    if logits.shape[1] == n and more and torch.is_tensor(more[0]) and more[0].ndim == 2:
+        if matrix(gate, n + more[0].shape[1]) is None:
+            raise ValueError("it weighs shared experts in a way not known here")
+        return more[0].shape[1], 0
+    if logits.shape[1] not in (n, n + 1):
+        raise ValueError(f"it chooses among {logits.shape[1]} things where there are {n} experts")
+    return 0, logits.shape[1] - n
+
+
+def _vector(tensor: torch.Tensor, n: int, beside: tuple[int, int]) -> bool:
+    return tensor.numel() in (n, n + beside[1])
+
+
+def _listed(vector: torch.Tensor, n: int) -> tuple[float, ...]:
+    """The numbers of a vector; that of a scalar for each of n experts."""
+    return tuple(vector.flatten().tolist()) * (n if vector.numel() == 1 else 1)
+
+
+def _check_table(gate: nn.Module, chosen: torch.Tensor, ids: torch.Tensor) -> None:
+    rows = held(gate, table(gate)).to(chosen.device)
+    if not torch.equal(rows[ids].long(), chosen):
+        raise ValueError("it does not choose by its table of token ids alone")
+    ordered = rows.sort(1).values
+    if (ordered[:, 1:] == ordered[:, :-1]).any():
+        raise ValueError("its table sends token ids to one expert twice: the table is not filled, or was pruned another way")
 
 
 def held(module: nn.Module, name: str) -> torch.Tensor:
@@ -195,43 +315,58 @@ def held(module: nn.Module, name: str) -> torch.Tensor:
     return module._hf_hook.weights_map[name] if tensor.is_meta else tensor
 
 
-def _also_takes(gate: nn.Module) -> list[str]:
-    """The names of what a gate is given beside the hidden states."""
+def _also_takes(block: nn.Module, gate: nn.Module) -> list[str | None]:
+    """The names of what a gate is given beside the hidden states: attributes of the block; None for the token ids.
+
+    What it can do without, such as a state of the layer before, it is not given. Raises ValueError for anything else.
+    """
     parameters = list(inspect.signature(gate.forward).parameters.values())[1:]
-    return [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    asked = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and (hasattr(block, p.name) or p.default is p.empty)]
+    for p in asked:
+        if not hasattr(block, p.name) and (p.name != "input_ids" or table(gate) is None):
+            raise ValueError(f"it chooses by {p.name!r} as well, not by the hidden states alone")
+    return [p.name if hasattr(block, p.name) else None for p in asked]
 
 
-def _device(gate: nn.Module, weight: torch.Tensor) -> torch.device:
-    """Where a gate computes: offloaded weights lie on "meta" until its hook brings them."""
-    return torch.device(gate._hf_hook.execution_device) if weight.is_meta and hasattr(gate, "_hf_hook") else weight.device
+def device_of(module: nn.Module, weight: torch.Tensor) -> torch.device:
+    """Where a module with this weight computes: offloaded weights lie on "meta" until its hook brings them."""
+    return torch.device(module._hf_hook.execution_device) if weight.is_meta and hasattr(module, "_hf_hook") else weight.device
 
 
-def _ask(gate: nn.Module, probe: torch.Tensor, arguments: list) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _ask(gate: nn.Module, probe: torch.Tensor, arguments: list) -> tuple[torch.Tensor, ...]:
     """A gate's answer to [1, tokens, d], or to [tokens, d], as the block of some families passes it; hooks do not hear it."""
     for states, last in ((probe, False), (probe[0], True)):
         try:
-            return unpack(gate.forward(states, *arguments))
+            answer = gate.forward(states, *arguments)
+            return (*unpack(answer), *answer[3:])
         except (TypeError, RuntimeError, IndexError, ValueError) as error:
             if last:
                 raise ValueError(str(error).split("\n")[0]) from None
 
 
+def _spread(gate: nn.Module, probe: torch.Tensor, arguments: list) -> torch.Tensor:
+    """The deviation of the logits: far apart, they would make all kinds look alike."""
+    return _ask(gate, probe, arguments)[0].float().std().clamp(min=1e-3)
+
+
 @contextmanager
-def _shaken(vectors, generator: torch.Generator) -> Iterator[None]:
-    """These tensors with random numbers added, and as they were afterwards."""
-    former = [(vector, vector.clone()) for vector in vectors if not vector.is_meta]
+def _changed(tensors: Sequence[torch.Tensor], change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """These tensors changed, where they are held, and as they were afterwards."""
+    former = [(tensor, tensor.clone()) for tensor in tensors if not tensor.is_meta]
     try:
-        for vector, _ in former:
-            vector += 0.3 * torch.rand(vector.shape, generator=generator).to(vector)
+        for tensor, values in former:
+            tensor.copy_(change(values))
         yield
     finally:
-        for vector, values in former:
-            vector.copy_(values)
+        for tensor, values in former:
+            tensor.copy_(values)
 
 
-def _kind(gate, logits, weights, chosen, scales: list, biases: list) -> tuple[Router, dict[str, int]]:
+def _kind(gate, plain: Router, logits, weights, chosen, scales: list, biases: list) -> tuple[Router, dict[str, int]]:
     """The kind that explains weights and choice, and which vector is its `bias` and its `expert_scale`, by name."""
-    for kind, names in _weighing(gate, logits, weights, chosen, scales):
+    for kind, names in _weighing(gate, plain, logits, weights, chosen, scales):
+        if kind.table:  # the choice is no kind's
+            return kind, names
         for ranked, more in _choosing(gate, kind, biases):
             ranking = ranked.ranking(logits)
             best = ranking.topk(chosen.shape[1]).values.sort(1).values
@@ -240,19 +375,21 @@ def _kind(gate, logits, weights, chosen, scales: list, biases: list) -> tuple[Ro
     raise ValueError("it computes its routing weights or its choice in a way not known here")
 
 
-def _weighing(gate, logits, weights, chosen, scales: list) -> Iterator[tuple[Router, dict[str, int]]]:
+def _weighing(gate, plain: Router, logits, weights, chosen, scales: list) -> Iterator[tuple[Router, dict[str, int]]]:
     """Kinds that give exactly these weights to these choices."""
     dtype, k = str(weights.dtype).removeprefix("torch."), weights.shape[1]
     numbers = {v for v in vars(gate).values() if isinstance(v, int | float) and not isinstance(v, bool) and v > 0}
-    kinds = [Router(score, wide, dtype=dtype) for wide in (True, False) for score in SCORES]
-    kinds += [Router(SPARSEMIXER, False, dtype=dtype, jitter=number) for number in numbers]
+    kinds = [replace(plain, score=score, wide=wide, dtype=dtype) for wide in (True, False) for score in SCORES]
+    kinds += [replace(plain, score=SPARSEMIXER, wide=False, dtype=dtype, jitter=number) for number in numbers]
+    if plain.shared:
+        kinds = [replace(plain, score="sigmoid", dtype=dtype)]
     for kind in (replace(kind, renormalise=flag) for flag in (True, False) for kind in kinds):
         for name, values in scales:
-            plain = replace(kind, expert_scale=values)
-            ratio = (weights / plain.weights(logits, chosen)).double().median().item()
+            scaled = replace(kind, expert_scale=values)
+            ratio = (weights / scaled.weights(logits, chosen)).double().median().item()
             for scale in sorted({1.0, 1 / k, *numbers}, key=lambda s: abs(s - ratio))[:1]:
                 for eps in (0.0, 1e-6, *(number for number in numbers if number < 1e-2)) if kind.renormalise else (0.0,):
-                    found = replace(plain, scale=scale, eps=eps)
+                    found = replace(scaled, scale=scale, eps=eps)
                     if torch.equal(found.weights(logits, chosen), weights):
                         yield found, {} if name is None else {"expert_scale": name}
 

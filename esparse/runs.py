@@ -13,18 +13,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
-from .checkpoints import load_model, load_tokenizer
-from .corpora import calibration_tokens
-from .evaluation import evaluate, perplexity, task_names, task_version
+from .checkpoints import load_model, load_tokenizer, read_dtype
+from .corpora import calibration_tokens, is_local, parts
+from .evaluation import evaluate, is_group, perplexity, resolve_tasks, task_names, task_version
 from .files import checkout, digest, read_json, write_json
+from .folder import CONFIG, side_files, weight_files
+from .layout import expert_counts
 from .models import fingerprint, free_memory, moe_layers
 from .preflight import preflight
 from .pruning import PruningPlan, masked
-from .search import search_experts
-from .shards import Source, expert_counts, fetch, read_config
+from .search import check_method, search_experts
+from .shards import Source, fetch, read_config
 from .skips import skipping
 from .streaming import prune_weights_checkpoint, trace_checkpoint
-from .traces import FORMAT, Trace, tokens_digest, trace
+from .traces import FORMAT, Trace, check_experts, tokens_digest, trace
 from .training import PRESETS
 
 if TYPE_CHECKING:  # tables and figures load what they need when they are asked for: a GPU machine may lack it
@@ -43,7 +45,8 @@ class Run:
 
     None takes the default that fits the model: for the tiny ones the synthetic corpora, 64 sequences of 256 tokens
     and the embedded tasks, 100 items each; for others C4, MATH, 128 sequences of 2048 and the paper's eight tasks. An empty
-    list of tasks asks none.
+    list of tasks asks none. dtype, method and tasks: names as `load_model`, `search_experts` and `evaluate` take them.
+    keep: sizes, or one. Raises ValueError for a dtype or a method that nobody knows, and where `keep` is no number.
     """
 
     model_name: str = "tiny"
@@ -55,15 +58,22 @@ class Run:
     sequences: int | None = None
     length: int | None = None
     seed: int = 42
-    keep: Sequence[int] | None = None
+    keep: Sequence[int] | int | None = None
     method: str = "enumerate"
-    tasks: Sequence[str] | None = None
+    tasks: Sequence[str] | str | None = None
     limit: int | None = None
     folder: str | Path | None = None
     batch_size: int | None = None  # items of a task at once: 64 for the tiny models, 8 for others
 
     def __post_init__(self):
+        self.model_name = str(self.model_name)
         tiny = self.model_name in PRESETS
+        dtype = read_dtype(self.dtype, eight_bits=True)
+        self.dtype = dtype and str(dtype).removeprefix("torch.")
+        check_method(self.method)
+        self.keep = [self.keep] if isinstance(self.keep, int) else self.keep
+        if not all(isinstance(r, int) for r in self.keep or ()):
+            raise ValueError(f"The sizes to keep must be whole numbers of experts, got {self.keep!r}.")
         self.general = self.general or ("web" if tiny else "c4")
         self.domain = self.domain or ("arithmetic" if tiny else "math")
         self.sequences = self.sequences or (64 if tiny else 128)
@@ -95,7 +105,7 @@ class Run:
         with what does not fit left there."""
         if self.model_name in PRESETS:
             return False
-        return sum(path.stat().st_size for path in self.source.glob("*.safetensors")) > 0.8 * free_memory()
+        return sum(path.stat().st_size for path in weight_files(self.source)) > 0.8 * free_memory()
 
     def preflight(self) -> "pd.Series":
         """What tracing and pruning this model takes, before anything is read: see `preflight.preflight`."""
@@ -103,10 +113,14 @@ class Run:
 
         if self.model_name in PRESETS:
             return pd.Series({"access": "ships with the package", "download": "nothing"}, name="preflight")
-        dtype = self.dtype and getattr(torch, self.dtype)
-        options = {"sequences": self.sequences, "length": self.length, "dtype": dtype, "revision": self.revision}
+        options = {"sequences": self.sequences, "length": self.length, "dtype": self._from_disk, "revision": self.revision}
         r = min(self.keep) if self.keep else None
         return pd.Series(preflight(self.model_name, r, destination=self.folder, **options), name="preflight")
+
+    @property
+    def _from_disk(self) -> torch.dtype | None:
+        """The dtype that is computed in layer by layer from disk, where there are no 8 bits (None: the checkpoint's)."""
+        return None if self.dtype == "int8" else read_dtype(self.dtype)
 
     @property
     def model(self):
@@ -125,7 +139,8 @@ class Run:
         """What tells this model from others in the same place: its routers alone would not tell one with pruned weights."""
         if self.model_name in PRESETS:
             return fingerprint(self.model)
-        files = sorted(path for path in self.source.iterdir() if path.suffix in (".safetensors", ".json"))
+        beside = [self.source / name for name in (CONFIG, *side_files(self.source, same_experts=True)[0])]
+        files = [*weight_files(self.source), *sorted(beside)]
         return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
 
     @cached_property
@@ -138,13 +153,25 @@ class Run:
 
     @cached_property
     def sizes(self) -> list[int]:
-        """The numbers of experts to keep, falling: KEEP, or 7, 6, 5 and 4 eighths of them."""
+        """The numbers of experts to keep, falling: KEEP, or 7, 6, 5 and 4 eighths of them. Raises ValueError for one that
+        cannot be kept; warns where all of them are, so that nothing is pruned."""
         n, k = self._experts
-        return sorted({max(k, r) for r in self.keep or [n * part // 8 for part in (7, 6, 5, 4)]}, reverse=True)
+        for r in self.keep or ():
+            check_experts(r, n, k)
+        sizes = sorted(set(self.keep or [max(k, n * part // 8) for part in (7, 6, 5, 4)]), reverse=True)
+        if sizes == [n]:
+            least = "fewer cannot be kept, since a token is routed to all" if n == k else "KEEP asks for no other size"
+            warnings.warn(f"Nothing is pruned here: {least}. Whatever shows r = {n} shows the full model.", stacklevel=2)
+        return sizes
+
+    @property
+    def size(self) -> int:
+        """The size that notebooks show where one is enough: the second of `sizes`, or the only one."""
+        return self.sizes[:2][-1]
 
     def tokens(self, corpus: str, *, sequences: int | None = None, seed: int | None = None) -> torch.Tensor:
-        """The calibration set of a corpus, [sequences, length]; of a file without its documents held out."""
-        names = "+".join(f"{name}/rest" if _is_file(name) else name for name in corpus.split("+"))
+        """The calibration set of a corpus, [sequences, length]; of a file or folder without its documents held out."""
+        names = _of_each(corpus, lambda name: "rest" if is_local(name) else None)
         drawn = (names, sequences or self.sequences, self.length, self.seed if seed is None else seed)
         if drawn not in self._drawn:
             options = dict(zip(("sequences", "length", "seed"), drawn[1:], strict=True))
@@ -157,9 +184,10 @@ class Run:
         return {}
 
     def held_out(self, corpus: str) -> torch.Tensor:
-        """As many sequences again that no calibration set holds: of the other split, or of a file every fifth document."""
-        split = HELD_OUT.get(corpus) or ("heldout" if _is_file(corpus) else None)
-        return self.tokens(f"{corpus}/{split}" if split else corpus, seed=self.seed + 1)
+        """As many sequences again that no calibration set holds: of the other split, or of a file or folder every fifth
+        document."""
+        names = _of_each(corpus, lambda name: "heldout" if is_local(name) else HELD_OUT.get(name))
+        return self.tokens(names, seed=self.seed + 1)
 
     def trace(self, corpus: str, *, tokens: torch.Tensor | None = None) -> Trace:
         """The trace of the full model on a corpus, down to the smallest size asked for; made once, then read."""
@@ -168,9 +196,8 @@ class Run:
         key = digest(FORMAT, self.model_key, tokens_digest(tokens), list(tokens.shape), self.seed, keep)
         folder = self.folder / "traces" / key
         if not folder.exists() and self.streamed:
-            dtype = self.dtype and getattr(torch, self.dtype)
             device = "cuda" if torch.cuda.is_available() else None
-            trace_checkpoint(self.source, tokens, folder, keep=keep, dtype=dtype, device=device)
+            trace_checkpoint(self.source, tokens, folder, keep=keep, dtype=self._from_disk, device=device)
         elif not folder.exists():
             trace(self.model, tokens, keep=keep).save(folder)
         return Trace.load(folder)
@@ -204,17 +231,18 @@ class Run:
 
         if not self.tasks:
             raise ValueError("No tasks are asked: give at least one as TASKS, or None for those that fit the model.")
-        key = (self.model_key, plan and plan.kept, betas)
-        paths = {task: self._path(*key, ["score", task, task_version(task), self.limit]) for task in self.tasks}
-        missing = [task for task in self.tasks if not paths[task].exists()]
-        few = self.limit and self.limit <= 100  # of each: all tasks at once
-        parts = [missing] if few and missing else [[task] for task in missing]
-        for some in tqdm(parts, desc="tasks", leave=False):
+        key, tasks = (self.model_key, plan and plan.kept, betas), resolve_tasks(self.tasks)
+        paths = {task: self._path(*key, ["scores", task, task_version(task), self.limit]) for task in tasks}
+        missing = [task for task in tasks if not paths[task].exists()]
+        few = [task for task in missing if self.limit and self.limit <= 100 and not is_group(task)]  # of each: all at once
+        for some in tqdm([few] * bool(few) + [[task] for task in missing if task not in few], desc="tasks", leave=False):
             with self._inside(plan, betas):
                 table = evaluate(self.model, self.tokenizer, some, limit=self.limit, batch_size=self.batch_size)
-            for row in json.loads(table.reset_index().to_json(orient="records", double_precision=15)):
-                write_json(paths[row["task"]], row)
-        return pd.DataFrame([read_json(paths[task], "result") for task in self.tasks]).set_index("task")
+            rows = json.loads(table.reset_index().to_json(orient="records", double_precision=15))
+            for task in some:
+                write_json(paths[task], [row for row in rows if len(some) == 1 or row["task"] == task])
+        rows = [row for task in tasks for row in read_json(paths[task], "result")]
+        return pd.DataFrame(rows).drop_duplicates("task").set_index("task")
 
     def perplexity(self, corpus: str, plan: PruningPlan | None = None, betas: Sequence[float] | None = None) -> float:
         """Perplexity on the held-out tokens of a corpus."""
@@ -260,7 +288,7 @@ class Run:
         folder = self.folder / "sparse" / digest(self.model_key, tokens_digest(tokens), str(sparsity), options)
         if not folder.exists():
             # The tiny models lie in bfloat16, which masks leave as they are, and are computed in float32.
-            dtype = torch.float32 if self.model_name in PRESETS else self.dtype and getattr(torch, self.dtype)
+            dtype = torch.float32 if self.model_name in PRESETS else self._from_disk
             device = "cuda" if torch.cuda.is_available() else None
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # the report names the experts without tokens
@@ -271,7 +299,9 @@ class Run:
 
     def label(self, corpus: str) -> str:
         """How figures name a corpus: synthetic ones are never called C4 or MATH."""
-        return LABELS.get(corpus) or " and ".join(Path(name).name for name in corpus.split("+"))
+        short = {one: LABELS.get(one) or _short(one) for one in (corpus, self.general, self.domain)}
+        alike = len({self.general, self.domain}) > 1 and short[self.general] == short[self.domain] == short[corpus]
+        return corpus if alike else short[corpus]
 
     @property
     def embedded(self) -> bool:
@@ -294,8 +324,19 @@ class Run:
         return pd.Series(values, name="value")
 
 
-def _is_file(corpus: str) -> bool:
-    return Path(corpus).suffix != "" and Path(corpus).is_file()
+def _of_each(corpus: str, split: Callable[[str], str | None]) -> str:
+    """A corpus, or each of a mix, with its split behind it. Raises ValueError where a folder has one called alike itself."""
+    words = []
+    for name, weight in parts(corpus):
+        part = split(name)
+        if part and is_local(name) and (Path(name) / part).exists():
+            raise ValueError(f"{name} holds {part!r} itself, by which a run calls what it parts the folder into: rename that.")
+        words.append((f"{name}/{part}" if part else name) + f"*{weight}" * (weight > 1))
+    return "+".join(words)
+
+
+def _short(corpus: str) -> str:
+    return " and ".join(f"{weight} x " * (weight > 1) + Path(name).name for name, weight in parts(corpus))
 
 
 def default_folder(model_name: str) -> Path:

@@ -130,8 +130,8 @@ def expert_scores(layer: LayerTrace, kind: str) -> torch.Tensor:
     chosen = layer.order[:, : layer.k]
     norms = full_gram(layer, layer.k).diagonal(dim1=1, dim2=2).double().clamp(min=0).sqrt()  # [tokens, k]
     values = norms * layer.weights.double() if kind == "reap" else norms
-    total = values.new_zeros(layer.n).index_add_(0, chosen.flatten(), values.flatten())
-    counts = torch.bincount(chosen.flatten(), minlength=layer.n)
+    total = values.new_zeros(layer.n + 1).index_add_(0, chosen.flatten(), values.flatten())[: layer.n]
+    counts = torch.bincount(chosen.flatten(), minlength=layer.n)[: layer.n]
     return layer.together(total) / layer.together(counts).clamp(min=1)
 
 
@@ -300,7 +300,10 @@ def _greedy(layer: LayerTrace, r: int) -> list[int]:
 
     Where few are removed, that is cheap enough to do more: exchange two for two, and start from the REAP scores as well.
     """
-    if not layer.router.local or layer.router.score == SPARSEMIXER or layer.router.expert_scale:
+    router = layer.router
+    if r == layer.n:  # nothing to remove, and no next expert in line
+        return list(range(r))
+    if not router.local or router.beside or router.score == SPARSEMIXER or router.expert_scale:
         return _greedy_anew(layer, r)
     state = Removals(layer)
     for _ in range(layer.n - r):

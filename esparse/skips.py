@@ -7,7 +7,7 @@ import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .experts import pair_outputs, ready
-from .models import MoELayer, check_tokens, moe_layers
+from .models import MoELayer, check_tokens, evaluating, input_device, moe_layers, uncompiled
 from .routers import skip_pairs, unpack
 from .traces import check_beta
 
@@ -149,9 +149,9 @@ def skipped_shares(model, tokens: torch.Tensor, batch_size: int = 8) -> list[flo
     if betas is None:
         raise ValueError("The model does not skip: call enable_skipping first.")
     check_tokens(model, tokens)
-    with heard(model) as calls:
+    with evaluating(model), uncompiled(), heard(model) as calls:
         for batch in tokens.split(batch_size):
-            model.base_model(batch.to(model.device), use_cache=False)
+            model.base_model(batch.to(input_device(model)), use_cache=False)
     return [dropped(layer, beta, of) for layer, beta, of in zip(moe_layers(model), betas, calls, strict=True)]
 
 

@@ -1,5 +1,6 @@
 """Models larger than memory: traced and pruned from disk, one decoder layer at a time, and again from where it stopped."""
 
+import copy
 import itertools
 import os
 import resource
@@ -15,15 +16,17 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers.core_model_loading import revert_weight_conversion
 
-from .checkpoints import load_tokenizer
+from .checkpoints import load_tokenizer, read_dtype
 from .corpora import calibration_tokens
 from .destination import Progress, ShardWriter
 from .files import digest, refuse_existing, versions, write_json
-from .models import check_tokens, decoder_layers, find_moe, gate_digest, moe_layers
+from .folder import PLAN
+from .layout import Checkpoint, Layout, count_experts, expert_counts
+from .models import check_tokens, decoder_layers, find_moe, gate_digest, moe_blocks, remember_stored
 from .processes import everyone, rank, ranks, summed
 from .pruning import PruningPlan
 from .search import check_method, make_plan, search_layer
-from .shards import Layout, Source, count_experts, expert_counts, fetch, layer_number, skeleton, with_experts
+from .shards import Source, fetch
 from .traces import (
     LayerTrace,
     Trace,
@@ -68,7 +71,7 @@ def _partial(kind: type, number: int | None) -> type:
         for other, layer in enumerate(layers):
             if other != number:
                 layers[other] = Passing(layer)
-        for holder in (self, self.base_model) if number is not None else (self,):
+        for holder in {self, self.base_model} if number is not None else {self} - {self.base_model}:
             for name, child in list(holder.named_children()):
                 if child is not self.base_model and child is not layers:
                     setattr(holder, name, nn.Identity())
@@ -77,51 +80,55 @@ def _partial(kind: type, number: int | None) -> type:
 
 
 class Streamed:
-    """A causal language model of a source whose decoder layers are read when asked for, one at a time."""
+    """The language model of a checkpoint whose decoder layers are read when asked for, one at a time."""
 
-    def __init__(self, source: Source, dtype: torch.dtype | None = None, device: str | torch.device | None = None):
-        self.source, self.device = source, device or "cpu"
-        self.config = with_experts(source.config, count_experts(source.config))
+    def __init__(
+        self, checkpoint: Checkpoint, dtype: torch.dtype | str | None = None, device: str | torch.device | None = None
+    ):
+        self.checkpoint, self.device = checkpoint, device or "cpu"
+        self.config = copy.deepcopy(checkpoint.layout.text.config)
         self.config.tie_word_embeddings = False  # no output layer is held that could share the embeddings
-        self.config.get_text_config().tie_word_embeddings = False
-        self.dtype = dtype or _usual_dtype(source)
-        self.whole = skeleton(self.config)
-        moe_layers(self.whole)  # or a sentence on why not
-        self.kind = type(self.whole)
-        self.model = self._load(None, source.rest())
+        self.dtype = read_dtype(dtype) or _usual_dtype(checkpoint)
+        self.model = self._load(None)
 
-    def _load(self, number: int | None, names: list[str]) -> nn.Module:
+    def _load(self, number: int | None) -> nn.Module:
         options = {"config": self.config, "dtype": self.dtype, "output_loading_info": True}
+        kind, state = _partial(type(self.checkpoint.layout.text), number), self.checkpoint.lazily(number)
         with _little_memory():
-            model, found = _partial(self.kind, number).from_pretrained(None, state_dict=self.source.lazily(names), **options)
+            model, found = kind.from_pretrained(None, state_dict=state, **options)
         if found["missing_keys"]:
-            raise ValueError(f"{self.source.folder} lacks weights of the model: {', '.join(sorted(found['missing_keys']))}.")
+            lacking = ", ".join(sorted(found["missing_keys"]))
+            raise ValueError(f"{self.checkpoint.source.folder} lacks weights of the model: {lacking}.")
         return model.eval().to(self.device)
 
     def __len__(self) -> int:
         return len(decoder_layers(self.model))
 
     def state(self, number: int) -> dict[str, torch.Tensor]:
-        """The tensors of the decoder layer in its place, under the names of the source, in the dtype they are computed in."""
-        held = {name: tensor for name, tensor in self.model.state_dict().items() if layer_number(name) == number}
-        return {name: tensor.cpu() for name, tensor in revert_weight_conversion(self.whole, held).items()}
+        """The tensors of the decoder layer in its place, under their published names, in the dtype they are computed in."""
+        layout, held = self.checkpoint.layout, self.model.state_dict()
+        state = {name: held[layout.text_names[name]] for name in layout.parameters(number)}
+        return {name: tensor.cpu() for name, tensor in revert_weight_conversion(layout.model, state).items()}
 
     @contextmanager
     def layer(self, number: int) -> Iterator[nn.Module]:
         """The decoder layer in its place, with its weights, for as long as it is needed."""
         layers = decoder_layers(self.model)
-        passing, layers[number] = layers[number], decoder_layers(self._load(number, self.source.layer(number)))[number]
+        passing, layers[number] = layers[number], decoder_layers(self._load(number))[number]
+        remember_stored(self.model, moe_blocks(layers[number]), self.checkpoint.read_text)
         try:
             yield layers[number]
         finally:
             layers[number] = passing
 
 
-def _usual_dtype(source: Source) -> torch.dtype:
-    """The dtype that most of the weights are of."""
+def _usual_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype that most of the language model's weights are stored in."""
     sizes: dict[torch.dtype, int] = {}
-    for entry in source.entries.values():
-        sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.nbytes
+    for name in checkpoint.used:
+        dtype = checkpoint.source.entries[name].dtype
+        if dtype.is_floating_point:
+            sizes[dtype] = sizes.get(dtype, 0) + checkpoint.source.nbytes(name)
     return max(sizes, key=sizes.__getitem__)
 
 
@@ -164,7 +171,7 @@ class CheckpointWalk:
             with self.streamed.layer(number) as decoder:
                 times.append(time.perf_counter())
                 if number + 1 < len(self.streamed):
-                    self.streamed.source.announce(self.streamed.source.layer(number + 1))
+                    self.streamed.checkpoint.announce(number + 1)
                 record = visit(number, decoder)
                 del decoder
             times.append(time.perf_counter())
@@ -217,27 +224,30 @@ def trace_checkpoint(
     *,
     keep: int | None = None,
     revision: str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: str | torch.device | None = None,
     batch_size: int = BATCH,
     chunk_tokens: int | None = None,
 ) -> Trace:
     """`trace`, with one decoder layer in memory at a time; the trace is written to `folder` and read from there.
 
-    source: a local folder of safetensors, or a hub id. dtype: what to compute in (None: what most weights are of).
+    source: a local folder of safetensors, or a hub id. dtype: what to compute in, or its name (None: what most weights are of).
     Killed, the same call goes on after the last finished layer. Raises ValueError as `Source`, `Layout.check` and `trace`
     do, and for other inputs or options than the unfinished work has; FileExistsError if `folder` is there.
     """
     refuse_existing(folder)
     if ranks() > 1:
         raise ValueError("trace_checkpoint works on one process: use prune_checkpoint under torchrun.")
-    opened = Source(fetch(str(source), revision))
-    layout = Layout(opened.config, count_experts(opened.config))
-    layout.check(opened)
+    opened = _open(source, revision)
     streamed = Streamed(opened, dtype, device)
     check_tokens(streamed.model, tokens)
     options = {"batch_size": batch_size, "chunk_tokens": chunk_tokens}
-    job = {"source": opened.fingerprint, "calibration set": tokens_digest(tokens), "keep": keep, "dtype": str(streamed.dtype)}
+    job = {
+        "source": opened.source.fingerprint,
+        "calibration set": tokens_digest(tokens),
+        "keep": keep,
+        "dtype": str(streamed.dtype),
+    }
     progress = Progress(folder, {**job, **options})
 
     def choose(number: int, traced: LayerTrace) -> dict:
@@ -267,7 +277,7 @@ def prune_checkpoint(
     seed: int = 42,
     method: str = "enumerate",
     revision: str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: str | torch.device | None = None,
     batch_size: int = BATCH,
     chunk_tokens: int | None = None,
@@ -277,9 +287,10 @@ def prune_checkpoint(
     r: how many to keep, or a `PruningPlan` made before, after which nothing is computed and no calibration set is read.
     source: a local folder of safetensors, or a hub id. destination: a folder of the same kind, with tokenizer, index,
     `plan.json`, a model card and `pruning_report.json`, which is also returned: kept experts, losses, betas, seconds, peak
-    memory, versions, the calibration set. Weights are copied bit by bit; block FP8 and MXFP4 are written as bfloat16.
+    memory, versions, the calibration set, and the tensors ("left_out") and files ("not_copied") of the source that do not go
+    along. Weights are copied bit by bit; block FP8 and MXFP4 are written as bfloat16.
     calibration: a corpus or path as for `calibration_tokens`, or token ids [sequences, length]. method: as for
-    `search_experts`. dtype: what to compute in (None: what most weights are of). batch_size: sequences a forward pass.
+    `search_experts`. dtype: what to compute in, or its name (None: what most weights are of). batch_size: sequences a pass.
 
     Killed, out of disk or of memory, the destination stays absent, and the same call goes on after the last finished
     layer. Under `torchrun` every process takes its share of the sequences, and all choose alike.
@@ -290,27 +301,24 @@ def prune_checkpoint(
     check_method(method)
     if isinstance(r, PruningPlan):
         return _prune_as_planned(source, destination, r, revision)
-    opened = Source(fetch(str(source), revision))
-    layout = Layout(opened.config, r)
-    left_out = layout.check(opened)
-    tokens = _calibration_set(opened, calibration, sequences, length, seed)
+    opened = _open(source, revision, r)
+    tokens = _calibration_set(opened.source, calibration, sequences, length, seed)
     streamed = Streamed(opened, dtype, device)
     check_tokens(streamed.model, tokens)
     about = _about(calibration, tokens, seed, streamed) | {"r": r, "method": method}
     options = {"batch_size": batch_size, "chunk_tokens": chunk_tokens, "progressive": method == "progressive"}
-    progress = Progress(destination, {"source": opened.fingerprint, **about, **options})
+    progress = Progress(destination, {"source": opened.source.fingerprint, **about, **options})
     checking = time.perf_counter()
     if not progress.records() and rank() == 0:
         opened.check_finite()
-    about |= {"source": str(source), "revision": revision, "quantised": opened.method, "left_out": left_out}
-    about["checking"] = time.perf_counter() - checking
-    writer = ShardWriter(opened, layout, progress.out)
+    about |= _origin(opened, source, revision) | {"checking": time.perf_counter() - checking}
+    writer = ShardWriter(opened, progress.out)
     with torch.no_grad():
         walk = CheckpointWalk(streamed, tokens, progress, **options)
-        records = walk.run(walk.tracing(r, _chooser(r, method, seed, layout.layers)), writer.write_layer)
+        records = walk.run(walk.tracing(r, _chooser(r, method, seed, opened.layout.layers)), writer.write_layer)
     report = _report(about, records)
     if rank() == 0:
-        write_json(progress.out / "plan.json", asdict(_plan_of(report, records)))
+        write_json(progress.out / PLAN, asdict(_plan_of(report, records)))
         writer.finish(r, report, f"method: {method}, r = {r}, {_calibrated(report)}")
     progress.finish()
     return report
@@ -318,15 +326,13 @@ def prune_checkpoint(
 
 def _prune_as_planned(source: str | Path, destination: str | Path, plan: PruningPlan, revision: str | None) -> dict:
     """`prune_checkpoint` by a plan: weights are copied, nothing else happens."""
-    opened = Source(fetch(str(source), revision))
-    layout = Layout(opened.config, plan.r)
-    left_out = layout.check(opened)
-    about = {"source": str(source), "revision": revision, "quantised": opened.method, "left_out": left_out}
+    opened = _open(source, revision, plan.r)
+    about = _origin(opened, source, revision)
     about |= {"method": plan.method, "r": plan.r, "calibration set": plan.tokens}
-    records = _records_of(plan, Streamed(opened))
+    records = _records_of(plan, Streamed(opened, None))
     opened.check_finite()
-    progress = Progress(destination, {"source": opened.fingerprint, "plan": digest(asdict(plan))})
-    writer = ShardWriter(opened, layout, progress.out)
+    progress = Progress(destination, {"source": opened.source.fingerprint, "plan": digest(asdict(plan))})
+    writer = ShardWriter(opened, progress.out)
     for number in tqdm(range(len(progress.records()), len(records)), desc="layers", unit="layer"):
         started = time.perf_counter()
         writer.write_layer(number, records[number])
@@ -334,7 +340,7 @@ def _prune_as_planned(source: str | Path, destination: str | Path, plan: Pruning
         progress.finish_layer(number, records[number] | {"seconds": steps, "peak_gb": peak_gb()}, [])
     report = _report(about, progress.records())
     if rank() == 0:
-        write_json(progress.out / "plan.json", asdict(plan))
+        write_json(progress.out / PLAN, asdict(plan))
         writer.finish(plan.r, report, f"method: {plan.method}, r = {plan.r}, by a plan made before")
     progress.finish()
     return report
@@ -372,7 +378,7 @@ def prune_weights_checkpoint(
     length: int = 2048,
     seed: int = 42,
     revision: str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: str | torch.device | None = None,
     batch_size: int = BATCH,
 ) -> dict:
@@ -384,19 +390,18 @@ def prune_weights_checkpoint(
     refuse_existing(destination)
     check_options(method, scope)
     asked = Sparsity.read(sparsity)
-    opened = Source(fetch(str(source), revision))
-    layout = Layout(opened.config, count_experts(opened.config))
-    left_out = layout.check(opened)
-    check_model(skeleton(with_experts(opened.config, layout.n)), asked, scope)
-    tokens = _calibration_set(opened, calibration, sequences, length, seed)
+    opened = _open(source, revision)
+    check_model(opened.layout.text, asked, scope)
+    tokens = _calibration_set(opened.source, calibration, sequences, length, seed)
     streamed = Streamed(opened, dtype, device)
     check_tokens(streamed.model, tokens)
     about = _about(calibration, tokens, seed, streamed)
     about |= {"sparsity": str(asked), "method": method, "scope": scope, "dense": dense}
-    progress = Progress(destination, {"source": opened.fingerprint, **about, "batch_size": batch_size})
+    progress = Progress(destination, {"source": opened.source.fingerprint, **about, "batch_size": batch_size})
     if not progress.records() and rank() == 0:
         opened.check_finite()
-    writer = ShardWriter(opened, layout, progress.out)
+    writer = ShardWriter(opened, progress.out)
+    n, k = expert_counts(opened.source.config)
     options = {"sparsity": asked, "method": method, "scope": scope, "dense": dense, "batch_size": batch_size}
     walk = CheckpointWalk(streamed, tokens, progress, Weigher, **options)
     walk.walk.together = summed
@@ -404,17 +409,33 @@ def prune_weights_checkpoint(
     def visit(number: int, decoder: nn.Module) -> dict:
         found = walk.walk.prune_layer(number)
         if rank() == 0:
-            writer.write(number, {name: _zeroed(opened.read(name), tensor) for name, tensor in streamed.state(number).items()})
+            stored = opened.pruned(number, range(n))
+            writer.write(number, {name: _zeroed(stored[name], tensor) for name, tensor in streamed.state(number).items()})
         return found
 
     records = walk.run(visit)
-    about |= {"source": str(source), "revision": revision, "quantised": opened.method, "left_out": left_out}
-    about |= {**summary(asked, method, scope, records), "n": layout.n, "k": expert_counts(opened.config)[1]}
+    about |= _origin(opened, source, revision)
+    about |= {**summary(asked, method, scope, records), "n": n, "k": k}
     report = about | _costs(records)
     if rank() == 0:
-        writer.finish(layout.n, report, f"weights by {method}, sparsity {asked} of {scope}, {_calibrated(report)}")
+        writer.finish(n, report, f"weights by {method}, sparsity {asked} of {scope}, {_calibrated(report)}")
     progress.finish()
     return report
+
+
+def _open(source: str | Path, revision: str | None, r: int | None = None) -> Checkpoint:
+    """A checkpoint to be pruned to r experts (to none fewer, if None), with everything checked that its headers tell."""
+    found = Source(fetch(str(source), revision))
+    opened = Checkpoint(found, Layout(found.config, count_experts(found.config) if r is None else r))
+    _ = opened.side_files  # or a sentence on one that leads out of the folder
+    return opened
+
+
+def _origin(opened: Checkpoint, source: str | Path, revision: str | None) -> dict:
+    """What a report says of the source: tensors that are no part of the model, how many of another part were copied as they
+    are, and files that were not, with why."""
+    found = {"left_out": opened.left_out, "carried": len(opened.carried), "not_copied": opened.side_files[1]}
+    return {"source": str(source), "revision": revision, "quantised": opened.source.method, **found}
 
 
 def _zeroed(stored: torch.Tensor, pruned: torch.Tensor) -> torch.Tensor:

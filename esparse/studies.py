@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .many import compare
+from .many import compare, over
 from .pruning import masked
 from .routers import skip_ratios
 from .runs import Run
@@ -35,9 +35,9 @@ from .training import preset_model
 
 
 def layer_scheme(run: Run, number: int = 0) -> dict:
-    """Fig. 2 on a real token: the first whose two best experts weigh within a third of each other."""
+    """Fig. 2 on a real token: the first whose two best experts weigh within a third of each other, or do so most nearly."""
     layer = run.trace(run.general).layers[number]
-    token = int((layer.weights[:, 1] > 0.67 * layer.weights[:, 0]).nonzero()[0])
+    token = int((layer.weights[:, 1] / layer.weights[:, 0]).clamp(max=0.67).argmax())
     chosen = layer.order[token, : layer.k].tolist()
     weights = layer.router.scores(layer.logits[token : token + 1])[0].tolist()
     return {"layer": number, "weights": weights, "chosen": chosen, "normalised": layer.weights[token].tolist()}
@@ -208,7 +208,7 @@ def calibration_size(run: Run, r: int, draws: int = 5) -> dict:
             tokens = (sequences[:, None] * run.length + torch.arange(run.length)).flatten()
             kept = [best_subset(part(layer, tokens), r)[0] for layer in calibration.layers]
             losses = [reconstruction_loss(layer, subset) for layer, subset in zip(held_out.layers, kept, strict=True)]
-            excess = sum(loss / least for loss, least in zip(losses, best, strict=True)) / len(best)
+            excess = sum(map(over, losses, best)) / len(best)
             rows.append({"sequences": size, "excess": excess})
     return {"r": r, "corpus": run.label(run.general), "length": run.length, "rows": rows}
 
@@ -409,10 +409,7 @@ def searches(run: Run, shipped: dict) -> dict:
 def _search_panel(row: dict) -> dict:
     best = "enumerate" if "enumerate" in row["methods"] else "greedy"
     optimum = row["methods"][best]["losses"]
-    ratios = {
-        method: [loss / least for loss, least in zip(found["losses"], optimum, strict=True)]
-        for method, found in row["methods"].items()
-    }
+    ratios = {method: list(map(over, found["losses"], optimum)) for method, found in row["methods"].items()}
     return {"title": f"{row['model']}, {row['n']} to {row['r']}", "best": best, "ratios": ratios}
 
 

@@ -19,11 +19,22 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from .experts import Scratch, pair_outputs, run_experts
+from .experts import Scratch, mixed, pair_outputs, run_experts
 from .files import new_folder, read_json, write_json
-from .models import MoELayer, check_tokens, experts_implementation, fingerprint, free_memory, moe_layers
+from .models import (
+    MoELayer,
+    check_tokens,
+    evaluating,
+    experts_implementation,
+    fingerprint,
+    free_memory,
+    input_device,
+    moe_layers,
+    silenced,
+    uncompiled,
+)
 from .processes import everyone, summed
-from .routers import Router, read_router, skip_pairs, skip_ratios, unpack
+from .routers import Router, all_logits, read_router, skip_pairs, skip_ratios, table_ranking, unpack
 
 FORMAT = 2  # of saved traces
 CHUNK_TOKENS = 2048
@@ -34,17 +45,20 @@ SUBSETS = 256
 def reach(n: int, k: int, keep: int | None, router: Router) -> int:
     """How many of its best-ranked experts a token can ever use when at least `keep` of n stay: min(n, k + n - keep).
 
-    All n where removing experts changes how the others rank (groups; a bias added to a softmax).
+    All n where removing experts changes how the others rank (groups; a bias added to a softmax). One more where something
+    stays beside the experts (see `LayerTrace`).
     """
-    return min(n, k + n - (k if keep is None else keep)) if router.local else n
+    return (min(n, k + n - (k if keep is None else keep)) if router.local else n) + (router.beside > 0)
 
 
 @dataclass
 class LayerTrace:
     """What one MoE layer did with the calibration tokens.
 
-    logits: [tokens, n] in the router's dtype. order: [tokens, m] int64, the experts within reach, best first: the k
-    that were chosen, then the others.
+    logits: [tokens, n] in the router's dtype, and those of `Router.beside` behind. order: [tokens, m] int64, the experts
+    within reach, best first: the k that were chosen, then the others. What stays beside the experts is number n in it: using
+    none, which contributes 0, in its place; or, last, all shared experts that the router weighs, as one contribution whose
+    weight is what the chosen experts leave of the total: removing experts changes that weight too, and with it the output.
     gram: [tokens, m (m + 1) / 2], <f_i, f_j> in `order`, upper triangle by rows, float64 for float64 models, else
     float32. A progressive trace compares with another layer's output z: target_dot [tokens, m] holds <f_i, z>,
     target_norm [tokens] ||z||^2; without them z is the layer's own output.
@@ -62,11 +76,12 @@ class LayerTrace:
     split: bool = False  # whether other ranks of torch.distributed hold the other tokens: sums are then over all
 
     def __post_init__(self):
-        self.keep = self.n - (self.order.shape[1] - self.k) if self.keep is None else self.keep
+        within = self.order.shape[1] - (self.router.beside > 0)
+        self.keep = self.n - (within - self.k) if self.keep is None else self.keep
 
     @property
     def n(self) -> int:
-        return self.logits.shape[1]
+        return self.logits.shape[1] - self.router.beside
 
     @cached_property
     def weights(self) -> torch.Tensor:
@@ -103,7 +118,7 @@ class LayerTrace:
             return tuple(torch.stack(column, 1) for column in zip(*routed, strict=True))
         (s, r), (tokens, m), device = subsets.shape, self.order.shape, self.order.device
         columns = torch.arange(r, device=device).expand(s, -1)
-        column = torch.full((s, self.n), -1, device=device).scatter_(1, subsets, columns).T.contiguous()  # [n, s]
+        column = torch.full((s, self.n + 1), -1, device=device).scatter_(1, subsets, columns).T.contiguous()  # [n + 1, s]
         local = column.index_select(0, self.order.flatten()).view(tokens, m, s)  # a kept expert's column, or -1
         alive = local >= 0
         counted = alive.to(torch.int16)  # narrow integers: less to move
@@ -113,10 +128,13 @@ class LayerTrace:
         chosen = local.gather(1, positions).mT.reshape(-1, self.k)
         numbers = self.order.gather(1, positions.mT.flatten(1)).view(-1, self.k) if self.router.expert_scale else None
         logits = self.logits.index_select(1, subsets.flatten()).view(-1, r)  # [tokens * s, r]
+        if self.router.beside:
+            logits = torch.cat([logits, self.logits[:, self.n :].repeat_interleave(s, 0)], 1)
         return self._falling(positions.mT, self.router.weights(logits, chosen, numbers).view(tokens, s, self.k))
 
     def _routing_anew(self, subset: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`routing` where nothing is known beforehand of how fewer experts rank: the router chooses again."""
+        subset = torch.cat([subset, torch.arange(self.n, self.logits.shape[1], device=subset.device)])
         logits = self.logits[:, subset]
         chosen = self.router.select(logits, self.k, subset)
         weights = self.router.weights(logits, chosen, subset[chosen])
@@ -158,6 +176,9 @@ class LayerTrace:
         change.scatter_(2, positions, weights.to(change.dtype))
         if self.target_dot is None:
             change[:, :, : self.k] -= self.weights[:, None].to(change.dtype)
+        if self.router.shared:
+            now = self.router.total if self.target_dot is not None else self.weights.sum(1, keepdim=True)
+            change[:, :, -1] = now - weights.sum(2)
         squares = (change @ full_gram(self)).mul_(change).sum(2)
         if self.target_dot is None:
             return squares
@@ -259,7 +280,8 @@ def co_selection(layer: LayerTrace, kept: Sequence[int] | None = None) -> torch.
     The diagonal holds the selection frequency.
     """
     chosen = layer.order.gather(1, layer.routing(kept)[0])  # [tokens, k]
-    hot = torch.zeros(len(chosen), layer.n, dtype=torch.float64, device=chosen.device).scatter_(1, chosen, 1.0)
+    hot = torch.zeros(len(chosen), layer.n + 1, dtype=torch.float64, device=chosen.device).scatter_(1, chosen, 1.0)
+    hot = hot[:, : layer.n]
     return layer.together(hot.T @ hot) / layer.together(torch.tensor(len(hot), device=hot.device))
 
 
@@ -371,23 +393,38 @@ class Recorder:
         target: Iterator[torch.Tensor] | None = None,
     ):
         self.layer, self.chunk, self.scratch, self.target = layer, chunk, scratch, target
+        self.stock = layer.experts.config._experts_implementation
         _ = layer.after  # asked before anybody listens
         self.keep, self.m = keep or layer.k, reach(layer.n, layer.k, keep, layer.router)
         self.logits, self.order, self.gram, self.target_dot, self.target_norm = [], [], [], [], []
+        self.deaf = False
 
-    def route(self, _module, _inputs, output) -> None:
+    def route(self, gate, inputs, output) -> None:
         """Forward hook of the gate: the logits, and the experts within reach, the chosen ones first."""
-        logits, weights, chosen = unpack(output)
+        if self.deaf:
+            return
+        router, (logits, weights, chosen) = self.layer.router, unpack(output)
+        logits = all_logits(router, gate, inputs, logits)
         removed = (logits == float("-inf")).all(0)  # by `masked`
         if not torch.isfinite(logits).logical_or(removed).all():
             raise ValueError(f"{self.layer.name}: router logits are not finite; the model or its dtype overflows on this text.")
-        ranking = self.layer.router.ranking(logits)
-        strength = weights if self.layer.router.sorted else ranking.gather(1, chosen)
+        ranking = self._ranking(logits, chosen)
+        if router.idle:  # the gate names some expert, with no weight, where none is used
+            chosen = ranking.topk(self.layer.k).indices
+        strength = weights if router.sorted else ranking.gather(1, chosen)
         self.sorting = strength.argsort(dim=1, descending=True, stable=True)
         chosen = chosen.gather(1, self.sorting)
-        rest = ranking.scatter(1, chosen, float("inf")).topk(self.m).indices[:, self.layer.k :]
+        within = self.m - (router.shared > 0)
+        rest = ranking.scatter(1, chosen, float("inf")).topk(within).indices[:, self.layer.k :]
+        more = [torch.full_like(chosen[:, :1], self.layer.n)] if router.shared else []
+        self.given = output[3].sum(1) if router.shared else None
         self.logits.append(logits)
-        self.order.append(torch.cat([chosen, rest], 1))
+        self.order.append(torch.cat([chosen, rest, *more], 1))
+
+    def _ranking(self, logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        if not self.layer.router.table:
+            return self.layer.router.ranking(logits)
+        return table_ranking(chosen, self.layer.n).masked_fill(logits == float("-inf"), float("-inf"))
 
     def __call__(self, hidden_states: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """[tokens, d] -> [tokens, d], a chunk of tokens at a time: contributions are never held for all tokens.
@@ -396,6 +433,8 @@ class Recorder:
         """
         result = torch.empty_like(hidden_states)
         weights = weights.gather(1, self.sorting)  # as in `order`
+        ranks = self.sorting.argsort(1)  # where in `order` stands what the router gave first
+        shared = self._shared(hidden_states) if self.layer.router.shared else None
         target = next(self.target) if self.target else None
         self.chunk = self.chunk or chunk_size(self.layer, self.m, hidden_states)
         start, first = 0, len(self.gram)
@@ -403,7 +442,8 @@ class Recorder:
             part = slice(start, start + self.chunk)
             try:
                 there = None if target is None else target[part]
-                result[part] = self._run(hidden_states[part], self.order[-1][part], weights[part], there)
+                beside = None if shared is None else shared[part]
+                result[part] = self._run(hidden_states[part], self.order[-1][part], weights[part], ranks[part], there, beside)
                 start = part.stop
                 continue
             except (MemoryError, RuntimeError) as error:
@@ -419,14 +459,28 @@ class Recorder:
             )
         return result
 
-    def _run(self, hidden_states, order, weights, target) -> torch.Tensor:
+    def _shared(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What the shared experts add to each token, [tokens, d], over the weight that the router gave them together."""
+        self.deaf = True
+        try:
+            with silenced(self.layer):
+                output = self.layer.block(hidden_states[None])
+        finally:
+            self.deaf = False
+        wide = (output[0] if isinstance(output, tuple) else output).flatten(0, -2)
+        wide = wide if wide.dtype == torch.float64 else wide.float()
+        return wide / self.given[:, None].to(wide.dtype).clamp(min=torch.finfo(torch.float32).tiny)
+
+    def _run(self, hidden_states, order, weights, ranks, target, shared) -> torch.Tensor:
         """The layer's own result [chunk, d]; the Gram of its experts' contributions is kept."""
         outputs = pair_outputs(self.layer.experts, hidden_states, order, self.scratch)  # [chunk, m, d]
+        result = mixed(outputs[:, : self.layer.k], order[:, : self.layer.k], weights, ranks, self.stock)
         outputs = outputs if outputs.dtype == torch.float64 else outputs.float()
-        mixed = weights[:, None].to(outputs.dtype) @ outputs[:, : self.layer.k]  # [chunk, 1, d]
-        mixed = mixed[:, 0].to(hidden_states.dtype)
-        self._accumulate(leaving(self.layer, outputs), target)  # last: after it nothing can fail, and be tried again
-        return mixed
+        outputs = leaving(self.layer, outputs)
+        if shared is not None:
+            outputs[:, -1] = shared
+        self._accumulate(outputs, target)  # last: after it nothing can fail, and be tried again
+        return result
 
     def _accumulate(self, outputs: torch.Tensor, target: torch.Tensor | None) -> None:
         i, j = torch.triu_indices(self.m, self.m, device=outputs.device)
@@ -478,7 +532,7 @@ ALL_EXPERTS_FUNCTIONS.register("esparse_tracing", _tracing_forward)
 @contextmanager
 def recording(recorders: Sequence[Recorder]) -> Iterator[None]:
     """These recorders in the place of their layers' experts."""
-    with ExitStack() as stack:
+    with ExitStack() as stack, uncompiled():
         stack.enter_context(experts_implementation([recorder.layer for recorder in recorders], "esparse_tracing"))
         for recorder in recorders:
             stack.callback(recorder.layer.gate.register_forward_hook(recorder.route).remove)
@@ -514,6 +568,9 @@ def trace(
     tokens: [sequences, length] ids. keep: the smallest number of experts the trace must answer for (None: k); fewer
     experts run the larger it is. batch_size: sequences a forward pass. chunk_tokens: tokens whose expert outputs are
     in memory at a time, which bounds the extra memory (from the free memory, if None). The result lies on the model's device.
+    The model runs in evaluation mode, and is as it was afterwards. In half precision the experts' outputs are added up as the
+    model's experts implementation does, so that it routes as in a stock forward pass; generated token by token, stock
+    transformers itself routes up to 1% of the tokens otherwise (bfloat16, tiny model, CPU).
     Raises ValueError for models without MoE layers, token ids outside the vocabulary, keep outside k..n, and for
     logits or outputs that are not finite.
     """
@@ -521,12 +578,12 @@ def trace(
     layers = moe_layers(model)
     for layer in layers:
         check_experts(layer.k if keep is None else keep, layer.n, layer.k)
-    check_gram(layers, tokens.numel(), keep, model.device)
+    check_gram(layers, tokens.numel(), keep, input_device(model))
     scratch = Scratch()
     recorders = [Recorder(layer, keep, chunk_tokens, scratch) for layer in layers]
-    with recording(recorders):
+    with evaluating(model), recording(recorders):
         for batch in tqdm(tokens.split(batch_size), desc="trace", unit="batch"):
-            model.base_model(batch.to(model.device), use_cache=False)
+            model.base_model(batch.to(input_device(model)), use_cache=False)
     return Trace([recorder.finish() for recorder in recorders], fingerprint(model), tokens_digest(tokens))
 
 
@@ -534,6 +591,6 @@ def trace(
 def trace_block(layer: MoELayer, hidden_states: torch.Tensor, keep: int | None, scratch: Scratch | None = None) -> LayerTrace:
     """The trace of one block alone, on hidden states [tokens, d]."""
     recorder = Recorder(layer, keep, None, scratch or Scratch())
-    with recording([recorder]):
+    with evaluating(layer.block), recording([recorder]):
         layer.block(hidden_states[None])
     return recorder.finish()

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from . import synthetic
 from .corpora import SYNTHETIC, documents
+from .documents import plain
 
 VOCABULARY = 1024
 SEQUENCE = 256  # tokens
@@ -93,7 +94,7 @@ def packed_sequences(corpus: str, tokenizer, seed: int) -> Iterator[torch.Tensor
 
 def _over_again(path: str, seed: int) -> Iterator[str]:
     """A file's documents without its held-out fifth, in another order each time; see `corpora.documents`."""
-    texts, shuffle = list(documents(f"{path}/rest")), random.Random(seed).shuffle
+    texts, shuffle = [plain(document) for document in documents(f"{path}/rest")], random.Random(seed).shuffle
     if not texts:
         raise ValueError(f"{path} has no document but those held out: give a file of more documents.")
     while True:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .experts import Scratch
-from .models import MoELayer, decoder_layers, find_moe, silenced
+from .models import MoELayer, decoder_layers, evaluating, find_moe, input_device, silenced, uncompiled
 from .pruning import masked_layer
 from .traces import LayerTrace, Recorder, check_gram, recording
 
@@ -33,14 +33,15 @@ class Passing(nn.Module):
 
 @contextmanager
 def only(model: nn.Module, number: int) -> Iterator[nn.Module]:
-    """The model with one decoder layer, which is yielded; the others are passed over."""
+    """The model in evaluation mode with one decoder layer, which is yielded; the others are passed over."""
     layers = decoder_layers(model)
     everyone = list(layers)
     try:
         for other, layer in enumerate(everyone):
             if other != number and not isinstance(layer, Passing):
                 layers[other] = Passing(layer)
-        yield everyone[number]
+        with evaluating(model), uncompiled():
+            yield everyone[number]
     finally:
         for other, layer in enumerate(everyone):
             layers[other] = layer
@@ -145,10 +146,10 @@ class Walk:
             layer = find_moe(decoder)
             after = self.stream("original", number)
             if layer is not None:
-                check_gram([layer], sum(batch.numel() for batch in self.batches), keep, self.model.device)
+                check_gram([layer], sum(batch.numel() for batch in self.batches), keep, input_device(self.model))
             recorder = layer and Recorder(layer, keep, self.chunk, self.scratch)
             for b, batch in enumerate(self.batches):
-                after[b] = self._one_batch(decoder, layer, recorder, b, batch.to(self.model.device))
+                after[b] = self._one_batch(decoder, layer, recorder, b, batch.to(input_device(self.model)))
             if layer is None and self.progressive:
                 self._advance_pruned(decoder, number)
         self.original = after
@@ -164,7 +165,9 @@ class Walk:
         entering = at(self.pruned, b, batch)
         with outputs(layer) as target:
             after = through(self.model, decoder, batch, states)
-        if layer.linear and layer.shared:  # what shared experts add on the pruned stream, nobody else must make up for
+        if (
+            layer.linear and layer.shared and not layer.router.shared
+        ):  # what shared experts add on the pruned stream, nobody else must make up for
             with outputs(layer) as rest, silenced(layer):
                 through(self.model, decoder, batch, entering)
             target[0] = target[0] - rest[0]
@@ -181,7 +184,7 @@ class Walk:
     def _advance_pruned(self, decoder: nn.Module, number: int) -> None:
         after = self.stream("pruned", number)
         for b, batch in enumerate(self.batches):
-            batch = batch.to(self.model.device)
+            batch = batch.to(input_device(self.model))
             after[b] = through(self.model, decoder, batch, at(self.pruned, b, batch))
         self.pruned = after
 

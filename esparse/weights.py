@@ -17,7 +17,16 @@ from tqdm.auto import tqdm
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .experts import one_expert, run_experts
-from .models import MoELayer, check_tokens, decoder_layers, experts_implementation, find_moe, moe_layers
+from .models import (
+    MoELayer,
+    check_held,
+    check_tokens,
+    decoder_layers,
+    experts_implementation,
+    find_moe,
+    input_device,
+    moe_layers,
+)
 from .walk import BATCH, at, only, through
 
 METHODS = ("magnitude", "wanda", "moe-pruner")
@@ -209,7 +218,7 @@ class Weigher:
         """What the decoder layer gives out for all batches, if it is wanted."""
         after = self.stream("original", number) if keep else None
         for b, batch in enumerate(self.batches):
-            batch = batch.to(self.model.device)
+            batch = batch.to(input_device(self.model))
             states = through(self.model, decoder, batch, at(self.original, b, batch))
             if keep:
                 after[b] = states
@@ -287,13 +296,14 @@ def prune_weights(
     have no score but their weights' magnitude, and are named: returns {"sparsity", "method", "scope", "removed" and
     "weights" (counts), "unrouted" (decoder layer to experts), "unheard" (decoder layer to linear maps that are not called
     but used by their weight, as in Mamba: they stay)}.
-    Raises ValueError for another method or scope, a sparsity outside (0, 1), N >= M, M that does not divide a row, and
-    token ids outside the vocabulary, before any weight changes.
+    Raises ValueError for another method or scope, a sparsity outside (0, 1), N >= M, M that does not divide a row, token
+    ids outside the vocabulary, and decoder layers that accelerate has offloaded, before any weight changes.
     """
     check_options(method, scope)
     asked = Sparsity.read(sparsity)
     check_tokens(model, tokens)
     check_model(model, asked, scope)
+    check_held(decoder_layers(model), "prune from disk to disk, with prune_weights_checkpoint")
     weigher = Weigher(model, tokens, asked, method=method, scope=scope, dense=dense, batch_size=batch_size)
     numbers = tqdm(range(len(decoder_layers(model))), desc=f"{method} {asked}", unit="layer")
     return summary(asked, method, scope, [weigher.prune_layer(number) for number in numbers])

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from esparse.models import COUNT_NAMES, moe_layers
-from esparse.routers import per_expert
+from esparse.routers import per_expert, table
 
 
 def generic(n: int, k: int) -> dict:
@@ -73,21 +73,23 @@ FAMILIES = {
     "mellum": "JetBrains/Mellum2-12B-A2.5B-Base",
     "mimo_v2_flash": "XiaomiMiMo/MiMo-V2-Flash",
     "solar_open": "upstage/Solar-Open-100B",
+    "deepseek_v4": "deepseek-ai/DeepSeek-V4-Flash",
+    "inkling_text": "thinkingmachines/Inkling",
+    "zaya": "Zyphra/ZAYA1-8B",
 }
 # What transformers 5.17 keeps elsewhere than behind the experts interface, or does not know; 5.23 will do.
 NEWER = ("granitemoe", "granitemoeshared", "granitemoehybrid", "jamba", "aria_text", "bailing_hybrid", "beam", "flint")
 NEWER += ("inkling2_text", "kolibri1")
 # What cannot be pruned this way, a published checkpoint of it, and the words that say why.
-REFUSED = {
-    "deepseek_v4": ("deepseek-ai/DeepSeek-V4-Flash", "chooses by 'input_ids' as well"),
-    "inkling_text": ("thinkingmachines/Inkling", "does not return logits, weights and indices alone"),
-    "zaya": ("Zyphra/ZAYA1-8B", "chooses by 'router_states' as well"),
-}
+REFUSED = {}
+BESIDE = {"inkling_text": 1, "zaya": 1}  # router rows that are no expert's
 # What cannot be walked layer by layer from disk, and the words that say why.
-CARRIED = {"glm_moe_dsa": "hands on more than hidden states", "hy_v4": "hands on more", "inkling2_text": "lacks weights"}
+CARRIED = {"glm_moe_dsa": "hands on more than hidden states", "hy_v4": "hands on more"}
 
 # What the generic names leave too large, or what a family asks for by a rule of its own.
 OWN = {
+    "deepseek_v4": {"mlp_layer_types": ["hash_moe", "moe", "hash_moe"], "layer_types": ["sliding_attention"] * 3,
+                    "num_key_value_heads": 1, "o_groups": 2, "o_lora_rank": 8, "index_n_heads": 2, "index_head_dim": 8},
     "beam": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
     "gemma4_text": {"enable_moe_block": True, "vocab_size_per_layer_input": 60, "hidden_size_per_layer_input": 8},
     "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8,
@@ -99,7 +101,7 @@ OWN = {
     "mimo_v2_flash": {"num_key_value_heads": 2},
     "nemotron_h": {"moe_latent_size": 16, "layers_block_type": ["mamba", "moe", "attention", "moe"], "mamba_num_heads": 4,
                    "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 1},
-    "zaya": {"num_experts_per_tok": 1, "layer_types": None},
+    "zaya": {"num_experts_per_tok": 1, "layer_types": None, "router_hidden_size": 16},
 }  # fmt: skip
 
 
@@ -113,7 +115,10 @@ def family_model(model_type: str, n: int = 8, k: int = 2, seed: int = 0, **chang
     model = AutoModelForCausalLM.from_config(family_config(model_type, n, k, **changes)).eval()
     model.set_experts_implementation("eager")
     for layer in moe_layers(model):
-        for module, name, _ in per_expert(layer.block, layer.gate, layer.n):
+        if name := table(layer.gate):  # every token id's k experts are drawn
+            ids = torch.stack([torch.randperm(layer.n)[:k] for _ in range(len(getattr(layer.gate, name)))])
+            getattr(layer.gate, name).copy_(ids)
+        for module, name, _ in per_expert(layer.block, layer.gate, layer.n, BESIDE.get(model_type, 0)):
             tensor = getattr(module, name).data
             tensor.normal_(std=0.5) if tensor.ndim == 2 and tensor.numel() > layer.n else tensor.uniform_(0.5, 0.9)
         for parameter in layer.experts.parameters():
@@ -121,9 +126,16 @@ def family_model(model_type: str, n: int = 8, k: int = 2, seed: int = 0, **chang
     return model
 
 
+def smaller_row(row: list[int], kept: list[int], n: int) -> list[int]:
+    """A token id's experts in a table, by new numbers: those that are kept, then as many of the others as are missing, by
+    number from the sum of the row on."""
+    others = [e for step in range(n) if (e := (sum(row) + step) % n) in kept and e not in row]
+    return [kept.index(e) for e in [*(e for e in row if e in kept), *others][: len(row)]]
+
+
 def stock_pruned(model, kept: list[int]):
     """A stock model with fewer experts in its config; whatever has another shape there is cut to the kept experts."""
-    config = copy.deepcopy(model.config)
+    config, n = copy.deepcopy(model.config), moe_layers(model)[0].n
     for part in (config, config.get_text_config()):
         for name in COUNT_NAMES:
             if isinstance(getattr(part, name, None), int):
@@ -135,6 +147,8 @@ def stock_pruned(model, kept: list[int]):
         weights[name] = model.state_dict()[name]
         for axis, (there, here) in enumerate(zip(tensor.shape, weights[name].shape, strict=True)):
             if there != here:
-                weights[name] = weights[name].index_select(axis, torch.tensor(kept))
+                weights[name] = weights[name].index_select(axis, torch.tensor([*kept, *range(len(kept) + here - there, here)]))
+        if not tensor.is_floating_point() and tensor.ndim == 2:
+            weights[name] = torch.tensor([smaller_row(row, kept, n) for row in weights[name].tolist()])
     small.load_state_dict(weights)
     return small

@@ -10,7 +10,9 @@ import torch
 import transformers
 
 import esparse
-from esparse import corpora
+from esparse import corpora, layout
+from esparse.__main__ import main
+from esparse.checkpoints import read_dtype
 from esparse.models import moe_layers
 from esparse.tests.conftest import SHAPE, random_model, random_tokens
 
@@ -60,9 +62,9 @@ def test_corpus_that_is_not_there(tiny, tmp_path):
         esparse.calibration_tokens("web/test", tiny[1])
     with pytest.raises(FileNotFoundError, match="no corpus file at"):
         esparse.calibration_tokens(str(tmp_path / "nothing.txt"), tiny[1])
-    (tmp_path / "corpus.csv").write_text("a,b")
+    (tmp_path / "corpus.docx").write_text("a,b")
     with pytest.raises(ValueError, match="is not a .txt"):
-        esparse.calibration_tokens(str(tmp_path / "corpus.csv"), tiny[1])
+        esparse.calibration_tokens(str(tmp_path / "corpus.docx"), tiny[1])
 
 
 def test_corpus_empty_or_too_short(tiny, tmp_path):
@@ -277,3 +279,111 @@ def test_no_access(status):
 def test_unknown_task(tiny):
     with pytest.raises(ValueError, match="Unknown task 'nonsense': take one of web_facts"):
         esparse.evaluate(*tiny, ["nonsense"])
+
+
+# --- names of dtypes, and what transformers cannot load --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("names", "dtype"),
+    [
+        (("bfloat16", "bf16", "BF16", "torch.bfloat16", torch.bfloat16), torch.bfloat16),
+        (("float16", "fp16", "half", torch.float16), torch.float16),
+        (("float32", "fp32", "float", torch.float32), torch.float32),
+        (("float64", "fp64", "double"), torch.float64),
+        (("auto", None), None),
+    ],
+)
+def test_the_names_of_a_dtype(names, dtype):
+    assert all(read_dtype(name) == dtype for name in names)
+    assert all(read_dtype(name, eight_bits=True) == dtype for name in names)
+
+
+def test_a_dtype_that_nobody_knows_is_refused_wherever_one_is_taken(tmp_path, capsys):
+    assert read_dtype("int8", eight_bits=True) == "int8"
+    known = "take one of bfloat16, float16, float32, float64, auto"
+    for call in (
+        lambda name: esparse.load_model("tiny", dtype=name),
+        lambda name: esparse.Run(dtype=name),
+        lambda name: esparse.preflight("data/tiny", 6, dtype=name),
+        lambda name: esparse.prune_checkpoint("data/tiny", tmp_path / "out", 6, calibration=random_tokens(), dtype=name),
+        lambda name: esparse.trace_checkpoint("data/tiny", random_tokens(), tmp_path / "out", dtype=name),
+    ):
+        with pytest.raises(ValueError, match=f"Unknown dtype 'nonsense': {known}"):
+            call("nonsense")
+    for command in (["prune", "data/tiny", "out", "--experts", "6"], ["weights", "data/tiny", "out", "--sparsity", "0.5"]):
+        with pytest.raises(SystemExit):
+            main([*command, "--dtype", "int8"])
+        assert f"Unknown dtype 'int8': {known}." in capsys.readouterr().err
+    with pytest.raises(ValueError, match="Unknown dtype 'int8'"):
+        esparse.load_model("tiny-16", dtype="int8")
+    assert not list(tmp_path.iterdir())
+    assert esparse.Run(dtype="bf16").dtype == "bfloat16" and esparse.Run(dtype="auto").dtype is None
+    assert esparse.load_model("tiny", dtype="half")[0].dtype == torch.float16
+
+
+def one_sentence(call, *parts: str) -> None:
+    with pytest.raises(ValueError) as error:
+        call()
+    said = str(error.value)
+    assert len(said) < 320 and "\n" not in said and all(part in said for part in parts), said
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3"])
+def test_a_folder_without_a_tokenizer(family, tmp_path):
+    """Of Qwen's and others' transformers makes an empty tokenizer, which finds no token in any text."""
+    random_model(family, 8, 2, dtype=torch.float32).save_pretrained(tmp_path / "source")
+    parts = (f"{tmp_path / 'source'} has no tokenizer", "there is no tokenizer.json", "Copy tokenizer.json and")
+    one_sentence(lambda: esparse.load_model(str(tmp_path / "source")), *parts)
+    one_sentence(lambda: esparse.prune_checkpoint(tmp_path / "source", tmp_path / "out", 6, calibration="web"), *parts)
+    one_sentence(
+        lambda: esparse.prune_weights_checkpoint(tmp_path / "source", tmp_path / "out", "2:4", calibration="web"), *parts
+    )
+    assert not (tmp_path / "out").exists()
+    report = esparse.prune_checkpoint(tmp_path / "source", tmp_path / "out", 6, calibration=random_tokens())
+    plan = esparse.PruningPlan.load(tmp_path / "out" / "plan.json")
+    again = esparse.prune_checkpoint(tmp_path / "source", tmp_path / "again", plan)  # neither needs one
+    assert [layer["kept"] for layer in report["layers"]] == [layer["kept"] for layer in again["layers"]] == plan.kept
+
+
+@pytest.mark.parametrize(
+    ("family", "file", "content", "part"),
+    [
+        ("mixtral", "tokenizer.model", "no protobuf", "transformers cannot read its tokenizer.model"),
+        ("mixtral", "tokenizer.json", "{", "Expecting property name"),
+        ("mixtral", "vocab.txt", "a", "transformers finds no tokenizer.json, or one it does not read"),
+        ("qwen3", "vocab.txt", "a", "transformers makes an empty one of what is there"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_read(family, file, content, part, tmp_path):
+    random_model(family, 8, 2, dtype=torch.float32).save_pretrained(tmp_path)
+    (tmp_path / file).write_text(content)
+    one_sentence(lambda: esparse.load_model(str(tmp_path)), f"{tmp_path} has no tokenizer that can be loaded: {part}")
+
+
+def test_a_model_that_is_no_causal_language_model(tmp_path, tiny):
+    shape = {"d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2, "num_experts": 2}
+    transformers.SwitchTransformersForConditionalGeneration(
+        transformers.SwitchTransformersConfig(**shape, vocab_size=50)
+    ).save_pretrained(tmp_path / "source")
+    tiny[1].save_pretrained(tmp_path / "source")
+    for call in (
+        lambda: esparse.load_model(str(tmp_path / "source")),
+        lambda: layout.stock_model(transformers.AutoConfig.from_pretrained(tmp_path / "source")),
+        lambda: layout.Layout(transformers.AutoConfig.from_pretrained(tmp_path / "source"), 2),
+    ):
+        one_sentence(call, "has no language model of type 'switch_transformers'")
+
+
+def test_a_folder_that_transformers_cannot_load(tmp_path, tiny):
+    source = tmp_path / "source"
+    random_model("mixtral", 8, 2, dtype=torch.float32).save_pretrained(source)
+    tiny[1].save_pretrained(source)
+    weights, config = (source / "model.safetensors").read_bytes(), json.loads((source / "config.json").read_text())
+    (source / "model.safetensors").write_bytes(weights[:5000])
+    one_sentence(lambda: esparse.load_model(str(source)), "model.safetensors is truncated or corrupt")
+    (source / "model.safetensors").write_bytes(weights)
+    (source / "config.json").write_text(json.dumps(config | {"hidden_size": 64}))
+    one_sentence(lambda: esparse.load_model(str(source)), f"{source} as a language model: its weights are of other shapes")
+    (source / "config.json").write_text(json.dumps(config | {"model_type": "unheard_of"}))
+    one_sentence(lambda: esparse.load_model(str(source)), "is of model type 'unheard_of', which transformers")

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import esparse
-from esparse import runs
-from esparse.evaluation import PAPER_TASKS, task_version
+from esparse import evaluation, runs
+from esparse.evaluation import PAPER_TASKS, TINY_TASKS, resolve_tasks, task_names, task_version
 from esparse.files import data_folder
 from esparse.studies import quality
 
@@ -145,6 +145,73 @@ def test_gsm8k_math_and_wikitext_report_the_literatures_metrics(tiny, hub):
     assert dict(text.metric) == {"wikitext": "word_perplexity"}
     page = hub_items("EleutherAI/wikitext_document_level", None)[0]["page"]
     assert text.value["wikitext"] > 1 and len(page.split()) > 0 and domain["items"]["hendrycks_math"] == 28
+
+
+# --- the words of lm-eval's own command ---------------------------------------------------------------------------------
+
+
+def test_tasks_joined_by_commas_and_suites():
+    assert task_names("web_facts,web_walks") == task_names(["web_facts", " web_walks ,"]) == ["web_facts", "web_walks"]
+    assert task_names(["web_walks", "tiny"]) == ["web_walks", *(task for task in TINY_TASKS if task != "web_walks")]
+    assert task_names("gsm8k,domain") == ["gsm8k", "hendrycks_math"]
+    assert esparse.Run(tasks="web_facts").tasks == ("web_facts",) and esparse.Run(tasks=[]).tasks == ()
+    with pytest.raises(ValueError, match="No tasks are asked: take some of web_facts"):
+        resolve_tasks(" , ")
+
+
+def test_patterns_and_tags_stand_for_their_tasks(tiny, hub):
+    assert resolve_tasks("web_*") == [task for task in TINY_TASKS if task.startswith("web_")]
+    assert resolve_tasks("arithmetic_r*,web_facts,arithmetic_result") == ["arithmetic_result", "web_facts"]
+    assert resolve_tasks("ai2_arc") == resolve_tasks("arc_challeng?,arc_eas[y]") == ["arc_challenge", "arc_easy"]
+    table = esparse.evaluate(*tiny, "ai2_arc,web_facts", limit=4)
+    assert [*table.index] == ["arc_challenge", "arc_easy", "web_facts"] and (table["items"] == 4).all()
+    with pytest.raises(ValueError, match="Unknown task 'web_z\\*': take one of web_facts"):
+        esparse.evaluate(*tiny, "web_z*")
+
+
+def test_a_group_without_a_score_of_its_own_gives_its_tasks(tiny, hub, tmp_path, monkeypatch):
+    """As one of lm-eval's whose config aggregates nothing; once computed, its rows are read again."""
+    whole = evaluation._task_manager(True)
+    (tmp_path / "own.yaml").write_text("group: pair\ntask:\n  - arc_easy\n  - arc_challenge\n")
+    manager = type(whole)(include_path=str(tmp_path), include_defaults=False)
+    manager.task_index.update({name: whole.task_index[name] for name in ("arc_easy", "arc_challenge")})
+    monkeypatch.setattr(evaluation, "_task_manager", lambda everything: manager)
+    table = esparse.evaluate(*tiny, "pair", limit=3)
+    assert sorted(table.index) == ["arc_challenge", "arc_easy"] and (table["items"] == 3).all()
+    run = esparse.Run(tasks="pair,web_facts", folder=tmp_path / "run", limit=3)
+    scores = run.scores()
+    assert [*scores.index[:-1]] == [*table.index] and scores.index[-1] == "web_facts"
+    assert [*scores.value[:-1]] == pytest.approx([*table.value])
+    monkeypatch.setattr(runs, "evaluate", lambda *_, **__: pytest.fail("computed again"))
+    assert run.scores().equals(scores)
+
+
+def test_a_task_that_lm_eval_cannot_make_ready_is_named(tiny, hub, monkeypatch):
+    import datasets
+
+    def broken(*_, **__):
+        raise KeyError("a field\nand a long story")
+
+    monkeypatch.setattr(datasets, "load_dataset", broken)
+    with pytest.raises(ValueError, match=r"^lm-eval cannot make arc_easy ready \(KeyError: .*\)\.$"):
+        esparse.evaluate(*tiny, "arc_easy")
+
+
+@torch.no_grad()
+def test_a_config_with_output_router_logits_is_evaluated_as_without(tiny, tiny_tokens):
+    """There stock `generate` fails for a padded batch, and every pass computes a balance loss that nobody asked for."""
+    expected = esparse.perplexity(tiny[0], tiny_tokens), esparse.evaluate(*tiny, "arithmetic_problems,web_facts", limit=6)
+    ids, mask = tiny_tokens[:2, :20], torch.ones(2, 20, dtype=torch.long)
+    mask[0, :5] = 0
+    tiny[0].config.output_router_logits = True
+    try:
+        with pytest.raises(RuntimeError):
+            tiny[0].generate(ids, attention_mask=mask, max_new_tokens=3, pad_token_id=2)
+        assert esparse.perplexity(tiny[0], tiny_tokens) == expected[0]
+        assert esparse.evaluate(*tiny, "arithmetic_problems,web_facts", limit=6).equals(expected[1])
+        assert tiny[0].config.output_router_logits is True
+    finally:
+        tiny[0].config.output_router_logits = False
 
 
 # --- one call, one command, one library -----------------------------------------------------------------------------

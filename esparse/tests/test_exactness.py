@@ -11,6 +11,7 @@ import esparse
 from esparse import traces
 from esparse.models import moe_layers
 from esparse.pruning import masked_layer
+from esparse.search import METHODS, subset_losses
 from esparse.tests.conftest import apart, assert_greedy, block_input, random_model, random_tokens
 from esparse.walk import Walk
 
@@ -357,3 +358,36 @@ def test_out_of_memory_halves_the_chunk_and_goes_on(monkeypatch):
     monkeypatch.setattr(traces, "pair_outputs", lambda *_: (_ for _ in ()).throw(RuntimeError("something else")))
     with pytest.raises(RuntimeError, match="something else"):
         esparse.trace(model, tokens)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3", "olmoe"])
+@pytest.mark.parametrize(("n", "k"), [(2, 1), (2, 2), (3, 2), (3, 3), (8, 2)])
+def test_keeping_all_experts_loses_nothing_by_any_method(family, n, k):
+    """The control of every comparison, and all that there is where a token is routed to every expert."""
+    model, tokens = random_model(family, n, k), random_tokens(2, 16)
+    with torch.no_grad():
+        expected = model(tokens).logits
+    for keep in {k, n}:
+        traced = esparse.trace(model, tokens, keep=keep)
+        norms = [traces.output_norm(layer) for layer in traced.layers]
+        for method in METHODS:
+            plan = esparse.search_experts(traced, n, method=method, model=model, tokens=tokens)
+            assert plan.kept == [[*range(n)]] * 3
+            assert all(loss <= 1e-6 * norm for loss, norm in zip(plan.losses, norms, strict=True))
+        assert subset_losses(traced.layers[0], n)[0] == [(*range(n),)]
+        assert k == 1 or esparse.median_betas(traced, plan.kept) == esparse.median_betas(traced)
+    with esparse.masked(model, plan), torch.no_grad():
+        assert (model(tokens).logits - expected).abs().max() < 1e-9
+    assert moe_layers(esparse.prune(model, plan))[0].n == n
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("n", "k"), [(2, 1), (3, 1), (3, 2)])
+def test_of_two_or_three_experts_one_can_go(n, k, method):
+    model, tokens = random_model("mixtral", n, k), random_tokens(2, 16)
+    plan = esparse.search_experts(esparse.trace(model, tokens), n - 1, method=method, model=model, tokens=tokens, seed=3)
+    wanted = [*itertools.combinations(range(n), n - 1)]
+    losses = dict(zip(wanted, reference_losses(model, 0, tokens, wanted), strict=True))
+    assert plan.losses[0] == pytest.approx(losses[tuple(plan.kept[0])], rel=1e-9)
+    if method in ("enumerate", "greedy", "progressive"):
+        assert plan.losses[0] == pytest.approx(min(losses.values()), rel=1e-9)

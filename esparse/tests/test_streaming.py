@@ -1,19 +1,24 @@
 """Checkpoints from disk to disk: bit for bit, from every format, through crashes, and over several processes."""
 
+import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import esparse
 from esparse import __main__, destination, processes, shards, streaming
+from esparse.files import data_folder
+from esparse.layout import PREDICTING, Checkpoint, Layout
 from esparse.shards import INDEX, SINGLE
 from esparse.tests.conftest import random_tokens
 from esparse.tests.families import CARRIED, FAMILIES, family_model
@@ -59,7 +64,9 @@ def test_streamed_is_what_the_whole_model_gives(family, tmp_path):
     ours, expected = tensors(tmp_path / "pruned"), tensors(tmp_path / "expected")
     assert ours.keys() == expected.keys() and all(torch.equal(ours[name], expected[name]) for name in ours)
     one, other = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("pruned", "source"))
-    assert {(other.get(key), one[key]) for key in one if one[key] != other.get(key)} == {(8, 6)}
+    changed = {key: (other.get(key), one[key]) for key in one if one[key] != other.get(key)}
+    assert {change for key, change in changed.items() if key not in PREDICTING} == {(8, 6)}
+    assert all(one[key] == 0 for key in PREDICTING if key in one)  # layers that predict further tokens are never there
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -140,14 +147,52 @@ def test_block_fp8_is_dequantised(tmp_path):
         expected[name] = torch.tensor(each).bfloat16()
     write_index(folder, state, {"quant_method": "fp8", "weight_block_size": [16, 16]})
     needs = esparse.preflight(folder, 6, sequences=1, length=16)["disk"]
-    assert needs.startswith("0.0 GB for the result in bfloat16, dequantised from fp8,")
     report = esparse.prune_checkpoint(folder, tmp_path / "pruned", 6, calibration=TOKENS)
     after, kept = tensors(tmp_path / "pruned"), report["layers"][1]["kept"]
+    size = sum(tensor.nbytes for tensor in after.values())
+    assert needs.startswith(f"{size / 1e3:.0f} kB for the result in bfloat16, dequantised from fp8,")
     assert report["quantised"] == "fp8" and not any("scale" in name for name in after)
     for new, old in enumerate(kept):
         name = "model.layers.1.mlp.experts.{}.down_proj.weight"
         assert torch.equal(after[name.format(new)], expected[name.format(old)])
     assert "quantization_config" not in json.loads((tmp_path / "pruned" / "config.json").read_text())
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_fp8_with_one_scale_a_tensor_is_what_stock_transformers_makes_of_it(shape, tmp_path):
+    folder = saved(tmp_path / "source", "mixtral", torch.bfloat16)
+    state = tensors(folder)
+    for name in [name for name in state if name.endswith(("_proj.weight", ".w1.weight", ".w2.weight", ".w3.weight"))]:
+        small = state[name].to(torch.float8_e4m3fn)
+        state |= {name: small, f"{name}_scale_inv": torch.rand(shape) + 0.5}
+    quantisation = {"quant_method": "fp8", "weight_block_size": None, "activation_scheme": "dynamic"}
+    write_index(folder, state, quantisation)
+    source = shards.Source(folder)
+    for name in [name for name in state if f"{name}_scale_inv" in state]:  # the closed form
+        product = state[name].double() * state[f"{name}_scale_inv"].double().reshape(())
+        assert torch.equal(source.read(name), product.float().bfloat16())
+    stock = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)  # on a CPU it dequantises
+    plain = saved(tmp_path / "plain", "mixtral", torch.bfloat16)
+    write_index(plain, {name: source.read(name) for name in source.entries})
+    ours = transformers.AutoModelForCausalLM.from_pretrained(plain, dtype=torch.bfloat16).state_dict()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in stock.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("weight", "scale", "block"),
+    [((6, 8), (6, 1), None), ((6, 8), (3, 2), (128, 128)), ((6, 8), (2, 2), (4, 6)), ((3, 4, 8), (3, 1, 1), None)],
+)
+def test_fp8_scales_belong_to_the_blocks_that_they_divide_a_weight_into(weight, scale, block):
+    """Of a row, of what the grid says where the config says otherwise, of blocks cut off at the edge, of each expert."""
+    values = torch.randn(weight, generator=torch.Generator().manual_seed(0)).to(torch.float8_e4m3fn)
+    scales = torch.rand(scale, generator=torch.Generator().manual_seed(1)) + 0.5
+    rows, columns = block if block == (4, 6) else (weight[-2] // scale[-2], weight[-1] // scale[-1])
+    expected = torch.empty(weight)
+    for i in itertools.product(*map(range, weight)):
+        expected[i] = values[i].float() * scales[(*i[:-2], i[-2] // rows, i[-1] // columns)]
+    assert torch.equal(shards._from_fp8(values, scales, block), expected.bfloat16())
+    with pytest.raises(ValueError, match=r"FP8 scales of shape \[4, 3\] do not divide a weight of \[6, 8\]"):
+        shards._from_fp8(torch.zeros(6, 8), torch.ones(4, 3), block)
 
 
 def test_mxfp4_is_dequantised(tmp_path):
@@ -267,12 +312,13 @@ def test_the_next_layer_is_announced_while_one_is_computed(source, tmp_path, mon
         asked.append(os.pread(file, length, offset))
 
     monkeypatch.setattr(os, "posix_fadvise", advise)
-    names = opened.layer(1)
+    whole = Checkpoint(opened, Layout(opened.config, 8))
+    names = whole.stored(1)
     opened.announce(names)
     assert sorted(asked) == sorted(opened.read(name).contiguous().view(torch.uint8).numpy().tobytes() for name in names)
     asked.clear()
     esparse.prune_checkpoint(source, tmp_path / "pruned", 6, calibration=TOKENS)
-    assert len(asked) == sum(len(opened.layer(number)) for number in (1, 2))  # of three; the first has nothing before it
+    assert len(asked) == sum(len(whole.stored(number)) for number in (1, 2))  # of three; the first has nothing before it
 
 
 # --- nothing lost ---------------------------------------------------------------------------------------------------------
@@ -466,6 +512,45 @@ def test_a_dry_run_says_what_it_would_take_and_does_nothing(tmp_path, capsys, mo
     for what in ("memory:", "disk:", "download: nothing", "FLOPs:", "time:", "access:   a local folder"):
         assert what in said
     assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_names_the_dtypes_and_bytes_that_are_written(tmp_path):
+    """Those of the tensors, whatever the config says."""
+    folder = saved(tmp_path / "source")
+    state = {name: tensor.bfloat16() if "norm" in name else tensor for name, tensor in tensors(folder).items()}
+    write_index(folder, state)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "float16"}))
+    said = esparse.preflight(folder, 6, sequences=1, length=16)["disk"]
+    esparse.prune_checkpoint(folder, tmp_path / "pruned", 6, calibration=TOKENS)
+    written = tensors(tmp_path / "pruned")
+    sizes = {dtype: sum(t.nbytes for t in written.values() if t.dtype == dtype) for dtype in (torch.float32, torch.bfloat16)}
+    assert sum(sizes.values()) == sum(tensor.nbytes for tensor in written.values())
+    each = f"float32 ({sizes[torch.float32] / 1e3:.0f} kB) and bfloat16 ({sizes[torch.bfloat16]:.0f} bytes)"
+    assert said.startswith(f"{sum(sizes.values()) / 1e3:.0f} kB for the result in {each} and ")
+
+
+@pytest.mark.parametrize(
+    ("parameters", "said"),
+    [
+        ({"F32": 100}, "in float32 and"),
+        ({"F8_E4M3": 90, "F32": 10}, "in bfloat16 ("),
+        (None, "in float16 (as its config says) and"),
+    ],
+)
+def test_of_a_hub_id_the_hub_names_the_dtypes(parameters, said, monkeypatch):
+    module = sys.modules["esparse.preflight"]
+    config = transformers.AutoConfig.from_pretrained("data/tiny")
+    config.dtype = torch.float16
+    stored = SimpleNamespace(parameters=parameters) if parameters else None
+    files = [SimpleNamespace(rfilename="model.safetensors", size=100)]
+    monkeypatch.setattr(module, "described", lambda source, revision: data_folder() / "tiny")
+    monkeypatch.setattr(module, "read_config", lambda folder: config)
+    monkeypatch.setattr(module, "_info", lambda *_: SimpleNamespace(safetensors=stored, siblings=files, gated=False))
+    needs = esparse.preflight("org/model", 6, sequences=1, length=16)
+    count = sum(torch.Size(shape).numel() for shape in Layout(config, 6).small.values())
+    size = count * {"F32": 4, None: 2}.get(next(iter(parameters or {None: 0})), 2 + 2 * 0.1)
+    assert needs["disk"].startswith(f"{size / 1e6:.0f} MB for the result {said}")
 
 
 @pytest.mark.parametrize("rate, said", [(1e9, True), (1e11, False)])
