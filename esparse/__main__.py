@@ -239,7 +239,7 @@ def _parser() -> argparse.ArgumentParser:
     notebooks.add_argument("names", nargs="*", metavar="01-06", help="numbers, ranges or names; all without")
     notebooks.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a parameter, as MODEL=...")
     notebooks.add_argument("--run-dir", metavar="DIR", help="where copies, traces, results and figures go")
-    notebooks.add_argument("--update", action="store_true", help="write the outputs back into notebooks/")
+    notebooks.add_argument("--update", action="store_true", help="write what shows something new into notebooks/ and figures/")
     notebooks.set_defaults(call=_notebooks)
     figures = commands.add_parser("figures", help="redraw figures from their saved numbers, without a model")
     figures.add_argument("names", nargs="*", metavar="NAME", help="such as 03_loss_landscape; all without")

@@ -1,5 +1,6 @@
 """What the sliders show, as numbers: everything on their grid is computed once from saved traces, then looked up."""
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,13 +14,14 @@ from .benchmark import FULL
 from .files import checkout, digest, read_json, write_json
 from .pruning import PruningPlan
 from .routers import skip_ratios
-from .search import SCORES, all_subsets, search_layer, subset_losses
+from .search import SCORES, all_subsets, ranked, search_layer, subset_losses
+from .skips import betas_of_shares
 from .speed import decoding_rows, results
 from .traces import LayerTrace, Trace, co_selection, output_norm, part
 
 BETAS = [i / 100 for i in range(101)]  # for two experts a token; see `beta_grid`
 SHARES = [i / 20 for i in range(21)]
-FORMAT = 2  # of what is kept of a grid: another one is computed anew
+FORMAT = 3  # of what is kept of a grid: another one is computed anew
 POINTS = 200  # of a loss landscape, at most
 ENUMERABLE = 5000  # subsets of a layer, beyond which no landscape is drawn
 ROWS = 65536
@@ -64,8 +66,7 @@ def _skipping(layer: LayerTrace, kept: Sequence[int] | None, norm: float) -> dic
     ratios, squares = skip_curve(layer, kept)
     grid = torch.tensor(beta_grid(layer.k), dtype=torch.float64)
     at = torch.searchsorted(ratios, grid)  # a pair goes when its ratio is below beta
-    some = [min(int(share * len(ratios)), len(ratios) - 1) for share in SHARES]
-    betas = [0.0, *ratios[some[1:-1]].tolist(), math.nextafter(ratios[-1].item(), math.inf)]
+    betas = betas_of_shares(ratios, SHARES)
     aimed = torch.searchsorted(ratios, torch.tensor(betas, dtype=torch.float64))
     found = {}
     for name, places in (("", at), ("aimed ", aimed)):
@@ -74,12 +75,20 @@ def _skipping(layer: LayerTrace, kept: Sequence[int] | None, norm: float) -> dic
     return found | {"aimed betas": betas}
 
 
-def _landscape(layer: LayerTrace, r: int, norm: float) -> list[float]:
-    """The relative losses of all subsets of r, best first, thinned to `POINTS`; empty where they are too many."""
+def _landscape(layer: LayerTrace, r: int, norm: float, kept: Mapping[str, Sequence[int]]) -> dict:
+    """The relative losses of all subsets of r, best first, thinned to `POINTS`, and of how many subsets each method's stands
+    behind; empty where they are too many."""
     if math.comb(layer.n, r) > ENUMERABLE:
-        return []
-    losses = (subset_losses(layer, r)[1] / norm).sort().values.tolist()
-    return [losses[round(i)] for i in torch.linspace(0, len(losses) - 1, min(POINTS, len(losses))).tolist()]
+        return {"losses": [], "others": 0, "better": dict.fromkeys(kept, 0)}
+    subsets, losses = subset_losses(layer, r)
+    order = ranked(losses)
+    places, last = order.argsort().tolist(), len(order) - 1
+    shown = (losses[order] / norm).tolist()
+    return {
+        "losses": [shown[round(i)] for i in torch.linspace(0, last, min(POINTS, last + 1)).tolist()],
+        "others": last,
+        "better": {method: places[subsets.index(tuple(subset))] for method, subset in kept.items()},
+    }
 
 
 def _methods(layer: LayerTrace) -> list[str]:
@@ -117,7 +126,13 @@ def grid(trace: Trace, sizes: Sequence[int]) -> dict:
         "sizes": [*sizes, first.n],
         "places": found,
         "co_selection": [co_selection(layer).fill_diagonal_(0).tolist() for layer in trace.layers],
-        "landscape": {str(r): [_landscape(layer, r, norms[i]) for i, layer in enumerate(trace.layers)] for r in sizes},
+        "landscape": {
+            str(r): [
+                _landscape(layer, r, norms[i], {method: found[f"{method} {r}"][i]["kept"] for method in methods})
+                for i, layer in enumerate(trace.layers)
+            ]
+            for r in sizes
+        },
     }
 
 
@@ -248,7 +263,7 @@ class Explorer:
     def frame(self) -> dict:
         """What does not change with the choice: names and the ends of axes, so that two pictures can be compared."""
         grids = self.grids.values()
-        landscapes = [loss for one in grids for rows in one["landscape"].values() for losses in rows for loss in losses]
+        landscapes = [loss for one in grids for rows in one["landscape"].values() for row in rows for loss in row["losses"]]
         places = [layer for one in grids for rows in one["places"].values() for layer in rows]
         losses = [max([layer["relative"], *layer.get("loss", []), *layer.get("aimed loss", [])]) for layer in places]
         pairs = max((value for one in grids for table in one["co_selection"] for row in table for value in row), default=0.0)
@@ -267,11 +282,13 @@ class Explorer:
         return {"tables": tables}
 
     def _landscape(self, choice: Choice) -> dict:
+        """Beside the losses how many `others` a subset is compared with, and how many of them are `better`, by its place."""
         found = {}
         for name, one in self.grids.items():
-            losses = one["landscape"].get(str(choice.r), [[]] * self.layers)[choice.layer]
-            loss = self._place(name, choice)[choice.layer]["relative"]
-            found[name] = {"losses": losses, "loss": loss, "better": sum(other < loss - 1e-9 for other in losses)}
+            found[name] = {"losses": [], "others": 0, "better": 0, "loss": self._place(name, choice)[choice.layer]["relative"]}
+            if choice.r < self.n:
+                row = one["landscape"][str(choice.r)][choice.layer]
+                found[name] |= row | {"better": row["better"][choice.method]}
         return {"corpora": found}
 
     def _skipping(self, choice: Choice) -> dict:
@@ -353,10 +370,10 @@ class Explorer:
 
     def _pair(self, name: str, layer: int) -> str:
         table = self.grids[name]["co_selection"][layer]
-        share, i, j = max((table[i][j], i, j) for i in range(self.n) for j in range(i, self.n))
-        if share == 0:
+        i, j = max(itertools.combinations(range(self.n), 2), key=lambda pair: table[pair[0]][pair[1]], default=(0, 0))
+        if table[i][j] == 0:
             return "no two, since each token has one expert"
-        return f"experts {i} and {j}, for {100 * share:.1f}% of tokens"
+        return f"experts {i} and {j}, for {100 * table[i][j]:.1f}% of tokens"
 
     def estimate(self, choice: Choice) -> dict[str, str]:
         """What a choice (of the first corpus) would mean for a real model's shape: counted, and as measured where it was."""

@@ -1,6 +1,7 @@
 """Running the numbered notebooks: copies with parameters, in a run folder, going on after the last finished one."""
 
 import ast
+import json
 import re
 import time
 import tomllib
@@ -16,7 +17,8 @@ from nbclient.exceptions import CellExecutionError
 from tqdm.auto import tqdm
 
 from .files import PACKAGE, checkout, digest, write_json, write_text
-from .gallery import manifest
+from .gallery import ABOUT, manifest
+from .plots import publish
 from .runs import default_folder
 
 NOISE = ("application/vnd.jupyter.widget-view+json",)  # outputs that mean nothing without a kernel
@@ -150,10 +152,13 @@ def run_notebooks(
 
     settings: parameters to change, such as {"MODEL": "mistralai/Mixtral-8x7B-v0.1"}. folder: where copies, traces,
     results and figures go (None: `.runs/MODEL`); a notebook that is unchanged and finished there with the same
-    settings is not run again. update: write the outputs back into `notebooks/`.
+    settings is not run again. update: write what now shows something else into `notebooks/` and `figures/`; otherwise
+    nothing of the checkout is written.
     Raises ValueError for bad settings before anything runs, RuntimeError naming the notebook and cell that failed.
     """
     settings = dict(settings or {})
+    if update and settings:
+        raise ValueError("--update writes what the notebooks show as they stand: run it without --set.")
     paths = find(selection)
     for path in paths:
         _with_settings(nbformat.read(path, as_version=4), settings)
@@ -192,8 +197,36 @@ def _run_one(path: Path, settings: Mapping[str, Any], target: Path, update: bool
     write_json(record, {"state": state, **vars(result)})
     if update:
         notebook.cells = [cell for cell in notebook.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
-        write_text(path, nbformat.writes(addressed(notebook, path.name)) + "\n")
+        _update(addressed(notebook, path.name), path, target / "figures")
     return result
+
+
+def _update(notebook, path: Path, figures: Path) -> None:
+    """Take what a notebook showed over into the checkout, cell by cell, but for what says the same as what is there."""
+    before = {cell.source: cell.get("outputs") for cell in nbformat.read(path, as_version=4).cells}
+    drawn = [name for name in ABOUT if name.startswith(path.stem[:2])]
+    new = [name for name in drawn if publish(name, figures, checkout() / "figures")]
+    for cell in notebook.cells:
+        old = before.get(cell.source)
+        if cell.cell_type == "code" and old and not any(f'"{name}"' in cell.source for name in new):
+            cell.outputs = old if _say_the_same(old, cell.outputs) else cell.outputs
+    write_text(path, nbformat.writes(notebook) + "\n")
+
+
+def _say_the_same(one: Sequence, other: Sequence) -> bool:
+    """Whether outputs have the same words, and decimals that differ by no more than one in the last digit."""
+    (words, numbers), (others, against) = (_words_and_numbers(outputs) for outputs in (one, other))
+    return words == others and all(
+        len(a) == len(b) and abs(float(a) - float(b)) < 1.5 * 10.0 ** -len(a.partition(".")[2])
+        for a, b in zip(numbers, against, strict=True)
+    )
+
+
+def _words_and_numbers(outputs: Sequence) -> tuple[list[str], list[str]]:
+    """The text of outputs without their images: what stands between decimals, and the decimals."""
+    texts = [(o.get("text"), [pair for pair in o.get("data", {}).items() if "image" not in pair[0]]) for o in outputs]
+    parts = re.split(r"(\d+\.\d+)(?![\de])", json.dumps(texts))
+    return parts[::2], parts[1::2]
 
 
 def _execute(notebook, path: Path) -> float:

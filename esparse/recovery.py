@@ -26,7 +26,7 @@ from .models import (
 )
 from .processes import ranks, summed
 from .pruning import PruningPlan, masked
-from .search import subset_losses
+from .search import ranked, subset_losses
 from .traces import LayerTrace, Trace, full_gram, part
 from .weights import restore_zeros, zeros
 
@@ -130,7 +130,7 @@ def choose_by_output(
     close = []
     for layer in trace.layers:
         subsets, losses = subset_losses(layer, r)
-        close.append([(list(subsets[i]), losses[i].item()) for i in losses.argsort(stable=True)[:candidates].tolist()])
+        close.append([(list(subsets[i]), losses[i].item()) for i in ranked(losses)[:candidates].tolist()])
 
     def plan_of(chosen: list[int]) -> PruningPlan:
         kept, losses = zip(*(options[i] for options, i in zip(close, chosen, strict=True)), strict=True)
@@ -145,7 +145,7 @@ def choose_by_output(
     for number, options in enumerate(tqdm(close, desc="choose by output", unit="layer")):
         for candidate in range(1, len(options)):
             tried = [*chosen[:number], candidate, *chosen[number + 1 :]]
-            if (found := ask(tried)) < best:
+            if (found := ask(tried)) < best * (1 - 1e-6):  # else the subset of less loss stays
                 chosen, best = tried, found
     return plan_of(chosen), {"before": before, "after": best}
 

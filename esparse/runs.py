@@ -81,7 +81,6 @@ class Run:
         self.tasks = tuple(task_names(("tiny" if tiny else "paper") if self.tasks is None else self.tasks))
         self.limit = self.limit or (100 if tiny else None)
         self.batch_size = self.batch_size or (64 if tiny else 8)
-        self.default_folder = self.folder is None
         self.folder = Path(self.folder) if self.folder else default_folder(self.model_name)
         if self.folder.is_file():
             raise NotADirectoryError(f"{self.folder} is a file: give a folder for traces and results.")
@@ -314,16 +313,10 @@ class Run:
         return asked == ("tiny", "web", "arithmetic", 64, 256, 42, None, "enumerate")
 
     def figure(self, name: str, data: dict):
-        """Draw a figure of `plots.FIGURES`, save it as PNG, PDF and JSON, and return it.
-
-        With the embedded model and corpora and the default folder it also lands in the checkout's `figures/`.
-        """
+        """Draw a figure of `plots.FIGURES`, save it in the run folder as PNG, PDF and JSON, and return it."""
         from . import plots
 
-        figure = plots.save_figure(name, data, self.folder / "figures")
-        if self.default_folder and self.embedded:
-            plots.save_figure(name, data, checkout() / "figures")
-        return figure
+        return plots.save_figure(name, data, self.folder / "figures")
 
     def describe(self) -> "pd.Series":
         """The parameters as resolved."""

@@ -16,7 +16,7 @@ from .walk import Walk
 MAX_SUBSETS = 200_000
 MAX_TABLE = 2**24  # sums held at once, 128 MiB
 FAR = 60.0  # between logits, whose softmax float32 still holds to its last digits
-CLOSE = 4  # best subsets, whose losses are computed once more each by itself
+ROUNDING = 2**-23  # of a layer's largest squared loss: what sums of float32 products leave undecided
 MAX_ROUTINGS = 5e9  # subsets times tokens: some ten minutes a layer on two cores
 SWEEPS = 20  # at most, over the removed experts
 MAX_PAIRS = 28  # of removed experts, up to which two are exchanged at once
@@ -100,13 +100,20 @@ def _weights_of(layer: LayerTrace, chosen: torch.Tensor) -> torch.Tensor:
     return weights
 
 
+def ranked(losses: torch.Tensor) -> torch.Tensor:
+    """The indices of a layer's losses [subsets] by rising loss; those that rounding alone tells apart keep their order, so
+    that every machine ranks them alike."""
+    squares, order = losses.square().sort(stable=True)
+    apart = torch.cat([squares.new_zeros(1), squares.diff()]) > ROUNDING * squares[-1]
+    return order[(apart.cumsum(0) * len(order) + order).argsort()]
+
+
 def best_subset(layer: LayerTrace, r: int) -> tuple[list[int], float, float]:
     """The subset of r experts with the smallest loss, that loss, and the runner-up's (the same where there is none)."""
     subsets, losses = subset_losses(layer, r)
-    first = [subsets[i] for i in losses.argsort(stable=True)[:CLOSE].tolist()]
-    routed = layer.losses(first)  # again, to the last bit of `reconstruction_loss`
-    best = routed.argsort(stable=True)[:2].tolist()
-    return list(first[best[0]]), routed[best[0]].item(), routed[best[-1]].item()
+    first = [subsets[i] for i in ranked(losses)[:2].tolist()]
+    found = [reconstruction_loss(layer, subset) for subset in first]  # what is said of every plan, however it was found
+    return list(first[0]), found[0], max(found)
 
 
 # --- scores ---------------------------------------------------------------------------------------------------------
@@ -356,7 +363,7 @@ def _greedy_anew(layer: LayerTrace, r: int) -> list[int]:
         kept = _best_scores(layer, r, expert_scores(layer, "reap"))
     while len(kept) > r:
         without = [[e for e in kept if e != out] for out in kept]
-        kept = without[int(layer.losses(without).argmin())]
+        kept = without[ranked(layer.losses(without))[0]]
     now = layer.losses([kept]).item()
     for _ in range(SWEEPS):
         before = now
@@ -364,8 +371,9 @@ def _greedy_anew(layer: LayerTrace, r: int) -> list[int]:
             group = next(group for group in groups if back in group)
             options = [sorted({*kept, back} - {out}) for out in kept if out in group]
             losses = layer.losses(options)
-            if losses.min() < now * (1 - 1e-9):
-                kept, now = options[int(losses.argmin())], losses.min().item()
+            best = ranked(losses)[0]
+            if losses[best] < now * (1 - 1e-6):  # more than float32 rounds when options are fewer or more
+                kept, now = options[best], losses[best].item()
         if now == before:
             break
     return kept

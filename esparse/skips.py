@@ -12,6 +12,8 @@ from .routers import skip_pairs, unpack
 from .traces import check_beta
 
 IMPLEMENTATION = "esparse_skipping"
+ROUNDING = 1e-6  # between two ratios, which two machines may put in another order
+ABOVE = 1 + 2**-20  # times the largest ratio is a beta that drops every pair: in float32, too, it is another number
 
 
 def skipping_forward(
@@ -32,6 +34,23 @@ def skipping_forward(
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, skipping_forward)
+
+
+def betas_of_shares(ratios: torch.Tensor, shares: Sequence[float]) -> list[float]:
+    """Betas that drop shares of the droppable pairs with these ratios, rising, float64 [pairs]: 0.5 gives the median, 1 drops
+    all of them.
+
+    Each lies between two ratios that are further apart than rounding, at the place that is aimed at or before it: every
+    machine drops the same pairs.
+    """
+    apart = torch.cat([ratios.new_ones(1), ratios.diff()]) > ROUNDING
+    first = torch.arange(len(ratios), device=ratios.device).where(apart, 0).cummax(0).values
+    found = []
+    for share in shares:
+        at = first[min(int(share * len(ratios)), len(ratios) - 1)].item()
+        between = (ratios[at - 1] + ratios[at]).item() / 2 if at else 0.0
+        found.append(ratios[-1].item() * ABOVE if share == 1 else between)
+    return found
 
 
 def _check_betas(model, betas: Sequence[float]) -> list[MoELayer]:

@@ -97,7 +97,7 @@ def _landscape_view(figure, frame: dict) -> Callable[[dict], list]:
         for line, point, one in zip(lines, points, data["corpora"].values(), strict=True):
             last = max(1, len(one["losses"]) - 1)
             line.set_data([100 * i / last for i in range(len(one["losses"]))], one["losses"])
-            point.set_data([100 * one["better"] / last], [one["loss"]])
+            point.set_data([100 * one["better"] / max(1, one["others"])], [one["loss"]])
         return [*lines, *points]
 
     return update

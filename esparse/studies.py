@@ -12,8 +12,8 @@ from .many import compare, over
 from .pruning import masked
 from .routers import skip_ratios
 from .runs import Run
-from .search import best_subset, search_experts, search_layer, subset_losses
-from .skips import skipped_shares
+from .search import best_subset, ranked, search_experts, search_layer, subset_losses
+from .skips import betas_of_shares, skipped_shares
 from .traces import (
     LayerTrace,
     Trace,
@@ -49,7 +49,7 @@ def method_scheme(run: Run, r: int, number: int = 0) -> dict:
     layer = run.trace(run.general).layers[number]
     norm, beta = output_norm(layer), median_betas(Trace([layer], "", ""))[0]
     halves = torch.stack([layer.weights[:, 0], layer.weights[:, 1:].sum(1)], 1)
-    rising = (halves[:, 1] / halves[:, 0]).argsort()
+    rising = (halves[:, 1] / halves[:, 0]).argsort(stable=True)
     tokens = rising[[len(rising) * part // 12 for part in (11, 9, 7, 5, 3, 1)]]
     return {
         "layer": number,
@@ -66,7 +66,7 @@ def _candidates(layer: LayerTrace, r: int, method: str) -> list[tuple[Sequence[i
     """The best subset, the median and the worst one; where they are too many to try, what a method and chance choose."""
     if method == "enumerate":
         subsets, losses = subset_losses(layer, r)
-        order = losses.argsort().tolist()
+        order = ranked(losses).tolist()
         return [(subsets[i], losses[i].item()) for i in (order[0], order[len(order) // 2], order[-1])]
     generator = torch.Generator().manual_seed(0)
     return sorted(
@@ -232,12 +232,9 @@ def betas(run: Run, bins: int = 40) -> dict:
 
 def quantile_betas(layers: Sequence[LayerTrace], share: float, kept: Sequence[Sequence[int]] | None = None) -> list[float]:
     """Betas that drop a share of the droppable pairs on the trace: 0.5 gives the medians, 1 drops all of them."""
-    found = []
-    for i, layer in enumerate(layers):
-        ratios = skip_ratios(layer.routing(kept and kept[i])[1]).flatten().double().sort().values
-        at = min(int(share * len(ratios)), len(ratios) - 1)
-        found.append(math.nextafter(ratios[-1].item(), math.inf) if share == 1 else ratios[at].item() if share else 0.0)
-    return found
+    subsets = kept or [None] * len(layers)
+    ratios = [skip_ratios(layer.routing(one)[1]).flatten().double() for layer, one in zip(layers, subsets, strict=True)]
+    return [betas_of_shares(some.sort().values, [share])[0] for some in ratios]
 
 
 def trade_off(run: Run, shares: Sequence[float] = (0, 0.25, 0.5, 0.75, 1)) -> dict:

@@ -266,7 +266,7 @@ def _median_beta(layer: LayerTrace, kept: Sequence[int] | None) -> float:
 def dropped_share(layer: LayerTrace, beta: float, kept: Sequence[int] | None = None) -> float:
     """The share of droppable pairs (2..k) that skipping at beta drops on the trace."""
     check_beta(beta, layer.k)
-    return (skip_ratios(layer.routing(kept)[1]) < beta).float().mean().item()
+    return (skip_ratios(layer.routing(kept)[1]) < beta).double().mean().item()
 
 
 def selection_frequency(layer: LayerTrace, kept: Sequence[int] | None = None) -> torch.Tensor:

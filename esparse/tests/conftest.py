@@ -64,6 +64,18 @@ def block_input(model, number: int, tokens: torch.Tensor) -> torch.Tensor:
     return seen[0]
 
 
+def apart(one: torch.Tensor, other: torch.Tensor) -> float:
+    """The largest difference of two tensors, as a share of the largest value of the second: rounding is such a share."""
+    return ((one - other).abs().max() / other.abs().max()).item()
+
+
+def assert_greedy(model, generated: torch.Tensor, prompt: int) -> None:
+    """Each token behind the prompt is the likeliest after those before it, without a cache, up to what rounding decides."""
+    logits = model(generated[:, :-1]).logits[:, prompt - 1 :]
+    taken = logits.gather(2, generated[:, prompt:, None])
+    assert generated.shape[1] > prompt and apart(taken[..., 0], logits.amax(2)) < 1e-5
+
+
 @pytest.fixture(scope="session")
 def tiny():
     """The embedded model and its tokenizer; tests leave it as they found it."""

@@ -12,7 +12,7 @@ from esparse import traces
 from esparse.models import moe_layers
 from esparse.pruning import masked_layer
 from esparse.search import METHODS, subset_losses
-from esparse.tests.conftest import block_input, random_model, random_tokens
+from esparse.tests.conftest import apart, assert_greedy, block_input, random_model, random_tokens
 from esparse.walk import Walk
 
 CASES = [
@@ -53,7 +53,7 @@ def test_loss_of_every_subset_is_exact(family, n, k, seed):
     reference = reference_losses(model, 1, tokens, wanted)
     ours = [esparse.reconstruction_loss(traced.layers[1], kept) for kept in wanted]
     full = reference.pop()
-    assert full == 0 and ours.pop() < 1e-7
+    assert full == 0 and ours.pop() < 1e-9 * max(ours)
     for mine, theirs in zip(ours, reference, strict=True):
         assert mine == pytest.approx(theirs, rel=1e-9)
 
@@ -68,8 +68,8 @@ def test_lower_precision_agrees_and_chooses_the_same(family, dtype, tolerance):
     reference = reference_losses(model, 0, tokens, wanted)
     ours = [esparse.reconstruction_loss(traced.layers[0], kept) for kept in wanted]
     assert ours == pytest.approx(reference, rel=tolerance)
-    assert ours.index(min(ours)) == reference.index(min(reference))
-    assert esparse.search_experts(traced, 6).kept[0] == list(wanted[reference.index(min(reference))])
+    (chosen,) = (i for i, subset in enumerate(wanted) if list(subset) == esparse.search_experts(traced, 6).kept[0])
+    assert reference[chosen] <= min(reference) * (1 + tolerance)
 
 
 @pytest.mark.parametrize("keep", [None, 5, 8])
@@ -89,7 +89,7 @@ def test_the_traced_pass_carries_the_stock_hidden_states():
     stock = model(tokens, output_router_logits=True).router_logits
     traced = esparse.trace(model, tokens, batch_size=1)
     for layer, logits in zip(traced.layers, stock, strict=True):
-        assert torch.allclose(layer.logits, logits.double(), rtol=0, atol=1e-12)
+        assert apart(layer.logits, logits.double()) < 1e-12
 
 
 def reference_progressive(model, r, tokens):
@@ -126,7 +126,7 @@ def test_masked_equals_pruned(family, n, k, r):
     with esparse.masked(model, plan):
         masked = model(tokens).logits
     pruned = esparse.prune(copy.deepcopy(model), plan)
-    assert (pruned(tokens, output_router_logits=True).logits - masked).abs().max() < 1e-5
+    assert apart(pruned(tokens, output_router_logits=True).logits, masked) < 1e-5
     assert not torch.equal(model(tokens).logits, masked)  # and the mask is gone
     layer = moe_layers(pruned)[0]
     assert (layer.n, layer.k, layer.experts.gate_up_proj.shape[0]) == (r, k, r)
@@ -182,10 +182,11 @@ def test_skipping_equals_plain_python(family, k, beta):
     with esparse.skipping(model, [beta] * 3):
         ours = layer.block(x)
     reference = reference_skip(layer, x.flatten(0, 1), beta).view_as(ours)
-    assert torch.allclose(ours, reference, rtol=1e-6, atol=1e-7)  # the weights are float32 in every stock router
+    assert apart(ours, reference) < 1e-6  # the weights are float32 in every stock router
     traced = esparse.trace(model, tokens).layers[1]
     expected = (reference - layer.block(x)).norm().item()
-    assert esparse.reconstruction_loss(traced, None, beta) == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    rounding = 1e-7 * traces.output_norm(traced)
+    assert esparse.reconstruction_loss(traced, None, beta) == pytest.approx(expected, rel=1e-5, abs=rounding)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3", "olmoe"])
@@ -249,10 +250,8 @@ def test_skipping_works_on_masked_and_pruned_models_and_in_generation():
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 2}
     plain = pruned.generate(tokens, **options)
     esparse.enable_skipping(pruned, betas)
-    assert (pruned(tokens).logits - masked).abs().max() < 1e-5
-    generated = pruned.generate(tokens, **options)
-    rerun = pruned(generated[:, :-1]).logits[:, tokens.shape[1] - 1 :].argmax(-1)  # the same tokens without a cache
-    assert torch.equal(generated[:, tokens.shape[1] :], rerun)
+    assert apart(pruned(tokens).logits, masked) < 1e-5
+    assert_greedy(pruned, pruned.generate(tokens, **options), tokens.shape[1])
     esparse.disable_skipping(pruned)
     assert torch.equal(pruned.generate(tokens, **options), plain)
 

@@ -85,10 +85,34 @@ def test_the_grid_is_the_trace(traces, shown):
         assert drawn["better"] == 0 and drawn["loss"] == pytest.approx(drawn["losses"][0])
 
 
-def test_shares_from_none_to_all(shown):
+def test_no_subset_beats_the_optimum_whatever_rounding_does(traces, tmp_path, monkeypatch):
+    """The losses of all subsets by a route that rounds otherwise than the one that the plans' losses come by."""
+    generator = torch.Generator().manual_seed(0)
+
+    def otherwise(layer, r):
+        subsets, losses = esparse.subset_losses(layer, r)
+        return subsets, losses * (1 + 1e-7 * torch.rand(len(losses), generator=generator, dtype=torch.float64) - 1e-7)
+
+    monkeypatch.setattr(explorers, "subset_losses", otherwise)
+    shown = Explorer({"web": traces["web"]}, tmp_path)
+    for r, (i, layer) in itertools.product(shown.sizes[:-1], enumerate(traces["web"].layers)):
+        subsets, losses = esparse.subset_losses(layer, r)
+        for method in ("enumerate", "frequency"):
+            place = Choice(r, method, i)
+            drawn = shown.view("landscape", place)["corpora"]["web"]
+            at = subsets.index(tuple(shown.kept("web", place)[i]))
+            assert drawn["better"] == (losses < losses[at]).sum() and drawn["others"] == len(subsets) - 1
+            assert method == "frequency" or drawn["better"] == 0
+
+
+def test_shares_from_none_to_all(traces, shown):
     for share in SHARES:
-        found = shown.skipping("web", Choice(6, "enumerate", 0, ("share", share)))
+        place = Choice(6, "enumerate", 0, ("share", share))
+        found, kept = shown.skipping("web", place), shown.kept("web", place)
         assert found["dropped"] == pytest.approx([share] * 6, abs=0.005)
+        for i, layer in enumerate(traces["web"].layers):
+            assert esparse.dropped_share(layer, found["beta"][i], kept[i]) == found["dropped"][i]
+    assert found["dropped"] == [1.0] * 6
     whole = shown.skipping("web", Choice(8, "enumerate", 0, ("share", 0.0)))
     assert whole == {"beta": [0.0] * 6, "dropped": [0.0] * 6, "loss": pytest.approx([0.0] * 6, abs=1e-3)}
 

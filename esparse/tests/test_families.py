@@ -14,8 +14,9 @@ import esparse
 from esparse.files import checkout
 from esparse.models import moe_layers
 from esparse.pruning import PruningPlan
-from esparse.tests.conftest import random_tokens
+from esparse.tests.conftest import apart, block_input, random_tokens
 from esparse.tests.families import CARRIED, FAMILIES, NEWER, REFUSED, family_config, family_model, stock_pruned
+from esparse.traces import trace_block
 
 KEPT = [0, 2, 3, 5, 6, 7]
 GROUPED = {"n_group": 2, "topk_group": 1, "topk_method": "group_limited_greedy"}
@@ -98,12 +99,12 @@ def test_family(family, changes, reloaded, tmp_path):
     plan, expected = given_plan(model, trace, KEPT), run(small, tokens)
     assert (expected - before).abs().max() > 1e-3
     with esparse.masked(model, plan):
-        assert torch.allclose(run(model, tokens), expected, rtol=0, atol=1e-5)
+        assert apart(run(model, tokens), expected) < 1e-5
     pruned = esparse.prune(copy.deepcopy(model), plan)
-    assert torch.allclose(run(pruned, tokens), expected, rtol=0, atol=1e-5)
+    assert apart(run(pruned, tokens), expected) < 1e-5
 
     pruned.save_pretrained(tmp_path / "pruned")
-    assert torch.allclose(reloaded(tmp_path / "pruned"), expected, rtol=0, atol=1e-5)
+    assert apart(reloaded(tmp_path / "pruned"), expected) < 1e-5
     model.save_pretrained(tmp_path / "full")
     one, other = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("full", "pruned"))
     changed = {key: (one.get(key), other.get(key)) for key in one.keys() | other.keys() if one.get(key) != other.get(key)}
@@ -116,7 +117,7 @@ def test_family_skips(family, changes):
     model, tokens = family_model(family, **changes), random_tokens()
     before, first = run(model, tokens), moe_layers(model)[0]
     with esparse.skipping(model, [0.0] * len(moe_layers(model))):
-        assert torch.allclose(run(model, tokens), before, rtol=0, atol=1e-5)
+        assert apart(run(model, tokens), before) < 1e-5
     weights = []
     hook = first.gate.register_forward_hook(lambda gate, args, out: weights.append(out[1].sort(1, descending=True).values))
     run(model, tokens)
@@ -172,9 +173,14 @@ def test_in_half_precision_as_on_a_t4(family):
     half, tokens = family_model(family).half(), random_tokens()
     single = copy.deepcopy(half).float()
     traces = [esparse.trace(model, tokens, keep=6) for model in (half, single)]
-    for mine, expected in zip(*(one.layers for one in traces), strict=True):
-        assert mine.gram.dtype == torch.float32
-        torch.testing.assert_close(mine.weights.float(), expected.weights, atol=2e-3, rtol=2e-2)
+    assert all(layer.gram.dtype == torch.float32 for layer in traces[0].layers)
+    for number, pair in enumerate(zip(moe_layers(half), moe_layers(single), strict=True)):
+        x = block_input(half, number, tokens).flatten(0, 1)  # else one token's choice would reach later layers
+        mine, expected = (trace_block(layer, some, 6) for layer, some in zip(pair, (x, x.float()), strict=True))
+        same = (mine.order == expected.order)[:, :2].all(1)
+        best = expected.logits.sort(1, descending=True).values[~same, :3]
+        assert (-best.diff(dim=1)).amin(1).lt(2**-8 * expected.logits.abs().max()).all() and same.float().mean() > 0.9
+        torch.testing.assert_close(mine.weights.float()[same], expected.weights[same], atol=2e-3, rtol=2e-2)
     plans = [esparse.search_experts(one, 6) for one in traces]
     assert plans[0].kept == plans[1].kept
     assert plans[0].losses == pytest.approx(plans[1].losses, rel=5e-3)
@@ -187,7 +193,7 @@ def test_in_half_precision_as_on_a_t4(family):
     with torch.no_grad(), esparse.masked(half, plans[0]):
         expected = run(half, tokens)
     with torch.no_grad():
-        assert torch.equal(run(esparse.prune(half, plans[0]), tokens), expected) and expected.dtype == torch.float16
+        assert apart(run(esparse.prune(half, plans[0]), tokens), expected) < 2**-8 and expected.dtype == torch.float16
 
 
 def test_an_overflow_in_half_precision_is_one_sentence():

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 
+import nbformat
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -12,7 +13,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 import esparse
-from esparse import __main__, gallery, plots, style
+from esparse import __main__, gallery, notebooks, plots, runs, style
 from esparse.files import checkout, data_folder
 
 FIGURES = checkout() / "figures"
@@ -93,6 +94,115 @@ def test_synthetic_axes_are_never_called_c4_or_math():
         for axes in plots.draw(name, json.loads((FIGURES / f"{name}.json").read_text())).axes:
             words = " ".join([axes.get_title(), axes.get_xlabel(), axes.get_ylabel()])
             assert not re.search(r"\b(C4|MATH)\b", words) or axes.get_title().startswith("the paper"), name
+
+
+def test_numbers_are_saved_to_as_many_digits_as_cpus_agree_on(tmp_path):
+    given = {"a": [0.123456, 2.00004, 89079.27, 12, True, None, 0.0], "b": ({"c": -1.23456e-7}, float("inf"), "1.23456")}
+    expected = {"a": [0.1235, 2.0, 89079.0, 12, True, None, 0.0], "b": [{"c": -1.235e-7}, float("inf"), "1.23456"]}
+    assert plots.rounded(given) == expected
+    for name in plots.FIGURES:
+        data = json.loads((FIGURES / f"{name}.json").read_text())
+        assert plots.rounded(data) == data, name
+    plots.save_figure(
+        "02_divergence", {"between": [1 / 3, 2 / 3], "within": [0.01, 1 / 70], "labels": ["one", "other"]}, tmp_path
+    )
+    assert json.loads((tmp_path / "02_divergence.json").read_text())["between"] == [0.3333, 0.6667]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        (0.5908, 0.5933, True),
+        (0.5908, 0.5943, False),
+        (20.58, 20.6, True),
+        (20.58, 20.7, False),
+        (0.0, 0.0008, True),
+        (0.0, 0.002, False),
+        ([1.0, {"a": 2.0}], [1.0, {"a": 2.001}], True),
+        ([1.0], [1.0, 2.0], False),
+        ({"a": 1.0}, {"b": 1.0}, False),
+        (3, 4, False),
+        (True, 1, False),
+        ("r = 6", "r = 5", False),
+    ],
+)
+def test_two_figures_say_the_same_where_a_few_tokens_make_the_difference(one, other, same):
+    assert plots.alike(one, other) is plots.alike(other, one) is same
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    """A checkout of its own with two figures and a notebook that shows them, and a run that draws them."""
+    for kind in ("notebooks", "figures"):
+        (tmp_path / "checkout" / kind).mkdir(parents=True)
+    cell = lambda source, **data: nbformat.v4.new_code_cell(source, outputs=[nbformat.v4.new_output("display_data", data)])  # noqa: E731
+    notebook = nbformat.v4.new_notebook(
+        cells=[
+            cell('run.figure("02_divergence", apart)', **{"image/png": "old", "text/plain": "Lines."}),
+            cell('run.figure("02_kept_experts", data)', **{"image/png": "old", "text/plain": "A grid."}),
+            cell("table.round(3)", **{"text/plain": "layer 0  0.123 and 8.1e-06"}),
+        ]
+    )
+    nbformat.write(notebook, tmp_path / "checkout" / "notebooks" / "02_c4_vs_math.ipynb")
+    for name in ("02_divergence", "02_kept_experts"):
+        data = json.loads((FIGURES / f"{name}.json").read_text())
+        for folder in ("checkout", "run"):
+            plots.save_figure(name, data, tmp_path / folder / "figures")
+    monkeypatch.setattr(notebooks, "checkout", lambda: tmp_path / "checkout")
+    return tmp_path
+
+
+def update(folder, change) -> tuple[list[str], set[str]]:
+    """What the notebook shows after a run that showed this, and which files of the checkout were written."""
+    path, files = folder / "checkout" / "notebooks" / "02_c4_vs_math.ipynb", [*(folder / "checkout" / "figures").iterdir()]
+    ran, before = nbformat.read(path, as_version=4), {file: file.stat().st_mtime_ns for file in files}
+    for cell in ran.cells:
+        cell.outputs[0].data |= {"image/png": "new"} if "image/png" in cell.outputs[0].data else {}
+    change(ran)
+    notebooks._update(ran, path, folder / "run" / "figures")
+    shown = [cell.outputs[0].data for cell in nbformat.read(path, as_version=4).cells]
+    return [d.get("image/png", d["text/plain"]) for d in shown], {f.name for f in files if f.stat().st_mtime_ns != before[f]}
+
+
+def test_an_update_leaves_what_says_the_same(published):
+    data = json.loads((FIGURES / "02_divergence.json").read_text())
+    data["between"][0] *= 1 + 2e-6
+    plots.save_figure("02_divergence", data, published / "run" / "figures")
+
+    def change(ran):
+        ran.cells[2].outputs[0].data["text/plain"] = "layer 0  0.124 and 8.1e-06"
+
+    assert update(published, change) == (["old", "old", "layer 0  0.123 and 8.1e-06"], set())
+
+
+def test_an_update_writes_what_says_something_else(published):
+    data = json.loads((FIGURES / "02_divergence.json").read_text())
+    data["between"][0] *= 1.01
+    plots.save_figure("02_divergence", data, published / "run" / "figures")
+
+    def change(ran):
+        ran.cells[2].outputs[0].data["text/plain"] = "layer 0  0.125 and 8.1e-06"
+
+    files = {f"02_divergence.{kind}" for kind in ("png", "pdf", "json")}
+    assert update(published, change) == (["new", "old", "layer 0  0.125 and 8.1e-06"], files)
+
+
+def test_an_update_writes_a_figure_that_is_drawn_otherwise(published, monkeypatch):
+    monkeypatch.setitem(style.STYLE, "axes.titlesize", 20)
+    plots.redraw(["02_kept_experts"], published / "run" / "figures")
+    shown, files = update(published, lambda ran: None)
+    assert shown[:2] == ["old", "new"] and files == {f"02_kept_experts.{kind}" for kind in ("png", "pdf", "json")}
+
+
+def test_a_plain_run_writes_nothing_into_the_checkout(tmp_path, monkeypatch):
+    state = lambda: {p: p.stat().st_mtime_ns for name in ("figures", "notebooks") for p in (checkout() / name).iterdir()}  # noqa: E731
+    monkeypatch.setattr(runs, "default_folder", lambda _name: tmp_path)
+    before, run = state(), esparse.Run()
+    assert run.embedded
+    run.figure("02_divergence", {"between": [0.3], "within": [0.1], "labels": ["one", "other"]})
+    assert state() == before and (tmp_path / "figures" / "02_divergence.png").exists()
+    with pytest.raises(ValueError, match="as they stand: run it without --set"):
+        notebooks.run_notebooks(["02"], settings={"LIMIT": 3}, update=True)
 
 
 def test_bad_names_are_refused(tmp_path):

@@ -10,7 +10,7 @@ import torch
 import esparse
 from esparse import experts, kernels
 from esparse.models import moe_layers
-from esparse.tests.conftest import random_model, random_tokens
+from esparse.tests.conftest import apart, assert_greedy, random_model, random_tokens
 from esparse.tests.families import family_model
 
 _INTERPRETED = """
@@ -133,7 +133,7 @@ def test_skipping_compiles_in_one_graph_for_every_kind_of_router(family):
         torch._dynamo.reset()
         found = torch.compile(block.block, fullgraph=True, backend="aot_eager")(x)
     for mine, theirs in zip(*(out if isinstance(out, tuple) else (out,) for out in (found, expected)), strict=True):
-        assert torch.allclose(mine, theirs, rtol=1e-5, atol=1e-6)
+        assert apart(mine, theirs) < 1e-5
 
 
 @torch.no_grad()
@@ -145,13 +145,13 @@ def test_generation_with_static_caches_and_compiled_gives_the_same_tokens(tiny):
     options = {"max_new_tokens": 12, "do_sample": False}
     torch._dynamo.reset()
     with esparse.skipping(model, [0.5] * 6):
-        expected = model.generate(ids, **options)
-        assert torch.equal(model.generate(ids, **options, cache_implementation="static"), expected)
+        for kind in ("dynamic", "static"):
+            assert_greedy(model, model.generate(ids, **options, cache_implementation=kind), ids.shape[1])
         config = transformers.CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
         config._compile_all_devices = True  # generate compiles on GPUs alone, unless told
         compiled = model.generate(ids, **options, cache_implementation="static", compile_config=config)
-    assert torch.equal(compiled, expected)
-    del model._compiled_call
+        del model._compiled_call
+        assert_greedy(model, compiled, ids.shape[1])
 
 
 class _Uncomputed(torch.autograd.Function):
@@ -219,5 +219,5 @@ def test_other_betas_need_no_other_graph():
     compiled = torch.compile(block, fullgraph=True, backend=backend)
     for beta in (0.0, 0.4, 0.9):
         with esparse.skipping(model, [beta] * 3):
-            assert torch.allclose(compiled(x), block(x), rtol=1e-5, atol=1e-6)
+            assert apart(compiled(x), block(x)) < 1e-5
     assert len(graphs) == 1

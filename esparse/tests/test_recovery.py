@@ -152,7 +152,7 @@ def test_expert_differences_are_those_of_every_token_by_itself():
         for i, pair in enumerate(zip(moe_layers(student), moe_layers(teacher), strict=True)):
             found = recovery.expert_differences(*pair, now[i], before[i], plan.kept[i])
             torch.testing.assert_close(found.double(), torch.tensor(expected[i], dtype=torch.float64), rtol=1e-4, atol=1e-6)
-    assert sum(expected[0]) < 1e-9 < sum(expected[1])  # the first layer hears the same; later ones do not
+    assert sum(expected[0]) < 1e-9 * sum(expected[1])  # the first layer hears the same; later ones do not
 
 
 def test_lambda_makes_both_losses_alike_in_the_first_batch():
