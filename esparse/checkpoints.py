@@ -80,9 +80,9 @@ def load_model(
     made, device = name in PRESETS and name != "tiny", read_device(device)
     dtype = read_dtype(dtype, eight_bits=not made)
     source = str(data_folder() / "tiny" if made or name == "tiny" else name)
+    kind = None if made else _kind(source, revision)
     if (folder := local_folder(source)) is not None:
         tensors(folder)
-    kind = None if made else _kind(source, revision)
     tokenizer = load_tokenizer(source, revision)
     if made:
         model = preset_model(name).to(dtype or torch.float32)

@@ -5,6 +5,7 @@ import copy
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from esparse.layout import stock_class
 from esparse.models import COUNT_NAMES, moe_layers
 from esparse.routers import per_expert, table
 
@@ -105,6 +106,40 @@ OWN = {
 }  # fmt: skip
 
 
+# Composite model types whose checkpoints hold one of these text models beside other towers: a published checkpoint, the text
+# model's type, and what the generic names leave open.
+_SECTIONS = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5}
+COMPOSITES = {
+    "qwen3_5_moe": ("Qwen/Qwen3.5-35B-A3B", "qwen3_5_moe_text", {}),
+    "qwen4_exp": ("Qwen/Qwen4-Exp", "qwen4_exp_text", {}),
+    "gemma4": ("google/gemma-4-26B-A4B", "gemma4_text", {}),
+    "minimax_m3_vl": ("MiniMaxAI/MiniMax-M3", "minimax_m3_vl_text", {}),
+    "aria": ("rhymes-ai/Aria", "aria_text", {}),
+    "qwen3_vl_moe": ("Qwen/Qwen3-VL-30B-A3B-Instruct", "qwen3_vl_moe_text", {}),
+    "glm4v_moe": ("zai-org/GLM-4.5V", "glm4v_moe_text", {"rope_parameters": _SECTIONS}),
+    "glm46v": ("zai-org/GLM-4.6V", "glm4v_moe_text", {"rope_parameters": _SECTIONS}),
+    "kimi_k25": ("moonshotai/Kimi-K2.5", "deepseek_v3", {}),
+    "mistral3": ("mistralai/Mistral-Small-4-119B-2603", "mistral4", {"head_dim": 16}),
+    "cohere2_vision": ("CohereLabs/command-a-plus-05-2026", "cohere2_moe", {}),
+    "inkling2": ("thinkingmachines/Inkling-2-Small-MXFP8", "inkling2_text", {}),
+    "internvl": ("OpenGVLab/InternVL3_5-30B-A3B-HF", "qwen3_moe", {}),
+    "qianfan_ocr": ("baidu/Qianfan-OCR", "qwen3_moe", {}),
+    "cosmos3_omni": ("nvidia/Cosmos3-Nano", "qwen3_vl_moe_text", {}),
+}
+_VISION = {"hidden_size": 32, "num_hidden_layers": 1, "depth": 1, "intermediate_size": 24, "num_attention_heads": 4,
+           "num_heads": 4, "patch_size": 4, "image_size": 16, "out_hidden_size": 32, "num_position_embeddings": 16}  # fmt: skip
+
+
+def composite_model(model_type: str, seed: int = 0):
+    """A whole composite model, float32, with experts and routing as `family_model` draws them."""
+    _, text, own = COMPOSITES[model_type]
+    shape = {**generic(8, 2), **OWN.get(text, {}), **own, "model_type": text}
+    vision = _VISION | ({"text_hidden_size": 32} if model_type == "inkling2" else {})
+    config = AutoConfig.for_model(model_type, text_config=shape, vision_config=vision)
+    torch.manual_seed(seed)
+    return _drawn(stock_class(config)(config).eval())
+
+
 def family_config(model_type: str, n: int = 8, k: int = 2, **changes):
     return AutoConfig.for_model(model_type, **{**generic(n, k), **OWN.get(model_type, {}), **changes})
 
@@ -112,13 +147,17 @@ def family_config(model_type: str, n: int = 8, k: int = 2, **changes):
 def family_model(model_type: str, n: int = 8, k: int = 2, seed: int = 0, **changes):
     """A float32 model whose experts, routing and selection biases differ enough for subsets to matter."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(family_config(model_type, n, k, **changes)).eval()
+    return _drawn(AutoModelForCausalLM.from_config(family_config(model_type, n, k, **changes)).eval())
+
+
+def _drawn(model):
+    """The model with other experts, routing and selection biases; eager experts."""
     model.set_experts_implementation("eager")
     for layer in moe_layers(model):
         if name := table(layer.gate):  # every token id's k experts are drawn
-            ids = torch.stack([torch.randperm(layer.n)[:k] for _ in range(len(getattr(layer.gate, name)))])
-            getattr(layer.gate, name).copy_(ids)
-        for module, name, _ in per_expert(layer.block, layer.gate, layer.n, BESIDE.get(model_type, 0)):
+            ids = getattr(layer.gate, name)  # [vocabulary, k]
+            ids.copy_(torch.stack([torch.randperm(layer.n)[: ids.shape[1]] for _ in range(len(ids))]))
+        for module, name, _ in per_expert(layer.block, layer.gate, layer.n, BESIDE.get(model.config.model_type, 0)):
             tensor = getattr(module, name).data
             tensor.normal_(std=0.5) if tensor.ndim == 2 and tensor.numel() > layer.n else tensor.uniform_(0.5, 0.9)
         for parameter in layer.experts.parameters():

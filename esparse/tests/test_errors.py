@@ -431,7 +431,7 @@ def test_a_file_without_betas(content, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "part"),
     [
-        ([], "is of model type None"),
+        ([], "config.json is no model config: it holds no JSON object"),
         ({"num_local_experts": "x"}, "config.json: Validation error for field 'num_local_experts'"),
         ({"quantization_config": "fp8"}, "transformers cannot take"),
     ],

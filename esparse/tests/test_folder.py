@@ -498,7 +498,7 @@ def test_of_a_hub_id_only_what_it_means_is_downloaded(both, hub, single):
         shutil.copy(single / SINGLE, hub)
     meant = {path.name for path in weight_files(hub)}
     size = sum((hub / name).stat().st_size for name in meant)
-    assert esparse.preflight("a/b", 6)["download"].startswith(f"{size / 1e9:.1f} GB in {len(meant)} files")
+    assert esparse.preflight("a/b", 6)["download"].startswith(f"{size / 1e3:.0f} kB in {len(meant)} files")
     folder = shards.fetch("a/b")
     assert {name for name in names(folder) if name.endswith(".safetensors")} == meant
     assert names(folder) - meant == {*KEPT, "config.json", INDEX, "other.py"}

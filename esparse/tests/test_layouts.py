@@ -1,0 +1,233 @@
+"""Checkpoints in whatever layout stock transformers reads, composite ones too: what it loads is what is pruned and saved."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+import esparse
+from esparse.folder import INDEX, SINGLE
+from esparse.layout import PREDICTING, Checkpoint, Layout
+from esparse.models import fingerprint, moe_layers
+from esparse.shards import Source
+from esparse.tests.conftest import random_model, random_tokens
+from esparse.tests.families import COMPOSITES, composite_model, family_model
+
+TOKENS = random_tokens()
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+
+
+def write(folder: Path, state: dict[str, torch.Tensor], **config) -> Path:
+    """The folder with these tensors in one file, and other entries in its config."""
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    save_file(state, folder / SINGLE, metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | config))
+    return folder
+
+
+def run(model) -> torch.Tensor:
+    model.set_experts_implementation("eager")
+    with torch.no_grad():
+        return model.eval()(TOKENS, use_cache=False).logits
+
+
+def masked(model, plan) -> torch.Tensor:
+    with esparse.masked(model, plan):
+        return run(model)
+
+
+# --- composite checkpoints ------------------------------------------------------------------------------------------------
+
+
+def published(model_type: str, folder: Path) -> Path:
+    """A tiny composite checkpoint with the names of the published one, layers that predict further tokens included."""
+    composite_model(model_type).save_pretrained(folder)
+    if model_type not in ("qwen3_5_moe", "qwen4_exp"):
+        return folder
+    state = tensors(folder)  # on the hub experts are stacked, those of the predicting layer are not
+    for layer in range(3):
+        start = f"model.language_model.layers.{layer}.mlp.experts."
+        part = {
+            name: [state.pop(f"{start}{e}.{name}.weight") for e in range(8)] for name in ("gate_proj", "up_proj", "down_proj")
+        }
+        pairs = zip(part["gate_proj"], part["up_proj"], strict=True)
+        state[f"{start}gate_up_proj"] = torch.stack([torch.cat(pair) for pair in pairs])
+        state[f"{start}down_proj"] = torch.stack(part["down_proj"])
+    state |= {f"mtp.layers.0.mlp.experts.{e}.up_proj.weight": torch.randn(24, 32) for e in range(8)}
+    return write(folder, state | {"mtp.fc.weight": torch.randn(32, 64)})
+
+
+@pytest.mark.parametrize("model_type", COMPOSITES)
+def test_the_text_model_inside_is_pruned_and_the_rest_is_carried(model_type, tmp_path):
+    source = published(model_type, tmp_path / "source")
+    report = esparse.prune_checkpoint(source, tmp_path / "pruned", 6, calibration=TOKENS)
+    whole = composite_model(model_type)
+    plan = esparse.search_experts(esparse.trace(whole, TOKENS, keep=6), 6)
+    assert [layer["kept"] for layer in report["layers"] if "kept" in layer] == plan.kept
+    small, found = type(whole).from_pretrained(tmp_path / "pruned", output_loading_info=True)
+    assert not found["missing_keys"] and not found["mismatched_keys"]
+    assert all(name.startswith("mtp.") for name in found["unexpected_keys"])
+    assert torch.allclose(run(small), masked(whole, plan), rtol=0, atol=1e-5)
+    before, after = tensors(source), tensors(tmp_path / "pruned")
+    text = Checkpoint(Source(source), Layout(Source(source).config, 6)).used
+    assert report["carried"] == len(before.keys() - set(text)) > 5 and not report["left_out"]
+    assert all(torch.equal(after[name], before[name]) for name in before.keys() - set(text))
+    assert set(json.loads((tmp_path / "pruned" / INDEX).read_text())["weight_map"]) == after.keys()
+
+
+def test_a_composite_is_loaded_traced_and_saved_as_stock_loads_it(tmp_path, tiny):
+    """Aria has no causal language model: its own class is loaded. What is pruned in memory is what is pruned from disk."""
+    source = published("aria", tmp_path / "source")
+    tiny[1].save_pretrained(source)
+    model, tokenizer = esparse.load_model(str(source))
+    assert type(model) is transformers.AriaForConditionalGeneration
+    plan = esparse.search_experts(esparse.trace(model, TOKENS, keep=6), 6)
+    esparse.save_model(esparse.prune(model, plan), tokenizer, tmp_path / "memory", plan)
+    esparse.prune_checkpoint(source, tmp_path / "disk", plan)
+    one, other = tensors(tmp_path / "memory"), tensors(tmp_path / "disk")
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+# --- any layout -----------------------------------------------------------------------------------------------------------
+
+FAMILIES = ("mixtral", "qwen3_moe", "olmoe", "deepseek_v3")
+
+
+def stacked(model, state: dict[str, torch.Tensor], layers: set[int]) -> dict[str, torch.Tensor]:
+    """The published state with the experts of these MoE layers as transformers holds them."""
+    for number in layers & set(range(len(moe_layers(model)))):
+        layer = moe_layers(model)[number]
+        start = f"{layer.name}.experts.".replace("mlp", "(mlp|block_sparse_moe)")
+        state = {name: tensor for name, tensor in state.items() if not re.match(start, name)}
+        state |= {f"{layer.name}.experts.{name}": p.detach().clone() for name, p in layer.experts.named_parameters()}
+    return state
+
+
+def renumbered(state: dict[str, torch.Tensor], step: int) -> dict[str, torch.Tensor]:
+    """Experts under numbers that only order them."""
+    number = lambda part: str(step * int(part) + step - 1)  # noqa: E731
+    parts = {name: name.partition(".experts.") for name in state}
+    told = {name: rest.partition(".") for name, (_, _, rest) in parts.items()}
+    return {
+        f"{parts[name][0]}.experts.{number(told[name][0])}.{told[name][2]}" if told[name][0].isdigit() else name: tensor
+        for name, tensor in state.items()
+    }
+
+
+layouts = st.fixed_dictionaries(
+    {
+        "family": st.sampled_from(FAMILIES),
+        "stacked": st.sets(st.integers(0, 2)),
+        "prefix": st.sampled_from(["model.", "", "language_model.model."]),
+        "step": st.sampled_from([1, 3]),
+        "files": st.sampled_from(["one", "several", "one beside the index of another"]),
+        "head": st.sampled_from(["own", "tied", "tied, the head stored", "tied, both stored", "missing"]),
+        "towers": st.booleans(),
+        "counts": st.booleans(),
+    }
+)
+
+
+def laid_out(folder: Path, how: dict) -> Path:
+    model = family_model(how["family"], tie_word_embeddings=how["head"].startswith("tied"))
+    model.save_pretrained(folder)
+    state = renumbered(stacked(model, tensors(folder), how["stacked"]), how["step"])
+    state.pop("lm_head.weight", None)
+    head, embeddings = model.lm_head.weight.detach().clone(), "model.embed_tokens.weight"
+    state |= {} if how["head"] in ("tied", "missing") else {"lm_head.weight": head}
+    if how["head"] == "tied, the head stored":
+        del state[embeddings]
+    state = {name.replace("model.", how["prefix"], 1) if name.startswith("model.") else name: t for name, t in state.items()}
+    if how["towers"]:
+        state |= {"vision_tower.layers.0.mlp.weight": torch.ones(3), "mtp.layers.0.mlp.gate.weight": torch.ones(8, 32)}
+        state["vision_tower.position_ids"] = torch.arange(3)
+    more = {"output_router_logits": True, "num_nextn_predict_layers": 1} if how["counts"] else {}
+    write(folder, state, **more)
+    if how["files"] != "one":
+        other = state if how["files"] == "several" else {name: torch.zeros_like(t) for name, t in state.items()}
+        if how["files"] == "several":
+            (folder / SINGLE).unlink()
+        names = sorted(other)
+        places = {name: f"model-0000{1 + (i >= len(names) // 2)}-of-00002.safetensors" for i, name in enumerate(names)}
+        for file in set(places.values()):
+            save_file({name: other[name] for name in names if places[name] == file}, folder / file, metadata={"format": "pt"})
+        (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return folder
+
+
+@given(how=layouts)
+@settings(max_examples=40, deadline=None)
+def test_whatever_stock_loads_is_pruned_and_nothing_else(how, tmp_path_factory):
+    folder = laid_out(tmp_path_factory.mktemp("layout") / "source", how)
+    stock, found = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    if found["missing_keys"] or found["mismatched_keys"]:
+        with pytest.raises(ValueError, match="which its config asks for|config asks for") as refused:
+            esparse.prune_checkpoint(folder, folder.parent / "pruned", 6, calibration=TOKENS)
+        assert "\n" not in str(refused.value) and not (folder.parent / "pruned").exists()
+        return
+    before = run(stock)
+    esparse.prune_checkpoint(folder, folder.parent / "whole", 8, calibration=TOKENS, method="reap")
+    assert torch.equal(run(transformers.AutoModelForCausalLM.from_pretrained(folder.parent / "whole")), before)
+    esparse.prune_checkpoint(folder, folder.parent / "pruned", 6, calibration=TOKENS, method="reap")
+    plan = esparse.PruningPlan.load(folder.parent / "pruned" / "plan.json")
+    small, lacking = transformers.AutoModelForCausalLM.from_pretrained(folder.parent / "pruned", output_loading_info=True)
+    assert not any(lacking[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert torch.allclose(run(small), masked(stock, plan), rtol=0, atol=1e-5)
+    config = json.loads((folder.parent / "pruned" / "config.json").read_text())
+    assert not config.get("output_router_logits") and not any(config.get(name) for name in PREDICTING)
+    model = family_model(how["family"])
+    model.save_pretrained(folder.parent / "published")
+    dropped = {"lm_head.weight", "model.embed_tokens.weight"}
+    names = {name for name in tensors(folder.parent / "published") if ".experts.6." not in name and ".experts.7." not in name}
+    assert tensors(folder.parent / "pruned").keys() - dropped == names - dropped
+    shutil.rmtree(folder.parent)
+
+
+# --- saving and telling models apart --------------------------------------------------------------------------------------
+
+
+def test_a_model_read_from_stacked_experts_is_saved_in_the_published_layout(tmp_path, tiny):
+    model = random_model("mixtral", 8, 2, dtype=torch.float32, output_router_logits=True)
+    model.save_pretrained(tmp_path / "stacked", save_original_format=False)
+    model.save_pretrained(tmp_path / "published")
+    tiny[1].save_pretrained(tmp_path / "stacked")
+    assert any("gate_up_proj" in name for name in tensors(tmp_path / "stacked"))
+    again, tokenizer = esparse.load_model(str(tmp_path / "stacked"))
+    esparse.save_model(again, tokenizer, tmp_path / "saved")
+    one, other = tensors(tmp_path / "saved"), tensors(tmp_path / "published")
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["output_router_logits"] is False
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_model_is_told_by_its_stored_bits_whatever_dtype_holds_it(stored, tmp_path, tiny):
+    for seed, name in enumerate(("source", "other")):
+        random_model("mixtral", 8, 2, seed=seed, dtype=stored).save_pretrained(tmp_path / name)
+        tiny[1].save_pretrained(tmp_path / name)
+    source = str(tmp_path / "source")
+    names = {fingerprint(esparse.load_model(source, dtype=dtype)[0]) for dtype in ("float32", "bf16", "fp16", "auto")}
+    traces = [
+        esparse.trace_checkpoint(source, TOKENS, tmp_path / str(dtype), dtype=dtype)
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    assert names == {trace.model for trace in traces} and len(names) == 1
+    assert fingerprint(esparse.load_model(str(tmp_path / "other"), dtype="bf16")[0]) not in names
+    plan = esparse.search_experts(traces[0], 6)
+    model = esparse.load_model(source, dtype="bf16")[0]
+    with esparse.masked(model, plan):  # made in float32, used in bfloat16
+        run(model)
+    assert esparse.prune_checkpoint(source, tmp_path / "pruned", plan)["r"] == 6
+    moe_layers(model)[0].gate.weight.data[0, 0] += 1  # no longer what was loaded
+    with pytest.raises(ValueError, match="made with another model"), esparse.masked(model, plan):
+        pass
