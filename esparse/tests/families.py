@@ -121,6 +121,7 @@ COMPOSITES = {
     "kimi_k25": ("moonshotai/Kimi-K2.5", "deepseek_v3", {}),
     "mistral3": ("mistralai/Mistral-Small-4-119B-2603", "mistral4", {"head_dim": 16}),
     "cohere2_vision": ("CohereLabs/command-a-plus-05-2026", "cohere2_moe", {}),
+    "inkling_mm_model": ("thinkingmachines/Inkling", "inkling_text", {}),
     "inkling2": ("thinkingmachines/Inkling-2-Small-MXFP8", "inkling2_text", {}),
     "internvl": ("OpenGVLab/InternVL3_5-30B-A3B-HF", "qwen3_moe", {}),
     "qianfan_ocr": ("baidu/Qianfan-OCR", "qwen3_moe", {}),
@@ -157,7 +158,9 @@ def _drawn(model):
         if name := table(layer.gate):  # every token id's k experts are drawn
             ids = getattr(layer.gate, name)  # [vocabulary, k]
             ids.copy_(torch.stack([torch.randperm(layer.n)[: ids.shape[1]] for _ in range(len(ids))]))
-        for module, name, _ in per_expert(layer.block, layer.gate, layer.n, BESIDE.get(model.config.model_type, 0)):
+        for module, name, _ in per_expert(
+            layer.block, layer.gate, layer.n, BESIDE.get(model.config.get_text_config().model_type, 0)
+        ):
             tensor = getattr(module, name).data
             tensor.normal_(std=0.5) if tensor.ndim == 2 and tensor.numel() > layer.n else tensor.uniform_(0.5, 0.9)
         for parameter in layer.experts.parameters():

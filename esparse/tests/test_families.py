@@ -15,7 +15,7 @@ from esparse.files import checkout
 from esparse.models import moe_layers
 from esparse.pruning import PruningPlan
 from esparse.tests.conftest import apart, block_input, random_tokens
-from esparse.tests.families import CARRIED, FAMILIES, NEWER, REFUSED, family_config, family_model, stock_pruned
+from esparse.tests.families import CARRIED, COMPOSITES, FAMILIES, NEWER, REFUSED, family_config, family_model, stock_pruned
 from esparse.traces import trace_block
 
 KEPT = [0, 2, 3, 5, 6, 7]
@@ -151,16 +151,25 @@ def test_groups_keep_equally_many():
 
 
 def families_table() -> str:
-    """The README's table: what this file and the streaming tests check."""
+    """The README's table: what this file and the streaming tests check; of composite checkpoints what `test_layouts` checks."""
     rows = ["| model type | a published checkpoint | from disk by layers |", "|---|---|---|"]
-    rows += [f"| `{name}` | {checkpoint} | {'no' if name in CARRIED else 'yes'} |" for name, checkpoint in FAMILIES.items()]
+    inside = {checkpoint: f", inside `{name}`" for name, (checkpoint, _, _) in COMPOSITES.items()}
+    disk = lambda name: "no" if name in CARRIED else f"yes{inside.get(FAMILIES[name], '')}"  # noqa: E731
+    rows += [f"| `{name}` | {checkpoint} | {disk(name)} |" for name, checkpoint in FAMILIES.items()]
     return "\n".join(
         rows + [f"| `{name}` | {where} | cannot be pruned: its router {why} |" for name, (where, why) in REFUSED.items()]
     )
 
 
+def composites_table() -> str:
+    """The README's table of composite checkpoints that `test_layouts` checks."""
+    rows = ["| composite model type | a published checkpoint | text model inside |", "|---|---|---|"]
+    return "\n".join(rows + [f"| `{name}` | {checkpoint} | `{text}` |" for name, (checkpoint, text, _) in COMPOSITES.items()])
+
+
 def test_the_readme_lists_exactly_the_families_that_are_tested():
     readme = (checkout() / "README.md").read_text()
+    assert composites_table() in readme and f"and {len(COMPOSITES)} composite ones" in readme
     assert families_table() in readme
     assert f"{len(FAMILIES)} model types that work, {len(REFUSED)} that cannot" in readme
     assert f"5.17, {len(FAMILIES) - len(NEWER)} of the {len(FAMILIES)} pass the same tests" in readme

@@ -81,7 +81,7 @@ def test_the_text_model_inside_is_pruned_and_the_rest_is_carried(model_type, tmp
     assert torch.allclose(run(small), masked(whole, plan), rtol=0, atol=1e-5)
     before, after = tensors(source), tensors(tmp_path / "pruned")
     text = Checkpoint(Source(source), Layout(Source(source).config, 6)).used
-    assert report["carried"] == len(before.keys() - set(text)) > 5 and not report["left_out"]
+    assert report["carried"] == len(before.keys() - set(text)) > 3 and not report["left_out"]
     assert all(torch.equal(after[name], before[name]) for name in before.keys() - set(text))
     assert set(json.loads((tmp_path / "pruned" / INDEX).read_text())["weight_map"]) == after.keys()
 
