@@ -175,7 +175,7 @@ def table_ranking(chosen: torch.Tensor, n: int) -> torch.Tensor:
     A token keeps those of its k table entries e_1..e_k that are kept, in their order. For every one that is not, the next
     kept expert by number steps in that it does not use yet, counted from (e_1 + ... + e_k) mod n on. That follows from the
     token's row alone, so that it can be written into the table of the smaller model; and since the table spreads token ids
-    evenly, it spreads those of a removed expert evenly over the others. Loads in stock transformers as a table of the same shape.
+    evenly, it spreads those of a removed expert evenly over the others. Stock transformers loads it as any such table.
     """
     start, numbers = chosen.sum(1, keepdim=True), torch.arange(n, device=chosen.device)
     own = torch.arange(chosen.shape[1], 0, -1, device=chosen.device).expand_as(chosen)

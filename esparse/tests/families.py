@@ -154,6 +154,7 @@ def family_model(model_type: str, n: int = 8, k: int = 2, seed: int = 0, **chang
 def _drawn(model):
     """The model with other experts, routing and selection biases; eager experts."""
     model.set_experts_implementation("eager")
+    beside = BESIDE.get(model.config.get_text_config().model_type, 0)
     for layer in moe_layers(model):
         if name := table(layer.gate):  # every token id's k experts are drawn
             ids = getattr(layer.gate, name)  # [vocabulary, k]
