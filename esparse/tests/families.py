@@ -159,9 +159,7 @@ def _drawn(model):
         if name := table(layer.gate):  # every token id's k experts are drawn
             ids = getattr(layer.gate, name)  # [vocabulary, k]
             ids.copy_(torch.stack([torch.randperm(layer.n)[: ids.shape[1]] for _ in range(len(ids))]))
-        for module, name, _ in per_expert(
-            layer.block, layer.gate, layer.n, BESIDE.get(model.config.get_text_config().model_type, 0)
-        ):
+        for module, name, _ in per_expert(layer.block, layer.gate, layer.n, beside):
             tensor = getattr(module, name).data
             tensor.normal_(std=0.5) if tensor.ndim == 2 and tensor.numel() > layer.n else tensor.uniform_(0.5, 0.9)
         for parameter in layer.experts.parameters():
