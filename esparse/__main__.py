@@ -66,6 +66,8 @@ def _prune(arguments) -> None:
         print(
             f"at most {report['peak_gb']:.1f} GB of memory" + (f"; left out: {report['left_out']}" * bool(report["left_out"]))
         )
+        if "skipping" in report:
+            print(report["skipping"])
 
 
 def _weights(arguments) -> None:

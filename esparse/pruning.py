@@ -51,6 +51,8 @@ def _masking_hook(layer: MoELayer, kept: list[int]):
     def hook(gate, _inputs, output):
         logits, _, _ = unpack(output)
         columns = torch.tensor(kept, device=logits.device)
+        if layer.router.score == "given":  # the softmax of those that stay
+            logits = logits / logits[:, columns].clamp(min=0).sum(1, keepdim=True)
         chosen = layer.router.select(logits[:, columns], layer.k, columns)
         weights = layer.router.weights(logits[:, columns], chosen, columns[chosen])
         removed = torch.ones(layer.n, dtype=torch.bool, device=logits.device).index_fill_(0, columns, False)
