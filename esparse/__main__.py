@@ -67,6 +67,8 @@ def _prune(arguments) -> None:
             f"at most {report['peak_gb']:.1f} GB of memory" + (f"; left out: {report['left_out']}" * bool(report["left_out"]))
         )
         _print_not_copied(report)
+        if "skipping" in report:
+            print(report["skipping"])
 
 
 def _weights(arguments) -> None:

@@ -57,6 +57,8 @@ def _masking_hook(layer: MoELayer, kept: list[int]):
 
     def hook(gate, inputs, output):
         logits, _, chosen = unpack(output)
+        if router.score == "given":  # the softmax of those that stay
+            logits = logits / logits[:, kept].clamp(min=0).sum(1, keepdim=True)
         every = all_logits(router, gate, inputs, logits)
         columns = torch.tensor([*kept, *range(n, every.shape[1])], device=logits.device)
         some = every[:, columns]

@@ -33,7 +33,8 @@ from .traces import (
     about_layer,
     check_experts,
     layer_file,
-    median_betas,
+    median_ratios,
+    nearly_top1,
     save_layer,
     tokens_digest,
     write_about,
@@ -287,8 +288,9 @@ def prune_checkpoint(
     r: how many to keep, or a `PruningPlan` made before, after which nothing is computed and no calibration set is read.
     source: a local folder of safetensors, or a hub id. destination: a folder of the same kind, with tokenizer, index,
     `plan.json`, a model card and `pruning_report.json`, which is also returned: kept experts, losses, betas, seconds, peak
-    memory, versions, the calibration set, and the tensors ("left_out") and files ("not_copied") of the source that do not go
-    along. Weights are copied bit by bit; block FP8 and MXFP4 are written as bfloat16.
+    memory, versions, the calibration set, the tensors ("left_out") and files ("not_copied") of the source that do not go
+    along, and in a sentence where skipping would be top-1 routing (`traces.nearly_top1`). Weights are copied bit by bit;
+    block FP8 and MXFP4 are written as bfloat16.
     calibration: a corpus or path as for `calibration_tokens`, or token ids [sequences, length]. method: as for
     `search_experts`. dtype: what to compute in, or its name (None: what most weights are of). batch_size: sequences a pass.
 
@@ -464,8 +466,8 @@ def _chooser(r: int, method: str, seed: int, layers: int) -> Callable[[int, Laye
         kept, loss, runner_up = search_layer(traced, r, "enumerate" if method == "progressive" else method, generator)
         found = {"kept": kept, "loss": loss, "runner_up": runner_up}
         if traced.k > 1:
-            alone = Trace([traced], "", "")
-            found |= {"beta": median_betas(alone)[0], "beta_pruned": median_betas(alone, [kept])[0]}
+            pruned, after_first = median_ratios(traced, kept)
+            found |= {"beta": median_ratios(traced)[0], "beta_pruned": pruned, "after_first": after_first}
         return found
 
     return choose
@@ -490,7 +492,8 @@ def _calibrated(report: dict) -> str:
 
 def _report(about: dict, records: list[dict]) -> dict:
     pruned = next(record for record in records if "kept" in record)
-    return {**about, "n": pruned["n"], "k": pruned["k"], **_costs(records)}
+    told = nearly_top1([record["after_first"] for record in records if "after_first" in record])
+    return {**about, "n": pruned["n"], "k": pruned["k"], **_costs(records)} | ({"skipping": told} if told else {})
 
 
 def _costs(records: list[dict]) -> dict:

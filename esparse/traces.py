@@ -6,6 +6,7 @@ sum_i (w' - w)_i f_i, whose squared norm is (w' - w)^T G (w' - w): Eq. 3 for eve
 """
 
 import hashlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -40,6 +41,7 @@ FORMAT = 2  # of saved traces
 CHUNK_TOKENS = 2048
 ROWS = 65536  # tokens times subsets that are searched at once
 SUBSETS = 256
+NOTHING = 0.01  # of the first expert's weight: what carries less beside it changes next to nothing
 
 
 def reach(n: int, k: int, keep: int | None, router: Router) -> int:
@@ -249,18 +251,42 @@ def reconstruction_loss(layer: LayerTrace, kept: Sequence[int] | None = None, be
 def median_betas(trace: "Trace", kept: Sequence[Sequence[int]] | None = None) -> list[float]:
     """The median over tokens and droppable pairs of rho, one per MoE layer (Section 3.3 and A.7).
 
-    kept: one subset a layer, for a model pruned to it (as seen by the full model's hidden states).
+    kept: one subset a layer, for a model pruned to it (as seen by the full model's hidden states). Warns of layers that
+    `nearly_top1` names.
     """
     subsets = kept if kept is not None else [None] * len(trace.layers)
     if len(subsets) != len(trace.layers):
         raise ValueError(f"Got kept experts for {len(subsets)} layers, but the trace has {len(trace.layers)}.")
-    return [_median_beta(layer, subset) for layer, subset in zip(trace.layers, subsets, strict=True)]
+    found = [median_ratios(layer, subset) for layer, subset in zip(trace.layers, subsets, strict=True)]
+    if told := nearly_top1([after_first for _, after_first in found]):
+        warnings.warn(told, stacklevel=2)
+    return [beta for beta, _ in found]
 
 
-def _median_beta(layer: LayerTrace, kept: Sequence[int] | None) -> float:
+def median_ratios(layer: LayerTrace, kept: Sequence[int] | None = None) -> tuple[float, float]:
+    """The median of rho over tokens and droppable pairs, and over tokens of the second pair's alone: what all experts after
+    the first carry, over what the first carries. For k = 2 they are the same."""
     check_beta(0.0, layer.k)
-    ratios = layer.gathered(skip_ratios(layer.routing(kept)[1]).flatten().double()).sort().values
-    return ((ratios[(len(ratios) - 1) // 2] + ratios[len(ratios) // 2]) / 2).item()
+    ratios = skip_ratios(layer.routing(kept)[1]).double()
+    beta = _median(layer.gathered(ratios.flatten()))
+    return beta, beta if layer.k == 2 else _median(layer.gathered(ratios[:, 0]))
+
+
+def _median(values: torch.Tensor) -> float:
+    values = values.sort().values
+    return ((values[(len(values) - 1) // 2] + values[len(values) // 2]) / 2).item()
+
+
+def nearly_top1(after_first: Sequence[float]) -> str | None:
+    """A sentence, where in some layers all experts after the first carry less than `NOTHING` of its weight for half of the
+    tokens or more, by `median_ratios`; a beta says nothing there."""
+    few = sum(ratio < NOTHING for ratio in after_first)
+    if not few:
+        return None
+    return (
+        f"In {few} of {len(after_first)} MoE layers the experts after the first carry less than {NOTHING:.0%} of its weight "
+        "for most tokens: there skipping cannot be told from top-1 routing, and betas say next to nothing."
+    )
 
 
 def dropped_share(layer: LayerTrace, beta: float, kept: Sequence[int] | None = None) -> float:

@@ -82,6 +82,21 @@ def given_plan(model, trace, kept: list[int]) -> PruningPlan:
     return PruningPlan("given", len(kept), [kept] * count, [0.0] * count, trace.model, trace.tokens)
 
 
+def check_recorded(model, small, plan: PruningPlan, tokens: torch.Tensor) -> None:
+    """Router logits that transformers records under a mask are those of a stock model with the kept experts, whether or not
+    they were asked for before."""
+    if "router_logits" not in (type(model.base_model)._can_record_outputs or {}):
+        return
+    record = lambda any_model: any_model.base_model(tokens, use_cache=False, output_router_logits=True).router_logits  # noqa: E731
+    expected, gone = record(small), [expert for expert in range(8) if expert not in KEPT]
+    for _ in range(2):
+        with esparse.masked(model, plan):
+            masked = record(model)
+        for mine, theirs in zip(masked, expected, strict=True):
+            assert torch.allclose(mine[..., KEPT], theirs, rtol=0, atol=1e-4) and (mine[..., gone] == float("-inf")).all()
+        assert all(logits.isfinite().all() for logits in record(model))  # now the recorder listens first
+
+
 @pytest.mark.parametrize(("family", "changes"), CASES)
 @torch.no_grad()
 def test_family(family, changes, reloaded, tmp_path):
@@ -100,6 +115,7 @@ def test_family(family, changes, reloaded, tmp_path):
     assert (expected - before).abs().max() > 1e-3
     with esparse.masked(model, plan):
         assert apart(run(model, tokens), expected) < 1e-5
+    check_recorded(model, small, plan, tokens)
     pruned = esparse.prune(copy.deepcopy(model), plan)
     assert apart(run(pruned, tokens), expected) < 1e-5
 
