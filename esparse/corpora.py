@@ -109,10 +109,10 @@ def parts(corpus: str) -> list[tuple[str, int]]:
 
 def _weighted(word: str) -> tuple[str, str]:
     """A corpus and its weight as written, "1" where there is none."""
-    if _is_there(word) or "*" not in word:
+    if _is_there(word):
         return word, "1"
-    name, _, weight = word.rpartition("*")
-    return name, weight
+    name, _, weight = word.rpartition("*") if "*" in word else (word, "", "1")
+    return name.strip(), weight.strip()
 
 
 def _is_there(name: str) -> bool:

@@ -7,7 +7,7 @@ import json
 import re
 import zlib
 from collections.abc import Iterator, Mapping
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,10 @@ _EXCHANGES = (
     ("prompt", None, "completion"),
     ("prompt", None, "response"),
 )
-_KNOWN = "; ".join(
-    [*map(" and ".join, _FIELDS), " or ".join(_TURNS), *(f"{asked} and {answered}" for asked, _, answered in _EXCHANGES)]
+_KNOWN = (
+    f"text in {', '.join(map(' and '.join, _FIELDS))}, "
+    f"{', '.join(f'{asked} and {answered}' for asked, _, answered in _EXCHANGES)}, "
+    f"and turns of role and content in {', '.join(_TURNS)}"
 )
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
 
@@ -127,17 +129,19 @@ def _rows(text: str, path: Path, delimiter: str) -> Iterator[tuple[dict, str]]:
     reader = csv.DictReader(io.StringIO(text), delimiter=delimiter, strict=True)
     try:
         for row in reader:
+            where = f"{path}, line {reader.line_num}"
             if None in row:
-                raise csv.Error(f"it has more fields than the first line names: quote those that hold {delimiter!r}")
-            yield row, f"{path}, line {reader.line_num}"
+                raise ValueError(f"{where} has more fields than the first line names: quote those that hold {delimiter!r}.")
+            yield row, where
     except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num} cannot be read ({error}).") from None
+        raise ValueError(f"{path} cannot be read after line {reader.line_num} ({error}).") from None
 
 
 def _objects(text: str, path: Path) -> Iterator[tuple[Any, str]]:
-    values = list(_values(text, path))
-    listed = _listed(values[0][0]) if len(values) == 1 else None
-    return iter(values) if listed is None else ((entry, f"{path}, entry {i}") for i, entry in enumerate(listed, 1))
+    values = _values(text, path)
+    first = list(islice(values, 2))
+    listed = _listed(first[0][0]) if len(first) == 1 else None
+    return chain(first, values) if listed is None else ((entry, f"{path}, entry {i}") for i, entry in enumerate(listed, 1))
 
 
 def _values(text: str, path: Path) -> Iterator[tuple[Any, str]]:
@@ -147,7 +151,7 @@ def _values(text: str, path: Path) -> Iterator[tuple[Any, str]]:
         line += text.count("\n", at, found.start())
         try:
             value, at = decoder.raw_decode(text, found.start())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {line} is not valid JSON ({error}).") from None
         yield value, f"{path}, line {line}"
         line += text.count("\n", found.start(), at)
@@ -166,11 +170,17 @@ def _listed(value: Any) -> list | None:
 
 def to_document(record: Any, where: str = "record") -> Document:
     """The document of a record, by the first known form that has text. Raises ValueError where the form is not known."""
-    found = list(_readings(record))
-    if not found:
-        has = f"the keys {', '.join(str(key)[:40] for key in list(record)[:12])}" if isinstance(record, Mapping) else "no keys"
-        raise ValueError(f"{where} has neither 'text' nor another known form: it has {has}; known are {_KNOWN}.")
-    return next((document for document in found if plain(document).strip()), found[0])
+    found = None
+    for found in _readings(record):
+        if plain(found).strip():
+            return found
+    if found is None:
+        keys = ", ".join(str(key)[:40] for key in list(record)[:12]) if isinstance(record, Mapping) else ""
+        raise ValueError(
+            f"{where} has neither 'text' nor another known form: it has {f'the keys {keys}' if keys else 'no keys'}; known are "
+            f"{_KNOWN}."
+        )
+    return found
 
 
 def _readings(record: Any) -> Iterator[Document]:
