@@ -174,8 +174,8 @@ def table_ranking(chosen: torch.Tensor, n: int) -> torch.Tensor:
 
     A token keeps those of its k table entries e_1..e_k that are kept, in their order. For every one that is not, the next
     kept expert by number steps in that it does not use yet, counted from (e_1 + ... + e_k) mod n on. That follows from the
-    token's row alone, so that it can be written into the table of the smaller model; and since the table spreads token ids
-    evenly, it spreads those of a removed expert evenly over the others. Stock transformers loads it as any such table.
+    token's row alone, so that it can be written into the table of the smaller model, and spreads the token ids of a removed
+    expert over the others as evenly as the table spreads them all.
     """
     start, numbers = chosen.sum(1, keepdim=True), torch.arange(n, device=chosen.device)
     own = torch.arange(chosen.shape[1], 0, -1, device=chosen.device).expand_as(chosen)
@@ -254,7 +254,13 @@ def identify(block: nn.Module, gate: nn.Module, n: int) -> tuple[Router, int]:
         places += [(gate, name) for name, p in gate.named_parameters(recurse=False) if p.numel() == 1]
     vectors = {number: held(*place) for number, place in enumerate(places)}
     offloaded = any(getattr(*place).is_meta for place in places)
-    shake = lambda held: held + 0.3 * torch.rand(held.shape, generator=generator).to(held)  # noqa: E731
+
+    def shake(held: torch.Tensor) -> torch.Tensor:
+        held = held + 0.3 * torch.rand(held.shape, generator=generator).to(held)
+        if held.numel() == n + 1:  # no bias may let all choose nothing
+            held[-1] = held[:-1].min()
+        return held
+
     with ExitStack() as stack:
         stack.enter_context(_changed([getattr(*place) for place in places], shake))
         states = probe / (spread := _spread(gate, probe, arguments))
@@ -269,8 +275,11 @@ def identify(block: nn.Module, gate: nn.Module, n: int) -> tuple[Router, int]:
         biases = [*shaken, (None, None)] if offloaded else none_first
         plain = Router(shared=beside[0], idle=beside[1], table=table(gate) is not None)
         logits = all_logits(plain, gate, (states,), logits)
-        used = weights.abs().sum(1) > 0 if plain.idle else slice(None)  # a token that uses no expert tells nothing of weights
-        kind, names = _kind(gate, plain, logits[used], weights[used], chosen[used], none_first, biases)
+        if plain.idle:  # the gate names some expert, with no weight, where none is used
+            chosen = chosen.masked_fill(weights == 0, n)
+            if (chosen == n).all():
+                raise ValueError("it uses no expert on random input")
+        kind, names = _kind(gate, plain, logits, weights, chosen, none_first, biases)
         if plain.table:
             _check_table(gate, chosen, ids)
         if plain.shared and not torch.equal(kind.shared_weights(logits, chosen), more[0]):
@@ -365,7 +374,7 @@ def _changed(tensors: Sequence[torch.Tensor], change: Callable[[torch.Tensor], t
 def _kind(gate, plain: Router, logits, weights, chosen, scales: list, biases: list) -> tuple[Router, dict[str, int]]:
     """The kind that explains weights and choice, and which vector is its `bias` and its `expert_scale`, by name."""
     for kind, names in _weighing(gate, plain, logits, weights, chosen, scales):
-        if kind.table:  # the choice is no kind's
+        if kind.table:  # which no logits choose
             return kind, names
         for ranked, more in _choosing(gate, kind, biases):
             ranking = ranked.ranking(logits)
@@ -386,11 +395,12 @@ def _weighing(gate, plain: Router, logits, weights, chosen, scales: list) -> Ite
     for kind in (replace(kind, renormalise=flag) for flag in (True, False) for kind in kinds):
         for name, values in scales:
             scaled = replace(kind, expert_scale=values)
-            ratio = (weights / scaled.weights(logits, chosen)).double().median().item()
+            used = chosen < logits.shape[1] - plain.idle
+            ratio = (weights / scaled.weights(logits, chosen))[used].double().median().item()
             for scale in sorted({1.0, 1 / k, *numbers}, key=lambda s: abs(s - ratio))[:1]:
                 for eps in (0.0, 1e-6, *(number for number in numbers if number < 1e-2)) if kind.renormalise else (0.0,):
                     found = replace(scaled, scale=scale, eps=eps)
-                    if torch.equal(found.weights(logits, chosen), weights):
+                    if torch.equal(found.weights(logits, chosen)[used], weights[used]):
                         yield found, {} if name is None else {"expert_scale": name}
 
 

@@ -155,8 +155,8 @@ class CheckpointWalk:
     def _stream(self, name: str, number: int) -> FileStream:
         return FileStream(self._path(name, number), self.sizes)
 
-    def _open(self, name: str, number: int, about: dict) -> FileStream:
-        return FileStream(self._path(name, number), self.sizes, about["shape"], getattr(torch, about["dtype"]))
+    def _open(self, name: str, number: int, about: list) -> FileStream:
+        return FileStream(self._path(name, number), self.sizes, about)
 
     def run(
         self, visit: Callable[[int, nn.Module], dict], write: Callable[[int, dict], None] = lambda number, answer: None
@@ -208,7 +208,7 @@ class CheckpointWalk:
         found = {name: getattr(self.walk, name, None) for name in ("original", "pruned")}
         streams = {name: stream for name, stream in found.items() if stream is not None}
         record["streams"] = {name: everyone(stream.about()) for name, stream in streams.items()}
-        self.progress.finish_layer(number, record, [stream.path for stream in streams.values()])
+        self.progress.finish_layer(number, record, [path for stream in streams.values() for path in stream.paths])
 
 
 def peak_gb() -> float:

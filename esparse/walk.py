@@ -17,18 +17,23 @@ from .traces import LayerTrace, Recorder, check_gram, recording
 BATCH = 8  # sequences a forward pass
 
 
+State = torch.Tensor | tuple[torch.Tensor | None, ...]  # hidden states, or they and what else a decoder layer hands on
+
+
 class Passing(nn.Module):
-    """Stands where a decoder layer is not wanted: hands on the hidden states, and shows the layer's attributes."""
+    """Stands where a decoder layer is not wanted: hands on NaN for hidden states, so that nobody may use them unnoticed,
+    with `more` behind them where the layers hand on more, and shows the layer's attributes."""
 
     def __init__(self, layer: nn.Module):
         super().__init__()
-        self.__dict__["layer"] = layer  # no submodule: its weights are nobody's
+        self.__dict__.update(layer=layer, more=())  # no submodule: its weights are nobody's
 
     def __getattr__(self, name: str):
         return getattr(self.__dict__["layer"], name)
 
-    def forward(self, hidden_states: torch.Tensor, *_arguments, **_named) -> torch.Tensor:
-        return hidden_states
+    def forward(self, hidden_states: torch.Tensor, *_arguments, **_named) -> State:
+        hidden_states = torch.full_like(hidden_states, float("nan"))
+        return (hidden_states, *self.more) if self.more else hidden_states
 
 
 @contextmanager
@@ -51,69 +56,96 @@ class _Left(Exception):
     """The hidden states are out of the layer: the rest of the forward pass is not needed."""
 
 
-def through(model: nn.Module, layer: nn.Module, batch: torch.Tensor, hidden_states: torch.Tensor | None) -> torch.Tensor:
-    """What a decoder layer gives out, [sequences, length, d], for token ids [sequences, length].
+def through(model: nn.Module, layer: nn.Module, batch: torch.Tensor, state: State | None) -> State:
+    """What a decoder layer gives out, hidden states [sequences, length, d], for token ids [sequences, length].
 
-    hidden_states: what enters it (the model's own embeddings, if None). The model itself prepares masks, positions and
-    whatever else its layers are called with. Raises ValueError for layers that hand on more than hidden states.
+    state: what enters it (the model's own embeddings, if None). The model itself prepares masks, positions and whatever else
+    its layers are called with. Where layers hand on more than hidden states (ZAYA a state of its routers, GLM-5 the tokens
+    that attention looks at), all of it enters and is given out. Raises ValueError for a layer that is called with what
+    the model made of the hidden states of earlier layers.
     """
+    hidden_states, *more = state if isinstance(state, tuple) else (state,)
 
     def enter(_module, args, named):
         if hidden_states is None:
             return None
+        others = (*args[1:], *(value for name, value in named.items() if name != "hidden_states"))
+        if any(torch.is_tensor(value) and value.is_floating_point() and value.isnan().any() for value in others):
+            raise ValueError(f"{type(layer).__name__} also takes hidden states of earlier layers, which a walk cannot carry.")
         return ((hidden_states, *args[1:]), named) if args else (args, {**named, "hidden_states": hidden_states})
 
     def leave(_module, _args, output):
         raise _Left(output)
 
+    for other in decoder_layers(model):
+        if isinstance(other, Passing):
+            other.__dict__["more"] = more
     with ExitStack() as stack:
         stack.callback(layer.register_forward_pre_hook(enter, with_kwargs=True).remove)
         stack.callback(layer.register_forward_hook(leave).remove)
         try:
             model.base_model(batch, use_cache=False)
         except _Left as left:
-            return _alone(layer, left.args[0])
+            output = left.args[0]
+            return output[0] if isinstance(output, tuple) and len(output) == 1 else output
     raise ValueError(f"{type(model).__name__} does not run its decoder layers one after the other.")
 
 
-def _alone(layer: nn.Module, output) -> torch.Tensor:
-    if isinstance(output, tuple) and any(torch.is_tensor(more) for more in output[1:]):
-        raise ValueError(f"{type(layer).__name__} hands on more than hidden states, which a walk by layers cannot carry.")
-    return output[0] if isinstance(output, tuple) else output
-
-
 class FileStream(MutableSequence):
-    """Hidden states of all batches in one file, made when the first are known; only what is asked for is read."""
+    """What a decoder layer gave out for all batches, a file for each tensor, made when the first are known; only what is
+    asked for is read."""
 
-    def __init__(self, path: Path, sizes: Sequence[int], shape: Sequence[int] | None = None, dtype: torch.dtype | None = None):
-        """sizes: sequences of each batch; shape [sequences, ...] and dtype: of a file that is there."""
+    def __init__(self, path: Path, sizes: Sequence[int], about: Sequence[dict | None] | None = None):
+        """sizes: sequences of each batch; about: what `about` said, of files that are there."""
         self.path, self.starts = path, [sum(sizes[:b]) for b in range(len(sizes) + 1)]
-        self.states = None if shape is None else torch.from_file(str(path), True, math.prod(shape), dtype=dtype).view(*shape)
+        self.parts = about and [one and self._map(j, one["shape"], getattr(torch, one["dtype"])) for j, one in enumerate(about)]
+
+    def _file(self, part: int) -> Path:
+        return self.path.with_name(f"{self.path.stem}_{part}{self.path.suffix}") if part else self.path
+
+    def _map(self, part: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        return torch.from_file(str(self._file(part)), True, math.prod(shape), dtype=dtype).view(*shape)
+
+    def _made(self, part: int, like: torch.Tensor | None) -> torch.Tensor | None:
+        if like is None:
+            return None
+        shape = (self.starts[-1], *like.shape[1:])
+        with self._file(part).open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, math.prod(shape) * like.element_size())  # a full disk shows here
+        return self._map(part, shape, like.dtype)
 
     def __len__(self) -> int:
         return len(self.starts) - 1
 
-    def __getitem__(self, batch: int) -> torch.Tensor:
-        return self.states[self.starts[batch] : self.starts[batch + 1]].clone()
+    def __getitem__(self, batch: int) -> State:
+        rows = slice(self.starts[batch], self.starts[batch + 1])
+        found = tuple(None if part is None else part[rows].clone() for part in self.parts)
+        return found if len(found) > 1 else found[0]
 
-    def __setitem__(self, batch: int, value: torch.Tensor) -> None:
-        if self.states is None:
-            shape = (self.starts[-1], *value.shape[1:])
-            with self.path.open("wb") as file:
-                os.posix_fallocate(file.fileno(), 0, math.prod(shape) * value.element_size())  # a full disk shows here
-            self.states = torch.from_file(str(self.path), True, math.prod(shape), dtype=value.dtype).view(*shape)
-        self.states[self.starts[batch] : self.starts[batch + 1]] = value.cpu()
+    def __setitem__(self, batch: int, value: State) -> None:
+        values = value if isinstance(value, tuple) else (value,)
+        if self.parts is None:
+            self.parts = [self._made(j, tensor) for j, tensor in enumerate(values)]
+        for part, tensor in zip(self.parts, values, strict=True):
+            if part is not None:
+                part[self.starts[batch] : self.starts[batch + 1]] = tensor.cpu()
 
     def insert(self, index, value):
         raise TypeError("a stream has as many batches as it was made for")
 
     __delitem__ = insert
 
-    def about(self) -> dict:
+    @property
+    def paths(self) -> list[Path]:
+        return [self._file(j) for j, part in enumerate(self.parts) if part is not None]
+
+    def about(self) -> list[dict | None]:
         """What opening it again needs, once everything written is on the disk."""
-        with self.path.open("rb") as file:
-            os.fsync(file.fileno())
-        return {"shape": list(self.states.shape), "dtype": str(self.states.dtype).removeprefix("torch.")}
+        for path in self.paths:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        of = lambda part: {"shape": list(part.shape), "dtype": str(part.dtype).removeprefix("torch.")}  # noqa: E731
+        return [None if part is None else of(part) for part in self.parts]
 
 
 class Walk:
@@ -165,9 +197,8 @@ class Walk:
         entering = at(self.pruned, b, batch)
         with outputs(layer) as target:
             after = through(self.model, decoder, batch, states)
-        if (
-            layer.linear and layer.shared and not layer.router.shared
-        ):  # what shared experts add on the pruned stream, nobody else must make up for
+        # What shared experts add on the pruned stream, nobody else must make up for, unless their weights change as well.
+        if layer.linear and layer.shared and not layer.router.shared:
             with outputs(layer) as rest, silenced(layer):
                 through(self.model, decoder, batch, entering)
             target[0] = target[0] - rest[0]
@@ -189,8 +220,12 @@ class Walk:
         self.pruned = after
 
 
-def at(stream: MutableSequence | None, number: int, like: torch.Tensor) -> torch.Tensor | None:
-    return None if stream is None else stream[number].to(like.device)
+def at(stream: MutableSequence | None, number: int, like: torch.Tensor) -> State | None:
+    """What enters a layer with a batch, on the device of `like`; None before the first layer."""
+    value = None if stream is None else stream[number]
+    if isinstance(value, tuple):
+        return tuple(tensor if tensor is None else tensor.to(like.device) for tensor in value)
+    return value if value is None else value.to(like.device)
 
 
 @contextmanager

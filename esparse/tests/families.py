@@ -77,15 +77,18 @@ FAMILIES = {
     "deepseek_v4": "deepseek-ai/DeepSeek-V4-Flash",
     "inkling_text": "thinkingmachines/Inkling",
     "zaya": "Zyphra/ZAYA1-8B",
+    "dots3_note_text": "dots-studio/dots3-note-prev",
+    "lara_mini": "translated/Lara-4-Mini-Base",
+    "sarvam_moe": "sarvamai/sarvam-30b",
+    "sarvam_mla": "sarvamai/sarvam-105b",
+    "inkling2_loop_text": "thinkingmachines/Inkling-2-Mini",
 }
-# What transformers 5.17 keeps elsewhere than behind the experts interface, or does not know; 5.23 will do.
-NEWER = ("granitemoe", "granitemoeshared", "granitemoehybrid", "jamba", "aria_text", "bailing_hybrid", "beam", "flint")
-NEWER += ("inkling2_text", "kolibri1")
-# What cannot be pruned this way, a published checkpoint of it, and the words that say why.
-REFUSED = {}
+# What older versions of transformers, from 5.17 on, keep elsewhere than behind the experts interface, or do not know: the
+# version that will do.
+NEWER = dict.fromkeys(("granitemoe", "granitemoeshared", "granitemoehybrid", "jamba", "aria_text", "bailing_hybrid"), "5.23")
+NEWER |= dict.fromkeys(("beam", "flint", "inkling2_text", "kolibri1", "dots3_note_text"), "5.23")
+NEWER |= dict.fromkeys(("lara_mini", "sarvam_moe", "sarvam_mla"), "5.24")
 BESIDE = {"inkling_text": 1, "zaya": 1}  # router rows that are no expert's
-# What cannot be walked layer by layer from disk, and the words that say why.
-CARRIED = {"glm_moe_dsa": "hands on more than hidden states", "hy_v4": "hands on more"}
 
 # What the generic names leave too large, or what a family asks for by a rule of its own.
 OWN = {
@@ -102,7 +105,7 @@ OWN = {
     "mimo_v2_flash": {"num_key_value_heads": 2},
     "nemotron_h": {"moe_latent_size": 16, "layers_block_type": ["mamba", "moe", "attention", "moe"], "mamba_num_heads": 4,
                    "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 1},
-    "zaya": {"num_experts_per_tok": 1, "layer_types": None, "router_hidden_size": 16},
+    "zaya": {"num_experts_per_tok": 1, "layer_types": None, "router_hidden_size": 16, "initializer_range": 0.4},
 }  # fmt: skip
 
 
