@@ -217,7 +217,8 @@ def _turns(value: Any) -> list[dict] | None:
 
 def _turn(turn: Mapping) -> dict | None:
     rest = {key: value for key, value in turn.items() if key not in ("role", "from", "content", "value")}
-    role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+    role = turn.get("role") or turn.get("from")
+    content = turn.get("value") if turn.get("content") is None else turn["content"]
     if isinstance(content, list):  # of parts, of which a language model reads those of text
         parts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
         content = "".join(_text(part) or "" for part in parts)

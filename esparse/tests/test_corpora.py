@@ -199,6 +199,15 @@ CHATS = [
         TALK,
     ),
     ({"conversations": [{"from": "human", "value": TALK[0]["content"]}, {"from": "gpt", "value": "Where?"}]}, TALK),
+    (  # as Parquet gives rows of two kinds back
+        {
+            "conversations": [
+                {"role": None, "content": None, "from": "USER", "value": TALK[0]["content"]},
+                TALK[1] | {"from": None},
+            ]
+        },
+        TALK,
+    ),
     ({"instruction": "Ada keeps a goat.", "input": "", "output": "Where?"}, TALK),
     ({"prompt": "Ada keeps a goat.", "completion": "Where?"}, TALK),
     ({"prompt": TALK[:1], "completion": TALK[1:]}, TALK),
