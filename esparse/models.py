@@ -1,9 +1,8 @@
 """Finding the MoE layers of a transformers model, through the experts interface rather than by model name."""
 
 import hashlib
-import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -223,8 +222,7 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 def uncompiled():
     """A context in which torch.compile's code gives way to the modules', since it does not hear hooks that came later."""
-    loaded = "torch._dynamo" in sys.modules  # else nothing is compiled, and loading it takes seconds
-    return torch.compiler.set_stance("force_eager") if loaded else nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 def input_device(model: nn.Module) -> torch.device:
