@@ -199,5 +199,4 @@ def test_with_more_experts_a_small_median_alone_is_no_top1_routing():
     trace = esparse.trace(model, TOKENS)
     betas = esparse.median_betas(trace)  # no warning: it would be an error here
     for layer, beta in zip(trace.layers, betas, strict=True):
-        print(beta, (1 / layer.weights[:, 0] - 1).median())
         assert beta < 0.01 < (1 / layer.weights[:, 0] - 1).median()
