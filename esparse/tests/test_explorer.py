@@ -433,7 +433,8 @@ def test_an_exported_plan_prunes_and_skips(shown, traces, tiny, tmp_path, monkey
     words = ["evaluate", "tiny", "--tasks", "web_facts", "--limit", "4", "--plan", "plan.json", "--run-dir", "scores"]
     assert __main__.main(words) == 0
     (path,) = (tmp_path / "scores" / "results").iterdir()
-    assert json.loads(path.read_text())["value"] == score
+    (row,) = json.loads(path.read_text())
+    assert row["value"] == score
 
 
 def test_bad_traces_are_a_sentence_in_the_page(traces, shown, tmp_path):
