@@ -87,8 +87,10 @@ FAMILIES = {
 # version that will do.
 NEWER = dict.fromkeys(("granitemoe", "granitemoeshared", "granitemoehybrid", "jamba", "aria_text", "bailing_hybrid"), "5.23")
 NEWER |= dict.fromkeys(("beam", "flint", "inkling2_text", "kolibri1", "dots3_note_text"), "5.23")
-NEWER |= dict.fromkeys(("lara_mini", "sarvam_moe", "sarvam_mla"), "5.24")
+NEWER |= dict.fromkeys(("lara_mini", "sarvam_moe", "sarvam_mla", "inkling2_loop_text"), "5.24")
 BESIDE = {"inkling_text": 1, "zaya": 1}  # router rows that are no expert's
+# What cannot be walked layer by layer, and the words that say why.
+CARRIED = {"inkling2_text": "also takes hidden states of earlier layers"}
 
 # What the generic names leave too large, or what a family asks for by a rule of its own.
 OWN = {
@@ -98,7 +100,7 @@ OWN = {
     "gemma4_text": {"enable_moe_block": True, "vocab_size_per_layer_input": 60, "hidden_size_per_layer_input": 8},
     "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8,
                          "layer_types": ["mamba", "attention", "mamba"]},
-    "inkling2_text": {"unpadded_vocab_size": 60},  # of 5.24 on
+    "inkling2_text": {"unpadded_vocab_size": 60, "n_layers_per_attn_res_block": 1},  # the first is of 5.24 on
     "jamba": {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1},
     "kimi_linear": {"linear_num_heads": 4, "linear_head_dim": 8},
     "lfm2_moe": {"layer_types": ["full_attention", "conv", "full_attention"]},
@@ -125,7 +127,6 @@ COMPOSITES = {
     "mistral3": ("mistralai/Mistral-Small-4-119B-2603", "mistral4", {"head_dim": 16}),
     "cohere2_vision": ("CohereLabs/command-a-plus-05-2026", "cohere2_moe", {}),
     "inkling_mm_model": ("thinkingmachines/Inkling", "inkling_text", {}),
-    "inkling2": ("thinkingmachines/Inkling-2-Small-MXFP8", "inkling2_text", {}),
     "internvl": ("OpenGVLab/InternVL3_5-30B-A3B-HF", "qwen3_moe", {}),
     "qianfan_ocr": ("baidu/Qianfan-OCR", "qwen3_moe", {}),
     "cosmos3_omni": ("nvidia/Cosmos3-Nano", "qwen3_vl_moe_text", {}),
@@ -138,8 +139,7 @@ def composite_model(model_type: str, seed: int = 0):
     """A whole composite model, float32, with experts and routing as `family_model` draws them."""
     _, text, own = COMPOSITES[model_type]
     shape = {**generic(8, 2), **OWN.get(text, {}), **own, "model_type": text}
-    vision = _VISION | ({"text_hidden_size": 32} if model_type == "inkling2" else {})
-    config = AutoConfig.for_model(model_type, text_config=shape, vision_config=vision)
+    config = AutoConfig.for_model(model_type, text_config=shape, vision_config=_VISION)
     torch.manual_seed(seed)
     return _drawn(stock_class(config)(config).eval())
 
@@ -165,6 +165,8 @@ def _drawn(model):
         for module, name, _ in per_expert(layer.block, layer.gate, layer.n, beside):
             tensor = getattr(module, name).data
             tensor.normal_(std=0.5) if tensor.ndim == 2 and tensor.numel() > layer.n else tensor.uniform_(0.5, 0.9)
+            if tensor.shape == (layer.n + 1,):  # transformers sets the last to -1, whatever it loads
+                tensor.sub_(1.7)[-1] = -1.0
         for parameter in layer.experts.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
     return model

@@ -19,7 +19,7 @@ from esparse.pruning import PruningPlan
 from esparse.routers import pruned_table
 from esparse.search import search_layer
 from esparse.tests.conftest import apart, block_input, random_tokens
-from esparse.tests.families import COMPOSITES, FAMILIES, NEWER, family_config, family_model, smaller_row, stock_pruned
+from esparse.tests.families import CARRIED, COMPOSITES, FAMILIES, NEWER, family_config, family_model, smaller_row, stock_pruned
 from esparse.traces import trace_block
 
 KEPT = [0, 2, 3, 5, 6, 7]
@@ -233,7 +233,8 @@ def families_table() -> str:
     """The README's table: what this file and the streaming tests check; of composite checkpoints what `test_layouts` checks."""
     rows = ["| model type | a published checkpoint | from disk by layers |", "|---|---|---|"]
     inside = {checkpoint: f", inside `{name}`" for name, (checkpoint, _, _) in COMPOSITES.items()}
-    rows += [f"| `{name}` | {checkpoint} | yes{inside.get(checkpoint, '')} |" for name, checkpoint in FAMILIES.items()]
+    disk = lambda name: "no" if name in CARRIED else f"yes{inside.get(FAMILIES[name], '')}"  # noqa: E731
+    rows += [f"| `{name}` | {checkpoint} | {disk(name)} |" for name, checkpoint in FAMILIES.items()]
     return "\n".join(rows)
 
 
