@@ -325,7 +325,7 @@ class Checkpoint:
         outline = lambda name: torch.empty(entries[name].shape, dtype=entries[name].dtype, device="meta")  # noqa: E731
         try:
             return {name: tuple(made.shape) for name, made in group.make(self.layout.model, outline).items()}
-        except (RuntimeError, ValueError, IndexError, KeyError, AttributeError) as error:
+        except (RuntimeError, ValueError, IndexError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(self._unfit(group, group.parameter, None)) from error
 
     def _unfit(self, group: Group, parameter: str, shape: tuple[int, ...] | None) -> str:
