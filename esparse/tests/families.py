@@ -129,7 +129,6 @@ COMPOSITES = {
     "inkling_mm_model": ("thinkingmachines/Inkling", "inkling_text", {}),
     "internvl": ("OpenGVLab/InternVL3_5-30B-A3B-HF", "qwen3_moe", {}),
     "qianfan_ocr": ("baidu/Qianfan-OCR", "qwen3_moe", {}),
-    "cosmos3_omni": ("nvidia/Cosmos3-Nano", "qwen3_vl_moe_text", {}),
 }
 _VISION = {"hidden_size": 32, "num_hidden_layers": 1, "depth": 1, "intermediate_size": 24, "num_attention_heads": 4,
            "num_heads": 4, "patch_size": 4, "image_size": 16, "out_hidden_size": 32, "num_position_embeddings": 16}  # fmt: skip

@@ -87,11 +87,11 @@ def test_the_text_model_inside_is_pruned_and_the_rest_is_carried(model_type, tmp
 
 
 def test_a_composite_is_loaded_traced_and_saved_as_stock_loads_it(tmp_path, tiny):
-    """Aria has no causal language model: its own class is loaded. What is pruned in memory is what is pruned from disk."""
-    source = published("aria", tmp_path / "source")
+    """MiniMax-M3 has no causal language model: its own class is loaded. What is pruned in memory is what is pruned from disk."""
+    source = published("minimax_m3_vl", tmp_path / "source")
     tiny[1].save_pretrained(source)
     model, tokenizer = esparse.load_model(str(source))
-    assert type(model) is transformers.AriaForConditionalGeneration
+    assert type(model) is transformers.MiniMaxM3SparseForConditionalGeneration
     plan = esparse.search_experts(esparse.trace(model, TOKENS, keep=6), 6)
     esparse.save_model(esparse.prune(model, plan), tokenizer, tmp_path / "memory", plan)
     esparse.prune_checkpoint(source, tmp_path / "disk", plan)
