@@ -94,8 +94,9 @@ class Streamed:
         options = {"config": self.config, "dtype": self.dtype, "output_loading_info": True}
         with _little_memory():
             model, found = _partial(self.kind, number).from_pretrained(None, state_dict=self.source.lazily(names), **options)
-        if found["missing_keys"]:
-            raise ValueError(f"{self.source.folder} lacks weights of the model: {', '.join(sorted(found['missing_keys']))}.")
+        if missing := sorted(name for name in found["missing_keys"] if number in (None, layer_number(name))):
+            lacks = "lacks weights of the model" if number is None else "keeps weights elsewhere than with their decoder layer"
+            raise ValueError(f"{self.source.folder} {lacks}: {', '.join(missing)}.")
         return model.eval().to(self.device)
 
     def __len__(self) -> int:

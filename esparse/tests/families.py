@@ -80,7 +80,6 @@ FAMILIES = {
     "lara_mini": "translated/Lara-4-Mini-Base",
     "sarvam_moe": "sarvamai/sarvam-30b",
     "sarvam_mla": "sarvamai/sarvam-105b",
-    "inkling2_loop_text": "thinkingmachines/Inkling-2-Mini",
 }
 # What older versions of transformers, from 5.17 on, keep elsewhere than behind the experts interface, or do not know: the
 # version that will do.
@@ -88,8 +87,8 @@ NEWER = dict.fromkeys(("granitemoe", "granitemoeshared", "granitemoehybrid", "ja
 NEWER |= dict.fromkeys(("beam", "flint", "inkling2_text", "kolibri1", "dots3_note_text"), "5.23")
 NEWER |= dict.fromkeys(("lara_mini", "sarvam_moe", "sarvam_mla"), "5.24")
 BESIDE = {"inkling_text": 1, "zaya": 1}  # router rows that are no expert's
-# What cannot be walked layer by layer from disk, and the words that say why.
-CARRIED = {"inkling2_text": "lacks weights"}
+# What cannot be walked layer by layer, and the words that say why.
+CARRIED = {"inkling2_text": "keeps weights elsewhere than with their decoder layer"}
 
 # What the generic names leave too large, or what a family asks for by a rule of its own.
 OWN = {
@@ -99,7 +98,7 @@ OWN = {
     "gemma4_text": {"enable_moe_block": True, "vocab_size_per_layer_input": 60, "hidden_size_per_layer_input": 8},
     "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8,
                          "layer_types": ["mamba", "attention", "mamba"]},
-    "inkling2_text": {"unpadded_vocab_size": 60},  # of 5.24 on
+    "inkling2_text": {"unpadded_vocab_size": 60, "n_layers_per_attn_res_block": 1},  # the first is of 5.24 on
     "jamba": {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1},
     "kimi_linear": {"linear_num_heads": 4, "linear_head_dim": 8},
     "lfm2_moe": {"layer_types": ["full_attention", "conv", "full_attention"]},
@@ -126,6 +125,8 @@ def family_model(model_type: str, n: int = 8, k: int = 2, seed: int = 0, **chang
         for module, name, _ in per_expert(layer.block, layer.gate, layer.n, BESIDE.get(model_type, 0)):
             tensor = getattr(module, name).data
             tensor.normal_(std=0.5) if tensor.ndim == 2 and tensor.numel() > layer.n else tensor.uniform_(0.5, 0.9)
+            if tensor.shape == (layer.n + 1,):  # transformers sets the last to -1, whatever it loads
+                tensor.sub_(1.7)[-1] = -1.0
         for parameter in layer.experts.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
     return model
