@@ -81,13 +81,12 @@ FAMILIES = {
     "lara_mini": "translated/Lara-4-Mini-Base",
     "sarvam_moe": "sarvamai/sarvam-30b",
     "sarvam_mla": "sarvamai/sarvam-105b",
-    "inkling2_loop_text": "thinkingmachines/Inkling-2-Mini",
 }
 # What older versions of transformers, from 5.17 on, keep elsewhere than behind the experts interface, or do not know: the
 # version that will do.
 NEWER = dict.fromkeys(("granitemoe", "granitemoeshared", "granitemoehybrid", "jamba", "aria_text", "bailing_hybrid"), "5.23")
 NEWER |= dict.fromkeys(("beam", "flint", "inkling2_text", "kolibri1", "dots3_note_text"), "5.23")
-NEWER |= dict.fromkeys(("lara_mini", "sarvam_moe", "sarvam_mla", "inkling2_loop_text"), "5.24")
+NEWER |= dict.fromkeys(("lara_mini", "sarvam_moe", "sarvam_mla"), "5.24")
 BESIDE = {"inkling_text": 1, "zaya": 1}  # router rows that are no expert's
 # What cannot be walked layer by layer, and the words that say why.
 CARRIED = {"inkling2_text": "also takes hidden states of earlier layers"}

@@ -87,7 +87,7 @@ def test_the_text_model_inside_is_pruned_and_the_rest_is_carried(model_type, tmp
 
 
 def test_a_composite_is_loaded_traced_and_saved_as_stock_loads_it(tmp_path, tiny):
-    """MiniMax-M3 has no causal language model: its own class is loaded. What is pruned in memory is what is pruned from disk."""
+    """MiniMax-M3 has no causal language model: its own class is loaded, and pruned in memory as from disk."""
     source = published("minimax_m3_vl", tmp_path / "source")
     tiny[1].save_pretrained(source)
     model, tokenizer = esparse.load_model(str(source))
