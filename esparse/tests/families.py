@@ -81,15 +81,16 @@ FAMILIES = {
     "lara_mini": "translated/Lara-4-Mini-Base",
     "sarvam_moe": "sarvamai/sarvam-30b",
     "sarvam_mla": "sarvamai/sarvam-105b",
+    "inkling2_loop_text": "thinkingmachines/Inkling-2-Mini",
 }
 # What older versions of transformers, from 5.17 on, keep elsewhere than behind the experts interface, or do not know: the
 # version that will do.
 NEWER = dict.fromkeys(("granitemoe", "granitemoeshared", "granitemoehybrid", "jamba", "aria_text", "bailing_hybrid"), "5.23")
 NEWER |= dict.fromkeys(("beam", "flint", "inkling2_text", "kolibri1", "dots3_note_text"), "5.23")
-NEWER |= dict.fromkeys(("lara_mini", "sarvam_moe", "sarvam_mla"), "5.24")
+NEWER |= dict.fromkeys(("lara_mini", "sarvam_moe", "sarvam_mla", "inkling2_loop_text"), "5.24")
 BESIDE = {"inkling_text": 1, "zaya": 1}  # router rows that are no expert's
 # What cannot be walked layer by layer, and the words that say why.
-CARRIED = {"inkling2_text": "also takes hidden states of earlier layers"}
+CARRIED = dict.fromkeys(("inkling2_text", "inkling2_loop_text"), "also takes hidden states of earlier layers")
 
 # What the generic names leave too large, or what a family asks for by a rule of its own.
 OWN = {
@@ -100,6 +101,8 @@ OWN = {
     "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8,
                          "layer_types": ["mamba", "attention", "mamba"]},
     "inkling2_text": {"unpadded_vocab_size": 60, "n_layers_per_attn_res_block": 1},  # the first is of 5.24 on
+    "inkling2_loop_text": {"unpadded_vocab_size": 60, "n_layers_per_attn_res_block": 1, "loop_num_passes": 2,
+                           "loop_layer_index_start": 1, "loop_layer_index_end": 3},  # its last two layers run twice
     "jamba": {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1},
     "kimi_linear": {"linear_num_heads": 4, "linear_head_dim": 8},
     "lfm2_moe": {"layer_types": ["full_attention", "conv", "full_attention"]},
