@@ -63,10 +63,10 @@ def stock_class(config) -> type:
 
 
 def _class_of(config, autos: Sequence[type]) -> type:
-    """The first class that one of transformers' automatic classes makes of just this kind of config."""
+    """The first class that one of transformers' automatic classes makes of this config, of a composite one of it whole."""
     for auto in autos:
         kind = auto._model_mapping.get(type(config), None)
-        if getattr(kind, "config_class", None) is type(config):
+        if kind is not None and (config.get_text_config() is config or kind.config_class is type(config)):
             return kind
     raise ValueError(
         f"transformers {transformers.__version__} has no language model of type {config.model_type!r}: esparse works on "
