@@ -307,12 +307,6 @@ class Checkpoint:
         """The parameters that a group makes, if they are those of the model."""
         for name in (name for names in group.names.values() for name in names):
             self.source.entries[name].check(name, whole_numbers=group.parameter in self.layout.tables)
-        for stored, published in self._pairs(group) or ():
-            entry, shape = self.source.entries[stored], self.layout.full[published]
-            if entry.shape != shape:
-                raise ValueError(
-                    f"{entry.file}: tensor {stored} is of shape {list(entry.shape)}, but its config asks for {list(shape)}."
-                )
         made = self._outline(group)
         for name, shape in made.items():
             if self.layout.shapes.get(name) != shape:
@@ -330,6 +324,10 @@ class Checkpoint:
 
     def _unfit(self, group: Group, parameter: str, shape: tuple[int, ...] | None) -> str:
         """What keeps a group's tensors from making the parameter that the config asks for."""
+        for name, published in self._counterparts(group):
+            entry, full = self.source.entries[name], self.layout.full[published]
+            if entry.shape != full:
+                return f"{entry.file}: tensor {name} is of shape {list(entry.shape)}, but its config asks for {list(full)}."
         stored = [name for names in group.names.values() for name in names]
         wanted = self.layout.published.get(group.parameter)
         lacking = [name for names in wanted.names.values() for name in names if name not in stored] if wanted else []
@@ -342,11 +340,18 @@ class Checkpoint:
         )
 
     def _pairs(self, group: Group) -> list[tuple[str, str]] | None:
-        """Stored names with the published names that they stand for, or None where the folder has another layout."""
+        """Stored names with the published names that they stand for, or None where the folder has another layout, be it
+        one of the same names, such as experts stored transposed."""
+        pairs = self._counterparts(group)
+        alike = all(self.source.entries[stored].shape == self.layout.full[published] for stored, published in pairs)
+        return pairs if pairs and alike else None
+
+    def _counterparts(self, group: Group) -> list[tuple[str, str]]:
+        """Stored names with the published names in their place, none where those are others or of another number."""
         published = self.layout.published.get(group.parameter)
         counts = lambda group: {pattern: len(names) for pattern, names in group.names.items()}  # noqa: E731
         if published is None or counts(published) != counts(group):
-            return None
+            return []
         return [pair for pattern, names in group.names.items() for pair in zip(names, published.names[pattern], strict=True)]
 
     @cached_property

@@ -17,8 +17,10 @@ COUNT_NAMES = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_
 
 
 def count_names(holder: object, n: int | None = None) -> list[str]:
-    """Under which names a config or a module counts its experts (n of them, if given)."""
-    counts = {name: getattr(holder, name, None) for name in COUNT_NAMES}
+    """Under which names a config or a module counts its experts (n of them, if given): those of its class first, since a
+    config may hold others, of which the model knows nothing."""
+    own = lambda name: hasattr(type(holder), name) or name in getattr(holder, "attribute_map", {})  # noqa: E731
+    counts = {name: getattr(holder, name, None) for name in sorted(COUNT_NAMES, key=own, reverse=True)}
     return [name for name, count in counts.items() if isinstance(count, int) and n in (None, count)]
 
 
