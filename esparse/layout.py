@@ -81,8 +81,8 @@ def with_experts(config, r: int):
     for part in (config, config.get_text_config()):
         for name in count_names(part, n):
             setattr(part, name, r)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
     return config
 
 
@@ -117,13 +117,14 @@ def written_config(entries: dict, config, r: int, predicting: bool) -> tuple[dic
         new |= {name: 0 for name in PREDICTING if part.get(name) and not predicting}
         new |= {"output_router_logits": False} if part.get("output_router_logits") else {}
         changed |= {where + name: [part[name], value] for name, value in new.items() if part[name] != value}
+        if part.pop("quantization_config", None) is not None:
+            changed[f"{where}quantization_config"] = ["there", "dropped"]
         part |= new
     last, text = part, config.get_text_config()
     if not any(name in last for name in COUNT_NAMES):  # the count was transformers' default
         last[count_names(text, n)[0]] = r
-    for name in ("quantization_config", "transformers_weights"):
-        if entries.pop(name, None) is not None:
-            changed[name] = ["there", "dropped"]
+    if entries.pop("transformers_weights", None) is not None:
+        changed["transformers_weights"] = ["there", "dropped"]
     return entries, changed
 
 
