@@ -24,7 +24,7 @@ from transformers.core_model_loading import (
 )
 
 from .folder import side_files
-from .models import COUNT_NAMES, count_names, decoder_layers, moe_layers
+from .models import COUNT_NAMES, count_names, decoder_layers, is_known, moe_layers
 from .pruning import cut
 from .routers import pruned_table, table
 from .shards import Source
@@ -121,7 +121,7 @@ def written_config(entries: dict, config, r: int, predicting: bool) -> tuple[dic
             changed[f"{where}quantization_config"] = ["there", "dropped"]
         part |= new
     last, text = part, config.get_text_config()
-    if not any(name in last for name in COUNT_NAMES):  # the count was transformers' default
+    if not any(name in last and is_known(text, name) for name in COUNT_NAMES):  # the count was transformers' default
         last[count_names(text, n)[0]] = r
     if entries.pop("transformers_weights", None) is not None:
         changed["transformers_weights"] = ["there", "dropped"]

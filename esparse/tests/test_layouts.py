@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import esparse
 from esparse.folder import INDEX, SINGLE
-from esparse.layout import PREDICTING, Checkpoint, Layout
+from esparse.layout import PREDICTING, Checkpoint, Layout, written_config
 from esparse.models import fingerprint, moe_layers
 from esparse.shards import Source
 from esparse.tests.conftest import random_model, random_tokens
@@ -223,6 +223,9 @@ def test_a_count_that_the_model_does_not_know_is_none(family, other, tmp_path):
     small = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
     assert {layer.n for layer in moe_layers(small)} == {6}
     assert torch.allclose(run(small), masked(model, esparse.PruningPlan.load(tmp_path / "pruned/plan.json")), rtol=0, atol=1e-5)
+    config = transformers.Qwen2MoeConfig(num_local_experts=60)  # as many as Qwen2-MoE has where nothing is said
+    entries, _ = written_config({"num_local_experts": 60}, config, 6, predicting=False)
+    assert transformers.Qwen2MoeConfig(**entries).num_experts == 6
 
 
 # --- saving and telling models apart --------------------------------------------------------------------------------------
@@ -239,6 +242,16 @@ def test_a_model_read_from_stacked_experts_is_saved_in_the_published_layout(tmp_
     one, other = tensors(tmp_path / "saved"), tensors(tmp_path / "published")
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["output_router_logits"] is False
+
+
+def test_a_model_that_is_held_quantised_is_saved_with_what_says_so(tmp_path, tiny):
+    model = random_model("mixtral", 8, 2, dtype=torch.float32)
+    model.config.quantization_config = transformers.FineGrainedFP8Config(weight_block_size=(16, 16))
+    model._weight_conversions = []  # as transformers would have it for a model that is read as it is held
+    esparse.save_model(model, tiny[1], tmp_path / "saved")
+    said = json.loads((tmp_path / "saved" / "config.json").read_text())["quantization_config"]
+    assert said["quant_method"] == "fp8" and said["weight_block_size"] == [16, 16]
+    assert tensors(tmp_path / "saved").keys() == model.state_dict().keys()
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
