@@ -84,7 +84,9 @@ def test_the_text_model_inside_is_pruned_and_the_rest_is_carried(model_type, tmp
     assert all(name.startswith("mtp.") for name in found["unexpected_keys"])
     assert torch.allclose(run(small), masked(whole, plan), rtol=0, atol=1e-5)
     before, after = tensors(source), tensors(tmp_path / "pruned")
-    text = Checkpoint(Source(source), Layout(Source(source).config, 6)).used
+    layout = Layout(Source(source).config, 6)
+    text = Checkpoint(Source(source), layout).used
+    assert all(after[name].shape == shape for name, shape in layout.small.items() if name in after)
     assert report["carried"] == len(before.keys() - set(text)) > 3 and not report["left_out"]
     assert all(torch.equal(after[name], before[name]) for name in before.keys() - set(text))
     assert set(json.loads((tmp_path / "pruned" / INDEX).read_text())["weight_map"]) == after.keys()
@@ -96,6 +98,7 @@ def test_a_composite_is_loaded_traced_and_saved_as_stock_loads_it(tmp_path, tiny
     tiny[1].save_pretrained(source)
     model, tokenizer = esparse.load_model(str(source))
     assert type(model) is transformers.AriaForConditionalGeneration
+    assert fingerprint(esparse.load_model(str(source), dtype="bf16")[0]) == fingerprint(model)
     plan = esparse.search_experts(esparse.trace(model, TOKENS, keep=6), 6)
     esparse.save_model(esparse.prune(model, plan), tokenizer, tmp_path / "memory", plan)
     esparse.prune_checkpoint(source, tmp_path / "disk", plan)
@@ -111,7 +114,7 @@ def test_quantised_weights_may_be_told_of_by_the_text_part(tmp_path):
         scale = torch.rand([size // 8 for size in state[name].shape]) + 0.5
         state |= {name: state[name].to(torch.float8_e4m3fn), f"{name}_scale_inv": scale}
     told = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [8, 8]}}
-    write(source, state, text_config=entries["text_config"] | told)
+    write(source, state, text_config=entries["text_config"] | told, transformers_weights=SINGLE)
     report = esparse.prune_checkpoint(source, tmp_path / "whole", 8, calibration=TOKENS, method="reap")
     assert report["quantised"] == "fp8" and "quantization_config" not in (tmp_path / "whole" / "config.json").read_text()
     kind = transformers.AutoModelForImageTextToText
