@@ -248,8 +248,11 @@ def save_model(model, tokenizer, folder: str | Path, plan: PruningPlan | None = 
 
 
 def _save_published(model, folder: Path) -> None:
-    """Weights in the published layout, whatever layout they were read from, and a config that describes just them."""
-    read_by = vars(model).pop("_weight_conversions", None)  # without it transformers writes what it writes for a new model
+    """Weights in the published layout, whatever layout they were read from, and a config that describes just them. Those of a
+    model that is held quantised are stored as transformers stores them."""
+    quantised = getattr(model.config, "quantization_config", None) is not None
+    # without it transformers writes what it writes for a new model
+    read_by = None if quantised else vars(model).pop("_weight_conversions", None)
     try:
         model.save_pretrained(folder)
     finally:
@@ -257,4 +260,4 @@ def _save_published(model, folder: Path) -> None:
             model._weight_conversions = read_by
     entries = read_json(folder / CONFIG, "model config")
     config, _ = written_config(entries, model.config, count_experts(model.config), predicting=False)
-    write_json(folder / CONFIG, config)
+    write_json(folder / CONFIG, config | ({"quantization_config": entries["quantization_config"]} if quantised else {}))

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -22,13 +22,12 @@ class Progress:
     """Work towards a folder, in a hidden one beside it: what was asked for, what each finished layer gave, and the
     output so far. The destination is absent until `finish`, then complete."""
 
-    def __init__(self, destination: str | Path, job: dict):
-        """Raises FileExistsError if the destination is there, ValueError if the work began with other inputs or options."""
+    def __init__(self, destination: str | Path, job: dict, check: Callable[[], None] = lambda: None):
+        """check: what is looked at once, before anything is written; what it raises leaves nothing behind.
+        Raises FileExistsError if the destination is there, ValueError if the work began with other inputs or options."""
         self.destination = refuse_existing(destination)
         self.folder = self.destination.parent / f".{self.destination.name}.partial"
         self.out, self.streams = self.folder / "out", self.folder / "streams"
-        for folder in (self.out, self.streams):
-            folder.mkdir(parents=True, exist_ok=True)
         about = self.folder / "job.json"
         if about.exists():
             former = read_json(about, "description of unfinished work")
@@ -39,6 +38,9 @@ class Progress:
                     "continue it, or remove that folder to begin anew."
                 )
         elif rank() == 0:
+            check()
+            for folder in (self.out, self.streams):
+                folder.mkdir(parents=True, exist_ok=True)
             write_json(about, job)
         together()
 

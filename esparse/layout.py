@@ -24,7 +24,7 @@ from transformers.core_model_loading import (
 )
 
 from .folder import side_files
-from .models import COUNT_NAMES, count_names, decoder_layers, moe_layers
+from .models import COUNT_NAMES, count_names, decoder_layers, is_known, moe_layers
 from .pruning import cut
 from .routers import pruned_table, table
 from .shards import Source
@@ -81,8 +81,8 @@ def with_experts(config, r: int):
     for part in (config, config.get_text_config()):
         for name in count_names(part, n):
             setattr(part, name, r)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
     return config
 
 
@@ -117,13 +117,14 @@ def written_config(entries: dict, config, r: int, predicting: bool) -> tuple[dic
         new |= {name: 0 for name in PREDICTING if part.get(name) and not predicting}
         new |= {"output_router_logits": False} if part.get("output_router_logits") else {}
         changed |= {where + name: [part[name], value] for name, value in new.items() if part[name] != value}
+        if part.pop("quantization_config", None) is not None:
+            changed[f"{where}quantization_config"] = ["there", "dropped"]
         part |= new
     last, text = part, config.get_text_config()
-    if not any(name in last for name in COUNT_NAMES):  # the count was transformers' default
+    if not any(name in last and is_known(text, name) for name in COUNT_NAMES):  # the count was transformers' default
         last[count_names(text, n)[0]] = r
-    for name in ("quantization_config", "transformers_weights"):
-        if entries.pop(name, None) is not None:
-            changed[name] = ["there", "dropped"]
+    if entries.pop("transformers_weights", None) is not None:
+        changed["transformers_weights"] = ["there", "dropped"]
     return entries, changed
 
 
@@ -307,12 +308,6 @@ class Checkpoint:
         """The parameters that a group makes, if they are those of the model."""
         for name in (name for names in group.names.values() for name in names):
             self.source.entries[name].check(name, whole_numbers=group.parameter in self.layout.tables)
-        for stored, published in self._pairs(group) or ():
-            entry, shape = self.source.entries[stored], self.layout.full[published]
-            if entry.shape != shape:
-                raise ValueError(
-                    f"{entry.file}: tensor {stored} is of shape {list(entry.shape)}, but its config asks for {list(shape)}."
-                )
         made = self._outline(group)
         for name, shape in made.items():
             if self.layout.shapes.get(name) != shape:
@@ -330,6 +325,10 @@ class Checkpoint:
 
     def _unfit(self, group: Group, parameter: str, shape: tuple[int, ...] | None) -> str:
         """What keeps a group's tensors from making the parameter that the config asks for."""
+        for name, published in self._counterparts(group):
+            entry, full = self.source.entries[name], self.layout.full[published]
+            if entry.shape != full:
+                return f"{entry.file}: tensor {name} is of shape {list(entry.shape)}, but its config asks for {list(full)}."
         stored = [name for names in group.names.values() for name in names]
         wanted = self.layout.published.get(group.parameter)
         lacking = [name for names in wanted.names.values() for name in names if name not in stored] if wanted else []
@@ -342,11 +341,18 @@ class Checkpoint:
         )
 
     def _pairs(self, group: Group) -> list[tuple[str, str]] | None:
-        """Stored names with the published names that they stand for, or None where the folder has another layout."""
+        """Stored names with the published names that they stand for, or None where the folder has another layout, be it
+        one of the same names, such as experts stored transposed."""
+        pairs = self._counterparts(group)
+        alike = all(self.source.entries[stored].shape == self.layout.full[published] for stored, published in pairs)
+        return pairs if pairs and alike else None
+
+    def _counterparts(self, group: Group) -> list[tuple[str, str]]:
+        """Stored names with the published names in their place, none where those are others or of another number."""
         published = self.layout.published.get(group.parameter)
         counts = lambda group: {pattern: len(names) for pattern, names in group.names.items()}  # noqa: E731
         if published is None or counts(published) != counts(group):
-            return None
+            return []
         return [pair for pattern, names in group.names.items() for pair in zip(names, published.names[pattern], strict=True)]
 
     @cached_property

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -17,9 +17,15 @@ COUNT_NAMES = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_
 
 
 def count_names(holder: object, n: int | None = None) -> list[str]:
-    """Under which names a config or a module counts its experts (n of them, if given)."""
-    counts = {name: getattr(holder, name, None) for name in COUNT_NAMES}
+    """Under which names a config or a module counts its experts (n of them, if given): those of its class first."""
+    names = sorted(COUNT_NAMES, key=partial(is_known, holder), reverse=True)
+    counts = {name: getattr(holder, name, None) for name in names}
     return [name for name, count in counts.items() if isinstance(count, int) and n in (None, count)]
+
+
+def is_known(holder: object, name: str) -> bool:
+    """Whether a config's class has an entry of that name: it may hold others, of which the model knows nothing."""
+    return hasattr(type(holder), name) or name in getattr(holder, "attribute_map", {})
 
 
 @dataclass

@@ -14,7 +14,7 @@ from .files import local_folder
 from .folder import named
 from .layout import Checkpoint, Layout, expert_counts, text_model, with_experts
 from .models import decoder_layers, find_moe
-from .shards import DTYPES, FP8, Source, described, read_config
+from .shards import DTYPES, FP8, Source, described, quantisation, read_config
 
 GB = 1e9
 
@@ -43,7 +43,7 @@ def preflight(
     local, dtype = local_folder(source) is not None, read_dtype(dtype)
     folder = described(source, revision)
     config = read_config(folder)
-    quantised = (getattr(config, "quantization_config", None) or {}).get("quant_method")
+    quantised = quantisation(config).get("quant_method")
     n, k = expert_counts(config)
     r = max(k, n // 2) if r is None else r
     layout = Layout(config, r)

@@ -47,7 +47,8 @@ class Source:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self.config = read_config(self.folder)
-        self.method = (getattr(self.config, "quantization_config", None) or {}).get("quant_method")
+        self.quantisation = quantisation(self.config)
+        self.method = self.quantisation.get("quant_method")
         if self.method not in (None, "fp8", "mxfp4"):
             raise ValueError(
                 f"{self.folder} is quantised with {self.method}: only block FP8 and MXFP4 are dequantised here, so start from "
@@ -60,7 +61,7 @@ class Source:
     def _readable(self) -> Iterator[tuple[str, Entry]]:
         for name, place in self.stored.items():
             path, shape, dtype = place.file, place.shape, place.dtype
-            if self.method == "mxfp4" and name.endswith(MXFP4):
+            if self.method == "mxfp4" and name.endswith(MXFP4) and len(shape) > 2:
                 rows, groups, half = shape[-3:]
                 whole = (*shape[:-3], groups * half * 2, rows)  # stored transposed
                 yield name.removesuffix(MXFP4), Entry(path, whole, torch.bfloat16, dtype)
@@ -100,10 +101,10 @@ class Source:
     def read(self, name: str) -> torch.Tensor:
         """One tensor, dequantised. The file is open no longer than that, so that no mapped pages add up."""
         entry = self.entries[name]
-        if entry.stored == "U8":
+        if name + MXFP4 in self.stored and self.method == "mxfp4":
             return _from_mxfp4(_raw(entry.file, name + MXFP4), self._other(name + MXFP4_SCALE))
         tensor = _raw(entry.file, name)
-        return _from_fp8(tensor, self._other(name + FP8_SCALE), self._block) if entry.stored == FP8 else tensor
+        return _from_fp8(tensor, self._other(name + FP8_SCALE), self._block) if entry.dtype and entry.stored == FP8 else tensor
 
     def _other(self, name: str) -> torch.Tensor:
         """A scale, which may lie in another file."""
@@ -114,7 +115,7 @@ class Source:
     @property
     def _block(self) -> tuple[int, int] | None:
         """What a scale is for: a block of so many rows and columns, or whatever the scales divide a weight into (None)."""
-        block = self.config.quantization_config.get("weight_block_size", (128, 128))  # transformers' default
+        block = self.quantisation.get("weight_block_size", (128, 128))  # transformers' default
         return block and tuple(block)
 
     def check_finite(self, names: Iterable[str]) -> None:
@@ -164,6 +165,12 @@ def _from_mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         pairs = torch.stack([block & 15, block >> 4], -1).flatten(-2).long()  # [rows, groups, 32]
         parts.append(torch.ldexp(values[pairs], scale.int()[..., None] - 127).flatten(-2).T.bfloat16())
     return torch.stack(parts)
+
+
+def quantisation(config) -> dict:
+    """What a config says of quantised weights, itself or, in a composite, its text part; empty where it says nothing."""
+    parts = (config, config.get_text_config())
+    return next((found for part in parts if (found := getattr(part, "quantization_config", None))), {})
 
 
 def read_config(folder: Path):

@@ -310,10 +310,8 @@ def prune_checkpoint(
     check_tokens(streamed.model, tokens)
     about = _about(calibration, tokens, seed, streamed) | {"r": r, "method": method}
     options = {"batch_size": batch_size, "chunk_tokens": chunk_tokens, "progressive": method == "progressive"}
-    progress = Progress(destination, {"source": opened.source.fingerprint, **about, **options})
     checking = time.perf_counter()
-    if not progress.records() and rank() == 0:
-        opened.check_finite()
+    progress = Progress(destination, {"source": opened.source.fingerprint, **about, **options}, opened.check_finite)
     about |= _origin(opened, source, revision) | {"checking": time.perf_counter() - checking}
     writer = ShardWriter(opened, progress.out)
     with torch.no_grad():
@@ -333,8 +331,7 @@ def _prune_as_planned(source: str | Path, destination: str | Path, plan: Pruning
     about = _origin(opened, source, revision)
     about |= {"method": plan.method, "r": plan.r, "calibration set": plan.tokens}
     records = _records_of(plan, Streamed(opened, None))
-    opened.check_finite()
-    progress = Progress(destination, {"source": opened.source.fingerprint, "plan": digest(asdict(plan))})
+    progress = Progress(destination, {"source": opened.source.fingerprint, "plan": digest(asdict(plan))}, opened.check_finite)
     writer = ShardWriter(opened, progress.out)
     for number in tqdm(range(len(progress.records()), len(records)), desc="layers", unit="layer"):
         started = time.perf_counter()
@@ -400,9 +397,8 @@ def prune_weights_checkpoint(
     check_tokens(streamed.model, tokens)
     about = _about(calibration, tokens, seed, streamed)
     about |= {"sparsity": str(asked), "method": method, "scope": scope, "dense": dense}
-    progress = Progress(destination, {"source": opened.source.fingerprint, **about, "batch_size": batch_size})
-    if not progress.records() and rank() == 0:
-        opened.check_finite()
+    job = {"source": opened.source.fingerprint, **about, "batch_size": batch_size}
+    progress = Progress(destination, job, opened.check_finite)
     writer = ShardWriter(opened, progress.out)
     n, k = expert_counts(opened.source.config)
     options = {"sparsity": asked, "method": method, "scope": scope, "dense": dense, "batch_size": batch_size}

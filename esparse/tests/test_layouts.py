@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import esparse
 from esparse.folder import INDEX, SINGLE
-from esparse.layout import PREDICTING, Checkpoint, Layout
+from esparse.layout import PREDICTING, Checkpoint, Layout, written_config
 from esparse.models import fingerprint, moe_layers
 from esparse.shards import Source
 from esparse.tests.conftest import random_model, random_tokens
@@ -53,6 +53,9 @@ def masked(model, plan) -> torch.Tensor:
 def published(model_type: str, folder: Path) -> Path:
     """A tiny composite checkpoint with the names of the published one, layers that predict further tokens included."""
     composite_model(model_type).save_pretrained(folder)
+    if model_type == "qwen3_vl_moe":  # on the hub experts are transposed, under the names of those that are not
+        state = tensors(folder)
+        return write(folder, {name: t.mT.contiguous() if ".mlp.experts." in name else t for name, t in state.items()})
     if model_type not in ("qwen3_5_moe", "qwen4_exp"):
         return folder
     state = tensors(folder)  # on the hub experts are stacked, those of the predicting layer are not
@@ -65,6 +68,7 @@ def published(model_type: str, folder: Path) -> Path:
         state[f"{start}gate_up_proj"] = torch.stack([torch.cat(pair) for pair in pairs])
         state[f"{start}down_proj"] = torch.stack(part["down_proj"])
     state |= {f"mtp.layers.0.mlp.experts.{e}.up_proj.weight": torch.randn(24, 32) for e in range(8)}
+    state |= {"mtp.table": torch.arange(9, dtype=torch.uint8), "mtp.small": torch.randn(4).to(torch.float8_e4m3fn)}
     return write(folder, state | {"mtp.fc.weight": torch.randn(32, 64)})
 
 
@@ -80,7 +84,9 @@ def test_the_text_model_inside_is_pruned_and_the_rest_is_carried(model_type, tmp
     assert all(name.startswith("mtp.") for name in found["unexpected_keys"])
     assert torch.allclose(run(small), masked(whole, plan), rtol=0, atol=1e-5)
     before, after = tensors(source), tensors(tmp_path / "pruned")
-    text = Checkpoint(Source(source), Layout(Source(source).config, 6)).used
+    layout = Layout(Source(source).config, 6)
+    text = Checkpoint(Source(source), layout).used
+    assert all(after[name].shape == shape for name, shape in layout.small.items() if name in after)
     assert report["carried"] == len(before.keys() - set(text)) > 3 and not report["left_out"]
     assert all(torch.equal(after[name], before[name]) for name in before.keys() - set(text))
     assert set(json.loads((tmp_path / "pruned" / INDEX).read_text())["weight_map"]) == after.keys()
@@ -92,11 +98,28 @@ def test_a_composite_is_loaded_traced_and_saved_as_stock_loads_it(tmp_path, tiny
     tiny[1].save_pretrained(source)
     model, tokenizer = esparse.load_model(str(source))
     assert type(model) is transformers.MiniMaxM3SparseForConditionalGeneration
+    assert fingerprint(esparse.load_model(str(source), dtype="bf16")[0]) == fingerprint(model)
     plan = esparse.search_experts(esparse.trace(model, TOKENS, keep=6), 6)
     esparse.save_model(esparse.prune(model, plan), tokenizer, tmp_path / "memory", plan)
     esparse.prune_checkpoint(source, tmp_path / "disk", plan)
     one, other = tensors(tmp_path / "memory"), tensors(tmp_path / "disk")
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_quantised_weights_may_be_told_of_by_the_text_part(tmp_path):
+    source = published("kimi_k25", tmp_path / "source")
+    entries = json.loads((source / "config.json").read_text())
+    state = {name: tensor.bfloat16() for name, tensor in tensors(source).items()}
+    for name in [name for name in state if name.startswith("language_model") and name.endswith("proj.weight")]:
+        scale = torch.rand([size // 8 for size in state[name].shape]) + 0.5
+        state |= {name: state[name].to(torch.float8_e4m3fn), f"{name}_scale_inv": scale}
+    told = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [8, 8]}}
+    write(source, state, text_config=entries["text_config"] | told, transformers_weights=SINGLE)
+    report = esparse.prune_checkpoint(source, tmp_path / "whole", 8, calibration=TOKENS, method="reap")
+    assert report["quantised"] == "fp8" and "quantization_config" not in (tmp_path / "whole" / "config.json").read_text()
+    kind = transformers.AutoModelForImageTextToText
+    before, after = (kind.from_pretrained(folder, dtype=torch.bfloat16) for folder in (source, tmp_path / "whole"))
+    assert all(torch.equal(after.state_dict()[name], tensor) for name, tensor in before.state_dict().items())
 
 
 # --- any layout -----------------------------------------------------------------------------------------------------------
@@ -194,6 +217,20 @@ def test_whatever_stock_loads_is_pruned_and_nothing_else(how, tmp_path_factory):
     shutil.rmtree(folder.parent)
 
 
+@pytest.mark.parametrize(("family", "other"), [("qwen2_moe", "num_local_experts"), ("granitemoe", "num_experts")])
+def test_a_count_that_the_model_does_not_know_is_none(family, other, tmp_path):
+    model = family_model(family)
+    model.save_pretrained(tmp_path / "source")
+    write(tmp_path / "source", tensors(tmp_path / "source"), **{other: 16})
+    esparse.prune_checkpoint(tmp_path / "source", tmp_path / "pruned", 6, calibration=TOKENS, method="reap")
+    small = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
+    assert {layer.n for layer in moe_layers(small)} == {6}
+    assert torch.allclose(run(small), masked(model, esparse.PruningPlan.load(tmp_path / "pruned/plan.json")), rtol=0, atol=1e-5)
+    config = transformers.Qwen2MoeConfig(num_local_experts=60)  # as many as Qwen2-MoE has where nothing is said
+    entries, _ = written_config({"num_local_experts": 60}, config, 6, predicting=False)
+    assert transformers.Qwen2MoeConfig(**entries).num_experts == 6
+
+
 # --- saving and telling models apart --------------------------------------------------------------------------------------
 
 
@@ -208,6 +245,16 @@ def test_a_model_read_from_stacked_experts_is_saved_in_the_published_layout(tmp_
     one, other = tensors(tmp_path / "saved"), tensors(tmp_path / "published")
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["output_router_logits"] is False
+
+
+def test_a_model_that_is_held_quantised_is_saved_with_what_says_so(tmp_path, tiny):
+    model = random_model("mixtral", 8, 2, dtype=torch.float32)
+    model.config.quantization_config = transformers.FineGrainedFP8Config(weight_block_size=(16, 16))
+    model._weight_conversions = []  # as transformers would have it for a model that is read as it is held
+    esparse.save_model(model, tiny[1], tmp_path / "saved")
+    said = json.loads((tmp_path / "saved" / "config.json").read_text())["quantization_config"]
+    assert said["quant_method"] == "fp8" and said["weight_block_size"] == [16, 16]
+    assert tensors(tmp_path / "saved").keys() == model.state_dict().keys()
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])

@@ -267,7 +267,9 @@ def test_a_broken_source_is_named_before_any_layer_runs(how, words, tmp_path, mo
     monkeypatch.setattr(streaming.CheckpointWalk, "run", lambda *_: pytest.fail("a layer ran"))
     with pytest.raises(ValueError, match=words):
         esparse.prune_checkpoint(broken(tmp_path / "source", how), tmp_path / "pruned", 6, calibration=TOKENS)
-    assert not (tmp_path / "pruned").exists()
+    with pytest.raises(ValueError, match=words):
+        esparse.prune_weights_checkpoint(tmp_path / "source", tmp_path / "pruned", 0.5, calibration=TOKENS)
+    assert not list(tmp_path.glob("*pruned*"))  # no unfinished work either, which another source could not take up
 
 
 @pytest.mark.usefixtures("impatient")
