@@ -290,8 +290,10 @@ def prune_checkpoint(
     source: a local folder of safetensors, or a hub id. destination: a folder of the same kind, with tokenizer, index,
     `plan.json`, a model card and `pruning_report.json`, which is also returned: kept experts, losses, betas, seconds, peak
     memory, versions, the calibration set, the tensors ("left_out") and files ("not_copied") of the source that do not go
-    along, and in a sentence where skipping would be top-1 routing (`traces.nearly_top1`). Weights are copied bit by bit;
-    block FP8 and MXFP4 are written as bfloat16.
+    along, and in a sentence where skipping would be top-1 routing (`traces.nearly_top1`). Weights are copied bit by bit and
+    written in the layout that transformers publishes, whatever the source's is; FP8 and MXFP4 become bfloat16. In a composite
+    checkpoint the language model is pruned, and every other tensor is carried as it is stored, layers that predict further
+    tokens with all their experts.
     calibration: a corpus or path as for `calibration_tokens`, or token ids [sequences, length]. method: as for
     `search_experts`. dtype: what to compute in, or its name (None: what most weights are of). batch_size: sequences a pass.
 
