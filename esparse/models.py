@@ -25,7 +25,8 @@ def count_names(holder: object, n: int | None = None) -> list[str]:
 
 def is_known(holder: object, name: str) -> bool:
     """Whether a config's class has an entry of that name: it may hold others, of which the model knows nothing."""
-    return hasattr(type(holder), name) or name in getattr(holder, "attribute_map", {})
+    mapped = getattr(holder, "attribute_map", {})
+    return hasattr(type(holder), name) or name in (*mapped, *mapped.values())
 
 
 @dataclass
