@@ -260,7 +260,7 @@ def write_random_checkpoint(folder: Path, shape: Mapping[str, object], experts: 
     config.architectures = ["MixtralForCausalLM"]
     layout, generator, places = Layout(config, experts), torch.Generator().manual_seed(seed), {}
     for number in (None, *range(layout.layers)):
-        names = [name for name in layout.full if layout.layer_number(name) == number]
+        names = layout.published_names(number)
         state = {name: torch.empty(layout.full[name], dtype=torch.bfloat16) for name in names}
         for name, tensor in state.items():
             tensor.fill_(1.0) if "norm" in name else tensor.normal_(0.0, 0.02, generator=generator)

@@ -149,6 +149,11 @@ class Group:
     converter: WeightConverter | None = None
     names: dict[str | None, list[str]] = field(default_factory=dict)  # by source pattern, in transformers' order
 
+    @property
+    def all(self) -> list[str]:
+        """Every name, whatever its pattern."""
+        return [name for names in self.names.values() for name in names]
+
     def make(self, model, read: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
         """The parameters, from the tensors that `read` gives, in their own dtype."""
         if self.converter is None:
@@ -230,16 +235,10 @@ class Layout:
         """The published names that make each parameter."""
         return grouped(self.model, self.full)
 
-    def layer_number(self, name: str) -> int | None:
-        """The decoder layer that a published name belongs to, or None."""
-        return self._published_layer[name]
-
-    @cached_property
-    def _published_layer(self) -> dict[str, int | None]:
-        found: dict[str, int | None] = {}
-        for parameter, group in self.published.items():
-            found |= dict.fromkeys((name for names in group.names.values() for name in names), self._layer_of.get(parameter))
-        return found
+    def published_names(self, number: int | None) -> list[str]:
+        """The published names of the text model's parameters in one decoder layer, or outside of all (None)."""
+        groups = (self.published.get(parameter) for parameter in self.parameters(number))
+        return [name for group in groups if group for name in group.all]
 
     def cut(self, name: str, kept: Sequence[int]) -> tuple[str | None, int | None]:
         """A published name's new one (None, where it goes with its expert), and the axis to cut to the kept experts (or
@@ -302,11 +301,11 @@ class Checkpoint:
 
     def _published(self, parameter: str) -> str:
         group = self.layout.published.get(parameter)
-        return parameter if group is None else next(iter(group.names.values()))[0]
+        return parameter if group is None else group.all[0]
 
     def _check(self, group: Group) -> list[str]:
         """The parameters that a group makes, if they are those of the model."""
-        for name in (name for names in group.names.values() for name in names):
+        for name in group.all:
             self.source.entries[name].check(name, whole_numbers=group.parameter in self.layout.tables)
         made = self._outline(group)
         for name, shape in made.items():
@@ -329,10 +328,9 @@ class Checkpoint:
             entry, full = self.source.entries[name], self.layout.full[published]
             if entry.shape != full:
                 return f"{entry.file}: tensor {name} is of shape {list(entry.shape)}, but its config asks for {list(full)}."
-        stored = [name for names in group.names.values() for name in names]
-        wanted = self.layout.published.get(group.parameter)
-        lacking = [name for names in wanted.names.values() for name in names if name not in stored] if wanted else []
-        if lacking and len(lacking) < len(self.layout.full) and set(stored) & set(self.layout.full):
+        stored, wanted = group.all, self.layout.published.get(group.parameter)
+        lacking = [name for name in wanted.all if name not in stored] if wanted else []
+        if lacking and any(name in self.layout.full for name in stored):
             return f"{self.source.folder} has no tensor {lacking[0]}, which its config asks for."
         asked, gives = list(self.layout.shapes[group.parameter]), f"make {list(shape)}" if shape else "do not fit together"
         return (
@@ -340,12 +338,12 @@ class Checkpoint:
             f"for {asked} in {parameter}."
         )
 
-    def _pairs(self, group: Group) -> list[tuple[str, str]] | None:
-        """Stored names with the published names that they stand for, or None where the folder has another layout, be it
-        one of the same names, such as experts stored transposed."""
+    def _pairs(self, group: Group) -> list[tuple[str, str]]:
+        """Stored names with the published names that they stand for; none where the folder has another layout, be it one of
+        the same names, such as experts stored transposed."""
         pairs = self._counterparts(group)
         alike = all(self.source.entries[stored].shape == self.layout.full[published] for stored, published in pairs)
-        return pairs if pairs and alike else None
+        return pairs if alike else []
 
     def _counterparts(self, group: Group) -> list[tuple[str, str]]:
         """Stored names with the published names in their place, none where those are others or of another number."""
@@ -363,7 +361,7 @@ class Checkpoint:
     @cached_property
     def used(self) -> list[str]:
         """The stored names that make a parameter of the text model."""
-        return [name for group in self.groups.values() for names in group.names.values() for name in names]
+        return [name for group in self.groups.values() for name in group.all]
 
     @cached_property
     def _others(self) -> list[str]:
@@ -382,8 +380,7 @@ class Checkpoint:
 
     def stored(self, number: int | None) -> list[str]:
         """The stored names that a decoder layer is made of, or what is outside of all (None)."""
-        groups = self._groups(self.layout.parameters(number))
-        return [name for group in groups for names in group.names.values() for name in names]
+        return [name for group in self._groups(self.layout.parameters(number)) for name in group.all]
 
     def _groups(self, parameters: Iterable[str]) -> list[Group]:
         return list({id(group): group for name in parameters if (group := self.of.get(name))}.values())
@@ -412,7 +409,7 @@ class Checkpoint:
 
     def dtype(self, parameter: str) -> torch.dtype:
         """The dtype that a parameter is stored in."""
-        return self.source.entries[next(iter(self.of[parameter].names.values()))[0]].dtype
+        return self.source.entries[self.of[parameter].all[0]].dtype
 
     def lazily(self, number: int | None) -> dict[str, "_Lazy"]:
         """A decoder layer's state dict (or the rest's), by the text model's names, read when transformers asks for it."""
@@ -431,12 +428,11 @@ class Checkpoint:
         """A decoder layer (or the rest) as the smaller model has it: tensors by published name, in their stored dtype."""
         state, others = {}, {}
         for group in self._groups(self.layout.parameters(number)):
-            pairs = self._pairs(group)
-            if pairs is None:
+            if pairs := self._pairs(group):
+                state |= dict(self._cut(group, pairs, kept))
+            else:
                 made = group.make(self.layout.model, self.source.read)
                 others |= {name: self._smaller(tensor, group, self.layout.axes[name], kept) for name, tensor in made.items()}
-            else:
-                state |= dict(self._cut(group, pairs, kept))
         return state | revert_weight_conversion(self.layout.small_model, others)
 
     def _cut(self, group: Group, pairs: Sequence[tuple[str, str]], kept: Sequence[int]) -> Iterator[tuple[str, torch.Tensor]]:

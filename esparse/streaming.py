@@ -98,8 +98,7 @@ class Streamed:
         with _little_memory():
             model, found = kind.from_pretrained(None, state_dict=state, **options)
         layout = self.checkpoint.layout  # of a layer, its own weights alone are asked for
-        mine = found["missing_keys"] & {layout.text_names[name] for name in layout.parameters(number)}
-        if lacking := found["missing_keys"] if number is None else mine:
+        if lacking := found["missing_keys"] & {layout.text_names[name] for name in layout.parameters(number)}:
             raise ValueError(f"{self.checkpoint.source.folder} lacks weights of the model: {', '.join(sorted(lacking))}.")
         return model.eval().to(self.device)
 
@@ -332,7 +331,7 @@ def _prune_as_planned(source: str | Path, destination: str | Path, plan: Pruning
     opened = _open(source, revision, plan.r)
     about = _origin(opened, source, revision)
     about |= {"method": plan.method, "r": plan.r, "calibration set": plan.tokens}
-    records = _records_of(plan, Streamed(opened, None))
+    records = _records_of(plan, Streamed(opened))
     progress = Progress(destination, {"source": opened.source.fingerprint, "plan": digest(asdict(plan))}, opened.check_finite)
     writer = ShardWriter(opened, progress.out)
     for number in tqdm(range(len(progress.records()), len(records)), desc="layers", unit="layer"):
