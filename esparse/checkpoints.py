@@ -8,13 +8,12 @@ import transformers
 from safetensors import SafetensorError
 from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
-from .corpora import from_hub
 from .files import data_folder, local_folder, new_folder, read_json, write_json, write_text
 from .folder import CONFIG, PLAN, SKIPPING_FILE, tensors
 from .layout import Checkpoint, Layout, count_experts, stock_class, written_config
 from .models import moe_blocks, moe_layers, remember_stored
 from .pruning import PruningPlan
-from .shards import Source, described, fetch, read_config
+from .shards import Source, described, fetch, model_from_hub, read_config
 from .skips import disable_skipping, enable_skipping, skipping_betas
 from .training import PRESETS, preset_model
 
@@ -180,8 +179,7 @@ def _fetch(kind, source: str, **options):
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError, ImportError) as error:
             return error  # of what is there, not of getting it
 
-    what, offline = f"the model {source!r}", "offline there are 'tiny' and local folders"
-    found = load() if Path(source).is_dir() else from_hub(load, what, source, offline)
+    found = load() if Path(source).is_dir() else model_from_hub(load, source)
     if not isinstance(found, Exception):
         return found
     line = (str(found).strip() or type(found).__name__).splitlines()[0]

@@ -63,8 +63,8 @@ def alike(one, other) -> bool:
 
 
 def save_figure(name: str, data: dict, folder: str | Path) -> Figure:
-    """Draw a figure and save NAME.png, NAME.pdf and the numbers behind it, `rounded`, as NAME.json; the same bytes every
-    time."""
+    """Draw a figure and save NAME.png, NAME.pdf and the numbers behind it, `rounded`, as NAME.json; the same picture every
+    time, and but for the layout's last bits the same bytes."""
     folder, data = Path(folder), rounded(data)
     figure = draw(name, data)
     folder.mkdir(parents=True, exist_ok=True)

@@ -9,12 +9,11 @@ import torch
 
 from .benchmark import seconds_of
 from .checkpoints import read_dtype
-from .corpora import from_hub
 from .files import local_folder
 from .folder import named
 from .layout import Checkpoint, Layout, expert_counts, text_model, with_experts
 from .models import decoder_layers, find_moe
-from .shards import DTYPES, FP8, Source, described, quantisation, read_config
+from .shards import DTYPES, FP8, Source, described, model_from_hub, quantisation, read_config
 
 GB = 1e9
 
@@ -154,7 +153,7 @@ def _info(source: str, revision: str | None):
     from huggingface_hub import HfApi
 
     load = lambda: HfApi().model_info(source, revision=revision, files_metadata=True)  # noqa: E731
-    return from_hub(load, f"the model {source!r}", source, "a local folder works offline")
+    return model_from_hub(load, source)
 
 
 def _download(source: str, folder: Path, revision: str | None) -> str:

@@ -1,7 +1,7 @@
 """Checkpoints as folders of safetensors, read one tensor at a time."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -214,4 +214,9 @@ def _download(source: str | Path, revision: str | None, wanted: list[str]) -> Pa
     from huggingface_hub import snapshot_download
 
     load = lambda: snapshot_download(str(source), revision=revision, allow_patterns=wanted)  # noqa: E731
-    return Path(from_hub(load, f"the model {str(source)!r}", str(source), "a local folder works offline"))
+    return Path(model_from_hub(load, source))
+
+
+def model_from_hub(load: Callable, source: str | Path):
+    """`from_hub` of a model: the page and what works offline are those of models."""
+    return from_hub(load, f"the model {str(source)!r}", str(source), "offline there are 'tiny' and local folders")
