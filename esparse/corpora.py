@@ -1,9 +1,9 @@
-"""Calibration sets: documents from the hub, from local files or made here, packed as the paper packs them."""
+"""Calibration sets: documents from the hub, local files or the tiny model's corpora, packed as in the paper."""
 
 import random
 import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -13,15 +13,8 @@ from .files import data_folder
 
 HUB = {"c4": "allenai/c4", "math": "EleutherAI/hendrycks_math", "gsm8k": "openai/gsm8k", "metamath": "meta-math/MetaMathQA"}
 SYNTHETIC = ("web", "arithmetic")
-_MATH_SUBJECTS = (
-    "algebra",
-    "counting_and_probability",
-    "geometry",
-    "intermediate_algebra",
-    "number_theory",
-    "prealgebra",
-    "precalculus",
-)
+_MATH_SUBJECTS = ("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory")
+_MATH_SUBJECTS += ("prealgebra", "precalculus")
 _C4_FILES = {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"}
 
 
@@ -32,36 +25,39 @@ def calibration_tokens(
 
     corpus: "c4", "math", "gsm8k" or "metamath" (from the hub, or its local cache), "web" or "arithmetic" (synthetic,
     offline), each with an optional split as in "gsm8k/test", "c4/validation" or "web/heldout"; or a path to a file of
-    .txt, .json, .jsonl, .ndjson, .csv or .tsv, packed as .gz or not, .parquet or .arrow, or to a folder of them, which goes
-    before the hub's where it is called like one, with "/heldout" behind it for the fifth of its documents that "/rest"
-    leaves out; or several with plus signs between them, whose sequences then take turns: of "code.jsonl*3+c4" three of the
+    .txt, .json, .jsonl, .ndjson, .csv or .tsv, each also gzipped, .parquet or .arrow, or to a folder of them. A path that
+    exists takes precedence over a hub corpus of the same name; "/heldout" after it takes a fifth of its documents, "/rest"
+    the others. A mix joins corpora with plus signs and takes their sequences in turn: "code.jsonl*3+c4" takes three of the
     first, then one of the second.
-    Records may have `text`, `problem` and `solution`, `question` and `answer`, `query` and `response`, or `content`, which
-    are read as plain text; or `messages` or `conversations`, `instruction` (with `input` or `context`) and `output` or
-    `response`, or `prompt` and `completion` or `response`, which go through the tokenizer's chat template, and where it has
-    none are joined by blank lines. Records without text are left out.
+    Records may hold plain text: `text`, `problem` and `solution`, `question` and `answer`, `query` and `response`, or
+    `content`; or a conversation: `messages` or `conversations`, `instruction` (with `input` or `context`) and `output` or
+    `response`, or `prompt` and `completion` or `response`. A conversation goes through the tokenizer's chat template; without
+    one, blank lines join its turns. Records without text are left out.
     protocol "paper" (A.7): shuffle with the seed, take the first 16 x sequences documents, tokenise one by one with BOS,
     pack each batch of 1,000 documents, drop its remainder, cut to length.
     Raises ValueError for an unknown corpus or protocol, a malformed line, turns that the template refuses, or too little
-    text; FileNotFoundError for a path that is not there; OSError where the hub cannot be reached or does not grant access.
+    text; FileNotFoundError for a path that does not exist; OSError where the hub cannot be reached or denies access.
     """
     if protocol != "paper":
         raise ValueError(f"Unknown protocol {protocol!r}: there is 'paper'.")
     if sequences < 1 or length < 1:
         raise ValueError(f"sequences and length must be at least 1, got {sequences} and {length}.")
-    mixed = parts(corpus)
-    if len(mixed) > 1:
-        rounds, shape = -(-sequences // sum(weight for _, weight in mixed)), {"length": length, "seed": seed}
-        drawn = [calibration_tokens(name, tokenizer, sequences=rounds * weight, **shape) for name, weight in mixed]
+    mix = parts(corpus)
+    if len(mix) > 1:
+        rounds = -(-sequences // sum(weight for _, weight in mix))
+        shape = {"length": length, "seed": seed}
+        drawn = [calibration_tokens(name, tokenizer, sequences=rounds * weight, **shape) for name, weight in mix]
         return torch.cat([rows.unflatten(0, (rounds, -1)) for rows in drawn], 1).flatten(0, 1)[:sequences]
-    corpus = mixed[0][0]
-    found = documents(corpus)
-    order = list(range(len(found)))
+    corpus = mix[0][0]
+    every = documents(corpus)
+    order = list(range(len(every)))
     random.Random(seed).shuffle(order)
-    chosen = [found[i] for i in order[: 16 * sequences]]
-    rows = [row for start in range(0, len(chosen), 1000) for row in _pack(chosen[start : start + 1000], tokenizer, length)]
+    chosen, rows, total = [every[i] for i in order[: 16 * sequences]], [], 0
+    for start in range(0, len(chosen), 1000):
+        packed = [token for document in chosen[start : start + 1000] for token in _ids(tokenizer, document)]
+        rows += [packed[i : i + length] for i in range(0, len(packed) - length + 1, length)]
+        total += len(packed)
     if len(rows) < sequences:
-        total = sum(len(_ids(tokenizer, document)) for document in chosen)
         raise ValueError(
             f"The corpus {corpus!r} is too short: its {len(chosen)} documents have {total} tokens, which pack into {len(rows)} "
             f"sequences of {length}, not {sequences}; ask for fewer or shorter sequences, or take a larger corpus."
@@ -74,63 +70,58 @@ def _ids(tokenizer, document: Document) -> list[int]:
         return tokenizer(plain(document), verbose=False).input_ids
     from jinja2 import TemplateError
 
-    refused = None
+    reason = None
     for turns in (document, alternating(document)):
         try:  # the template writes BOS itself
             return tokenizer.apply_chat_template(turns, return_dict=False, tokenizer_kwargs={"verbose": False})
         except (TemplateError, TypeError, ValueError) as error:
-            refused = refused or error
+            reason = reason or _first_line(error)
     roles = ", ".join(turn["role"] for turn in document[:8])
     raise ValueError(
-        f"The tokenizer's chat template refuses ({_first_line(refused)}) the conversation of {roles} that begins "
+        f"The tokenizer's chat template refuses ({reason}) the conversation of {roles} that begins "
         f"{plain(document)[:40]!r}: leave it out of the corpus."
     )
 
 
-def _pack(some: Sequence[Document], tokenizer, length: int) -> Iterator[list[int]]:
-    joined = [token for document in some for token in _ids(tokenizer, document)]
-    for start in range(0, len(joined) - length + 1, length):
-        yield joined[start : start + length]
-
-
 def parts(corpus: str) -> list[tuple[str, int]]:
-    """The corpora of a mix, each with its weight: those of "a*3+b" are ("a", 3) and ("b", 1). A path that is there stays
-    whole, whatever it holds. Raises ValueError for a weight that is no whole number from 1 on, or an empty name."""
-    words, found = corpus.split("+"), []
+    """The corpora of a mix with their weights: ("a", 3) and ("b", 1) for "a*3+b". An existing path may contain these signs.
+    Raises ValueError for an empty name, or a weight that is no whole number from 1 on."""
+    words, mix = corpus.split("+"), []
     while words:
         heads = [_weighted("+".join(words[:count])) for count in range(len(words), 0, -1)]
-        name, weight = next((head for head in heads if _is_there(head[0]) and head[1].isdecimal()), heads[-1])
+        name, weight = next((head for head in heads if _exists(head[0]) and head[1].isdecimal()), heads[-1])
         if not name or not weight.isdecimal() or not int(weight):
             raise ValueError(f"{corpus!r} is no corpus: a weight is a whole number from 1 on, as in code.jsonl*3+c4.")
-        found.append((name, int(weight)))
+        mix.append((name, int(weight)))
         words = words[name.count("+") + 1 :]
-    return found
+    return mix
 
 
 def _weighted(word: str) -> tuple[str, str]:
-    """A corpus and its weight as written, "1" where there is none."""
-    if _is_there(word):
+    """A corpus and its weight as written; "1" where there is none."""
+    if _exists(word):
         return word, "1"
-    name, _, weight = word.rpartition("*") if "*" in word else (word, "", "1")
-    return name.strip(), weight.strip()
+    name, sign, weight = word.rpartition("*")
+    return (name.strip(), weight.strip()) if sign else (word.strip(), "1")
 
 
-def _is_there(name: str) -> bool:
+def _exists(name: str) -> bool:
     return is_local(name) or is_local(re.sub("/(rest|heldout)$", "", name))
 
 
 def is_local(name: str) -> bool:
-    """Whether a name is that of a file or folder that is there, which goes before a corpus of the hub called alike."""
-    return name not in ("", *SYNTHETIC, *(f"{one}/heldout" for one in SYNTHETIC)) and Path(name).exists()
+    """Whether a name is the path of a file or folder, which takes precedence over a hub corpus of the same name."""
+    return name not in ("", *SYNTHETIC, *(f"{corpus}/heldout" for corpus in SYNTHETIC)) and Path(name).exists()
 
 
 def documents(corpus: str) -> Sequence[Document]:
-    """The documents of a corpus, see `calibration_tokens`."""
+    """The documents of a corpus; see `calibration_tokens`."""
     if is_local(corpus):
         return read_documents(Path(corpus))
     path, _, part = corpus.rpartition("/")
     if part in ("heldout", "rest") and is_local(path):
-        return [one for one in read_documents(Path(path)) if _is_held_out(one) == (part == "heldout")]
+        held_out = lambda document: zlib.crc32(plain(document).encode()) % 5 == 0  # noqa: E731
+        return [document for document in read_documents(Path(path)) if held_out(document) == (part == "heldout")]
     name, _, split = corpus.partition("/")
     if name in SYNTHETIC:
         path = data_folder() / "corpora" / f"{name}.{split or 'calibration'}.jsonl.gz"
@@ -138,19 +129,15 @@ def documents(corpus: str) -> Sequence[Document]:
             raise ValueError(f"The corpus {corpus!r} has no such split: there are '{name}' and '{name}/heldout'.")
         return read_documents(path)
     if name in HUB:
-        return _Documents(_from_hub(name, split or "train"))
+        return _HubDocuments(_from_hub(name, split or "train"))
     if Path(corpus).suffix:
         return read_documents(Path(corpus))
     known = ", ".join([*HUB, *SYNTHETIC])
     raise ValueError(f"Unknown corpus {corpus!r}: choose from {known}, or give a path to {FORMS}, or to a folder of them.")
 
 
-def _is_held_out(document: Document) -> bool:
-    return zlib.crc32(plain(document).encode()) % 5 == 0
-
-
-class _Documents(Sequence):
-    """The documents of a hub data set, read as they are asked for: a C4 shard has 356,317."""
+class _HubDocuments(Sequence):
+    """The documents of a hub data set, each converted when it is indexed: a C4 shard has 356,317."""
 
     def __init__(self, dataset):
         self.dataset = dataset
@@ -181,10 +168,8 @@ def _from_hub(name: str, split: str):
 
 
 def from_hub(load: Callable, what: str, page: str, alternatives: str):
-    """`load()`, with the hub's ways to fail turned into one sentence.
-
-    Raises PermissionError naming the page to ask at (401, 403), or ConnectionError naming what works instead.
-    """
+    """`load()`. If the hub fails, raises a one-sentence PermissionError with the page that grants access (401, 403), or
+    ConnectionError with the alternatives."""
     try:
         return load()
     except (OSError, ValueError) as error:
@@ -200,10 +185,9 @@ def _first_line(error: BaseException) -> str:
 
 
 def _status(error: BaseException | None) -> int | None:
-    """The HTTP status in a chain of exceptions, if there is one."""
+    """The first HTTP status in a chain of exceptions."""
     while error is not None:
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        if status is not None:
+        if (status := getattr(getattr(error, "response", None), "status_code", None)) is not None:
             return status
         error = error.__cause__ or error.__context__
     return None

@@ -1,4 +1,4 @@
-"""Where the shipped data lies, and outputs that are either absent or complete."""
+"""Paths of the shipped data, and writing outputs so that they are either absent or complete."""
 
 import hashlib
 import json
@@ -15,10 +15,7 @@ PACKAGE = Path(__file__).resolve().parent
 
 
 def checkout() -> Path:
-    """The root of the checkout that this package runs from.
-
-    Raises FileNotFoundError when the package was installed without its notebooks, as from a wheel.
-    """
+    """The root of the checkout. Raises FileNotFoundError where the package was installed without its notebooks."""
     if (PACKAGE.parent / "notebooks").is_dir():
         return PACKAGE.parent
     raise FileNotFoundError("The notebooks are not part of the installed package: clone the repository and run this there.")
@@ -31,7 +28,7 @@ def data_folder() -> Path:
 
 
 def local_folder(source: str | Path) -> Path | None:
-    """The folder that a model's name means, or None for a hub id. Raises FileNotFoundError for a path that is not there."""
+    """The folder of the model with this name; None for a hub id. Raises FileNotFoundError for a path that does not exist."""
     if str(source) == "tiny":
         return data_folder() / "tiny"
     if Path(source).is_dir():
@@ -42,7 +39,7 @@ def local_folder(source: str | Path) -> Path | None:
 
 
 def refuse_existing(path: str | Path) -> Path:
-    """The path, if nothing is there yet; FileExistsError otherwise, NotADirectoryError where it would lie below a file."""
+    """Returns the path. Raises FileExistsError if it exists, NotADirectoryError if it would lie below a file."""
     if Path(path).exists():
         raise FileExistsError(f"{path} already exists: choose another destination, or remove it first.")
     if (file := next((parent for parent in Path(path).parents if parent.is_file()), None)) is not None:
@@ -52,20 +49,20 @@ def refuse_existing(path: str | Path) -> Path:
 
 @contextmanager
 def new_folder(destination: str | Path) -> Iterator[Path]:
-    """A folder to fill, renamed to `destination` at the end; on an error nothing stays behind."""
+    """A temporary folder that is renamed to `destination` at the end, or removed after an error."""
     destination = refuse_existing(destination)
     destination.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
     try:
         yield temporary
-        temporary.chmod(0o755)  # mkdtemp makes private folders
+        temporary.chmod(0o755)  # mkdtemp's folders are private
         os.replace(temporary, destination)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a file under a temporary name, then rename it: a reader sees the old one or the whole new one."""
+    """Write a file under a temporary name, then rename it: a reader sees the old file or the whole new one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -81,7 +78,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def read_json(path: str | Path, what: str) -> Any:
-    """Parsed JSON; FileNotFoundError or ValueError, in terms of `what` the file should be."""
+    """Parsed JSON. The errors (FileNotFoundError, OSError, ValueError) say `what` the file should be."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -109,5 +106,5 @@ def versions() -> dict[str, str]:
 
 
 def digest(*parts: Any) -> str:
-    """A short stable name for a value that JSON can hold."""
+    """A digest of JSON values, 16 hexadecimal digits."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,7 +1,7 @@
-"""A grouped matrix product for any GPU that Triton knows: rows sorted by expert, each times its expert's weights.
+"""A grouped matrix product for any GPU that Triton supports: rows sorted by expert, each times its expert's weights.
 
 torch's own grouped product is fast on Hopper in bf16; elsewhere it waits for the host and loops. This one never waits:
-its grid is an upper bound, and a program that finds no rows for itself ends at once, without reading a weight.
+its grid is an upper bound, and a program without rows ends before reading weights.
 """
 
 import warnings
@@ -23,7 +23,7 @@ if triton is not None:
         SIZE: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     ):  # fmt: skip
         """out[rows of e, columns] = x[rows of e] @ w[e]; x [rows, SIZE], w [n, SIZE, width], ends [n] int32."""
-        # Which expert this program's block of rows belongs to: experts have as many blocks as their rows fill.
+        # The expert of this program's block of rows: each expert has as many blocks as its rows fill.
         block, number = tl.program_id(0), tl.arange(0, EXPERTS)
         until = tl.load(ends + number, mask=number < n, other=0)
         since = tl.load(ends + number - 1, mask=(number > 0) & (number < n), other=0)
@@ -54,9 +54,9 @@ if triton is not None:
 
 
 def blocking(rows: int, n: int, width: int, dtype: torch.dtype) -> dict[str, int]:
-    """The kernel's block sizes and pipeline: few rows wait for weights, which come in long lines, to as many programs as keep
-    a GPU busy; many wait for arithmetic."""
-    wide = 2 if dtype == torch.float32 else 1  # float32 fills shared memory and registers twice as fast
+    """The kernel's block sizes and pipeline. With few rows, reading weights takes the time: many programs read long lines. With
+    many rows, arithmetic takes it."""
+    wide = 2 if dtype == torch.float32 else 1  # float32 takes twice the shared memory and registers
     sizes = {"ROWS": 16, "COLUMNS": 64 if width > 8192 else 32, "DEPTH": 128 // wide, "num_warps": 4, "num_stages": 4}
     if rows > 16 * n:
         sizes = {"ROWS": 64, "COLUMNS": 128 // wide, "DEPTH": 64 // wide, "num_warps": 4, "num_stages": 3}
@@ -64,24 +64,24 @@ def blocking(rows: int, n: int, width: int, dtype: torch.dtype) -> dict[str, int
 
 
 def launch(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """The kernel on tensors as `product` takes them; rows behind the last end stay as they were in memory."""
+    """The kernel, with the arguments of `product`; rows after the last end are not initialised."""
     (count, size), (n, _, width) = rows.shape, weight.shape
     out = rows.new_empty(count, width)
     sizes = blocking(count, n, width, rows.dtype)
-    # As many blocks as there are if each expert's last one is not full; never more than there are rows.
+    # An upper bound on the blocks: each expert's last one may not be full.
     grid = (min(count, -(-count // sizes["ROWS"]) + n), -(-width // sizes["COLUMNS"]))
     strides = (*rows.stride(), *weight.stride(), out.stride(0))
-    with torch.cuda.device_of(rows):  # Triton launches on the current device, whatever its arguments lie on
+    with torch.cuda.device_of(rows):  # Triton launches on the current device, not on its arguments'
         _product[grid](rows, weight, out, ends, width, n, *strides, SIZE=size, **sizes)
     return out
 
 
 @torch.library.custom_op("esparse::grouped_product", mutates_args=())
 def product(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """[rows, size] by [n, size, width] -> [rows, width]: row i times the weights of the expert whose rows end behind i.
+    """[rows, size] by [n, size, width] -> [rows, width]: each row times the weights of its expert.
 
-    rows: sorted by expert. ends: int32 [n], where each expert's rows end; what lies behind the last end is not computed.
-    An operator of its own, so that torch.compile need not look inside. Off the GPU: one product after another.
+    rows: sorted by expert. ends: int32 [n], the end of each expert's rows; rows after the last end are not computed.
+    torch.compile treats it as one operator. Off the GPU: one product after another.
     """
     if rows.is_cuda:
         return launch(rows, weight, ends)
@@ -101,7 +101,7 @@ _works: dict[tuple[torch.device, torch.dtype], bool] = {}
 
 
 def works(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernel compiles for this GPU and dtype and multiplies rightly there, tried once on a small product."""
+    """Whether the kernel compiles for this GPU and dtype and multiplies correctly; tried once, on a small product."""
     if (device, dtype) not in _works:
         _works[device, dtype] = triton is not None and _try(device, dtype)
     return _works[device, dtype]
@@ -116,7 +116,7 @@ def _try(device: torch.device, dtype: torch.dtype) -> bool:
         if torch.allclose(found.float(), expected.float(), rtol=2e-2, atol=2e-1):
             return True
         reason = "its result is wrong"
-    except Exception as error:  # whatever a compiler or driver says: another path is there
+    except Exception as error:  # any compiler or driver error: another path exists
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     warnings.warn(
         f"esparse's grouped product does not run on {device} in {dtype} ({reason}): skipping is slower.", stacklevel=2

@@ -1,83 +1,46 @@
-"""Winning back what pruning cost (Table 4), rung by rung: closed-form scales, a choice among close subsets by what the
-whole model gives out, and three ways to train: the routers alone, expert by expert after the full model, everything."""
+"""Recover quality after pruning (Table 4): closed-form scales, a choice among close subsets by the whole model's output, and
+three ways to train: the routers alone, everything with expert-wise distillation, and everything by cross-entropy."""
 
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .experts import pair_outputs
-from .models import (
-    MoELayer,
-    check_fingerprint,
-    check_held,
-    check_tokens,
-    evaluating,
-    experts_implementation,
-    input_device,
-    modes_kept,
-    moe_layers,
-)
-from .processes import ranks, summed
-from .pruning import PruningPlan, masked
-from .search import ranked, subset_losses
-from .traces import LayerTrace, Trace, full_gram, part
-from .weights import restore_zeros, zeros
+from .checkpoints.models import load_model, save_model
+from .corpora import calibration_tokens
+from .files import refuse_existing
+from .machine import is_first, ranks, summed
+from .moe.experts import pair_outputs
+from .moe.identity import check_fingerprint
+from .moe.layers import MoELayer, experts_implementation, moe_layers
+from .moe.running import check_held, check_tokens, evaluating, input_device, modes_kept
+from .pruning.mask import masked
+from .pruning.plan import PruningPlan
+from .pruning.scores import ranked
+from .pruning.search import subset_losses
+from .pruning.weights import restore_zeros, zeros
+from .tracing.losses import expert_scales
+from .tracing.trace import Trace
 
-RUNGS = ("router", "experts", "tune")
-# Section 4.2 and A.7 of the paper: MetaMathQA on 16 GPUs; the batch it used is not printed.
+TRAINED_METHODS = ("router", "experts", "tune")
+# Section 4.2 and A.7 of the paper: MetaMathQA on 16 GPUs; it does not state the batch size.
 PAPER = {"steps": 900, "learning_rate": 2e-5, "schedule": "cosine"}
-ROUNDING = 1e-9  # of squares, below which two experts say the same
-ROWS = 4096  # tokens whose Gram is unpacked at once
-
-
-# --- closed-form scales ---------------------------------------------------------------------------------------------
-
-
-def expert_scales(layer: LayerTrace, kept: Sequence[int]) -> torch.Tensor:
-    """Factors s, float64 [r], of the kept experts' outputs that minimise sum_t ||sum_i s_i w_i f_i - z||^2 on the trace.
-
-    The normal equations are r x r: A_ij = sum_t w_i w_j <f_i, f_j>, b_i = sum_t w_i <f_i, z>. Solved for s - 1 by the
-    pseudo-inverse, so that an expert no token uses keeps its scale. Raises ValueError for subsets outside the trace.
-    """
-    kept = layer.check(kept)
-    column = torch.zeros(layer.n + 1, dtype=torch.long, device=layer.order.device)
-    column[kept] = torch.arange(len(kept), device=column.device)
-    system = torch.zeros(len(kept), len(kept), dtype=torch.float64, device=column.device)
-    target = torch.zeros(len(kept), dtype=torch.float64, device=column.device)
-    for start in range(0, len(layer.order), ROWS):
-        some = part(layer, slice(start, start + ROWS))
-        positions, weights = some.routing(kept)  # [tokens, k]
-        at, weights = column[some.order.gather(1, positions)], weights.double()
-        gram = full_gram(some).double().gather(1, positions[:, :, None].expand(-1, -1, some.order.shape[1]))  # [tokens, k, m]
-        inner = gram.gather(2, positions[:, None, :].expand(-1, some.k, -1))  # [tokens, k, k]
-        pairs = weights[:, :, None] * inner * weights[:, None, :]
-        system.index_put_((at[:, :, None].expand_as(pairs), at[:, None, :].expand_as(pairs)), pairs, accumulate=True)
-        if some.target_dot is None:
-            toward = (gram[:, :, : some.k] @ some.weights.double()[:, :, None]).squeeze(2)  # <f_i, z>, z the layer's own output
-        else:
-            toward = some.target_dot.double().gather(1, positions)
-        if some.router.shared:  # what the shared experts add otherwise than in z
-            before = some.weights.double().sum(1) if some.target_dot is None else some.router.total
-            toward = toward - gram[:, :, -1] * (before - weights.sum(1))[:, None]
-        target.index_put_((at,), weights * toward, accumulate=True)
-    system, target = layer.together(system), layer.together(target)
-    return 1 + torch.linalg.pinv(system, hermitian=True) @ (target - system.sum(1))
+ROUNDING = 1e-9  # ratio of squares below which two experts count as equal
 
 
 @torch.no_grad()
 def scale_experts(model, trace: Trace, plan: PruningPlan) -> list[list[float]]:
-    """Fold the closed-form scales into the experts of a model pruned to `plan`, in place; returns them, [layers][r].
+    """Fold closed-form scales into the experts of a model pruned to `plan`, in place. Returns the scales, [layers][r].
 
-    trace: of the full model, that the plan was made from. Raises ValueError where the model is not pruned to the plan, the
-    trace belongs to another model, a norm follows the experts' last map, which no scale of it can pass, or experts are
-    offloaded.
+    trace: the full model's, from which the plan was made. Raises ValueError if the model is not pruned to the plan, the
+    trace belongs to another model, a norm after the experts' last map undoes scales, or experts are offloaded.
     """
     layers = moe_layers(model)
     if trace.model != plan.model:
@@ -95,38 +58,21 @@ def scale_experts(model, trace: Trace, plan: PruningPlan) -> list[list[float]]:
     return [scale.tolist() for scale in scales]
 
 
-# --- a choice by what the whole model gives out ---------------------------------------------------------------------
-
-
-def divergence(model, tokens: torch.Tensor, expected: Sequence[torch.Tensor], batch_size: int = 8) -> float:
-    """Mean KL(expected || model) of next-token distributions, in nats, on tokens [sequences, length]."""
-    total = 0.0
-    for batch, before in zip(tokens.split(batch_size), expected, strict=True):
-        logits = _run(model, batch).logits
-        total += _kl(before.to(logits.device).float(), logits).item()
-    return total / tokens.numel()
-
-
-def _kl(expected: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """The sum over positions of KL between log-probabilities [..., vocabulary] and a model's logits."""
-    return nn.functional.kl_div(logits.float().log_softmax(-1), expected, log_target=True, reduction="sum")
-
-
 @torch.no_grad()
 def choose_by_output(
     model, trace: Trace, r: int, tokens: torch.Tensor, *, candidates: int = 4, batch_size: int = 8
 ) -> tuple[PruningPlan, dict]:
-    """The plan that takes, layer after layer, that of each layer's best few subsets after which the whole model says most
-    nearly what the full one says; beside it the mean KL before and after.
+    """A plan chosen layer by layer among each layer's best subsets, and the mean KL in nats {"before", "after"} the choice.
+    KL is the divergence of the whole model's next-token distributions from the full model's.
 
-    A layer's loss is not the model's quality: this asks the model, on a small validation split [sequences, length] that
-    shares nothing with the calibration set. candidates: subsets of each layer, by their reconstruction loss. Raises
-    ValueError as `subset_losses`, and for a trace of another model.
+    A layer's loss is not the model's quality, so this measures the model. tokens: a small validation split [sequences,
+    length] that shares nothing with the calibration set. candidates: the number of subsets per layer, least loss first.
+    Raises ValueError as `subset_losses` does, and for a trace of another model.
     """
     check_tokens(model, tokens)
     check_fingerprint(model, trace.model, "trace")
     with evaluating(model):
-        expected = [_run(model, batch).logits.float().log_softmax(-1).cpu() for batch in tokens.split(batch_size)]
+        expected = [_forward(model, batch).logits.float().log_softmax(-1).cpu() for batch in tokens.split(batch_size)]
     close = []
     for layer in trace.layers:
         subsets, losses = subset_losses(layer, r)
@@ -136,28 +82,36 @@ def choose_by_output(
         kept, losses = zip(*(options[i] for options, i in zip(close, chosen, strict=True)), strict=True)
         return PruningPlan("output", r, list(kept), list(losses), trace.model, trace.tokens)
 
-    def ask(chosen: list[int]) -> float:
+    def mean_kl(chosen: list[int]) -> float:
         with evaluating(model), masked(model, plan_of(chosen)):
-            return divergence(model, tokens, expected, batch_size)
+            found = (_forward(model, batch).logits for batch in tokens.split(batch_size))
+            return sum(_kl(e.to(f.device), f).item() for e, f in zip(expected, found, strict=True)) / tokens.numel()
 
     chosen = [0] * len(close)
-    before = best = ask(chosen)
+    before = best = mean_kl(chosen)
     for number, options in enumerate(tqdm(close, desc="choose by output", unit="layer")):
         for candidate in range(1, len(options)):
             tried = [*chosen[:number], candidate, *chosen[number + 1 :]]
-            if (found := ask(tried)) < best * (1 - 1e-6):  # else the subset of less loss stays
+            if (found := mean_kl(tried)) < best * (1 - 1e-6):  # else the subset with the smaller loss stays
                 chosen, best = tried, found
     return plan_of(chosen), {"before": before, "after": best}
 
 
-# --- training -------------------------------------------------------------------------------------------------------
+def _forward(model, ids: torch.Tensor):
+    return model(ids.to(input_device(model)), use_cache=False)
+
+
+def _kl(expected: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """The KL between log-probabilities [..., vocabulary] and a model's logits, summed over positions."""
+    return nn.functional.kl_div(logits.float().log_softmax(-1), expected, log_target=True, reduction="sum")
 
 
 def recover(
     model,
     tokens: torch.Tensor,
-    rung: str,
+    method: str | None = None,
     *,
+    rung: str | None = None,
     teacher=None,
     plan: PruningPlan | None = None,
     steps: int = 100,
@@ -168,56 +122,58 @@ def recover(
     folder: str | Path | None = None,
     **arguments,
 ) -> dict:
-    """Train a pruned model in place with transformers' Trainer, whatever accelerate or FSDP2 set-up it finds itself in.
+    """Train a pruned model in place with transformers' Trainer, under any accelerate or FSDP2 set-up.
 
         esparse.recover(pruned, tokens, "experts", teacher=full, plan=plan, steps=300, learning_rate=1e-3)
 
-    tokens: [sequences, length], packed text, gone through again and again. rung: "router" trains the routers alone towards
-    the teacher's next-token distributions (KL); "experts" everything, by L_CE + lambda * the sum over layers and experts of
-    the mean squared difference between the outputs of the teacher's experts and their counterparts in the student, both
-    models fed the same tokens and each expert those that the teacher routes to it; lambda is L_CE over that sum in the
-    first batch of all processes (MoE-Pruner, arXiv 2410.12013); "tune" everything, by next-token cross-entropy. Nothing is
-    added to these, such as the balance loss that a config may ask for. plan: which of the teacher's experts the student has,
-    where it has fewer. Weights that are zero stay so; half-precision weights, in
-    which a step of the paper's size is lost in rounding, are trained as float32 and rounded at the end. arguments: further
+    tokens: packed text [sequences, length], repeated as often as needed. method (formerly `rung`): "router" trains only
+    the routers, by the KL from the teacher's next-token distributions. "experts" trains everything by L_CE + lambda * S. S
+    sums, over layers and experts, the mean squared difference between the outputs of a student's expert and its teacher's
+    expert. Both models get the same tokens, each expert those that the teacher routes to it. lambda is L_CE / S in the
+    first batch of all processes (MoE-Pruner, arXiv 2410.12013). "tune" trains everything by next-token cross-entropy. A
+    balance loss in the config is not added. plan: the teacher's experts that the student has, if fewer. arguments: further
     `TrainingArguments`.
-    Returns {"rung", "steps", "seconds", "trained": parameters, "losses": of each step, "balance": lambda or None}.
-    Raises ValueError for an unknown rung, a missing teacher, models whose layers do not match, a model (for "experts" also a
-    teacher) that is offloaded, and under FSDP for other rungs than "tune" and for its first version.
+
+    Zero weights stay zero. Half-precision weights are trained as float32 and rounded at the end, since rounding each step
+    would lose updates of the paper's size. Returns {"method", "steps", "seconds", "trained": number of parameters,
+    "losses": of each step, "balance": lambda or None}. Raises ValueError for an unknown method, a missing teacher, models
+    whose layers do not match, an offloaded model (for "experts" also teacher), and under FSDP for any method but "tune"
+    and for FSDP's first version.
     """
-    if rung not in RUNGS:
-        raise ValueError(f"Unknown rung {rung!r}: choose from {', '.join(RUNGS)}.")
-    if rung != "tune" and under_fsdp():
-        raise ValueError("Under FSDP no process holds a whole teacher: take the rung 'tune', or DDP by torchrun.")
-    if under_fsdp() and os.environ.get("FSDP_VERSION") != "2":  # the first makes vectors of matrices: zeros would be lost
+    method = method or rung
+    if method not in TRAINED_METHODS:
+        raise ValueError(f"Unknown method {method!r}: choose from {', '.join(TRAINED_METHODS)}.")
+    if method != "tune" and under_fsdp():
+        raise ValueError("Under FSDP no process holds a whole teacher: take the method 'tune', or DDP by torchrun.")
+    if under_fsdp() and os.environ.get("FSDP_VERSION") != "2":  # FSDP1 flattens matrices to vectors: zeros would be lost
         raise ValueError("Pruned weights stay zero under FSDP's second version alone: launch with --fsdp_version 2.")
     check_tokens(model, tokens)
     check_held([model], "load it whole, or train it in shards, by `accelerate launch -m esparse recover`")
-    if rung != "tune":
-        check_teacher(model, teacher, plan, rung)
+    if method != "tune":
+        _check_teacher(model, teacher, plan, method)
     layers = moe_layers(model)
-    wanted = [p for layer in layers for p in layer.gate.parameters()] if rung == "router" else list(model.parameters())
-    wanted = [p for p in wanted if p.requires_grad]  # a bias that balances the load is learnt otherwise
+    wanted = [p for layer in layers for p in layer.gate.parameters()] if method == "router" else list(model.parameters())
+    wanted = [p for p in wanted if p.requires_grad]  # a load-balancing bias is not trained by gradients
     with ExitStack() as stack:
         stack.enter_context(_training(model, wanted))
         if teacher is not None:
             stack.enter_context(evaluating(teacher))
-        if not under_fsdp():  # which does it shard by shard
+        if not under_fsdp():  # FSDP does it shard by shard
             stack.enter_context(_in_float32(model))
-        if model.dtype in (torch.float32, torch.bfloat16):  # which the grouped product knows
+        if model.dtype in (torch.float32, torch.bfloat16):  # dtypes that the grouped product supports
             stack.enter_context(experts_implementation(layers, "grouped_mm"))
         place = folder or stack.enter_context(tempfile.TemporaryDirectory())
         options = {"max_steps": steps, "learning_rate": learning_rate, "lr_scheduler_type": schedule, "seed": seed}
         options |= {"per_device_train_batch_size": batch_size, "output_dir": str(place), **arguments}
-        trainer = _trainer(model, tokens, options, _LOSSES[rung](model, teacher, plan))
+        loss = {"tune": _tune_loss, "router": partial(_router_loss, teacher)}.get(method)
+        loss = loss or _ExpertsLoss(model, teacher, plan)
+        trainer = _trainer(model, tokens, options, loss)
         started = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - started
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    trained = sum(p.numel() for p in wanted)
-    return {"rung": rung, "steps": steps, "seconds": seconds, "trained": trained, "losses": losses} | {
-        "balance": getattr(trainer.measure, "balance", None)
-    }
+    about = {"method": method, "steps": steps, "seconds": seconds, "trained": sum(p.numel() for p in wanted)}
+    return about | {"losses": losses, "balance": getattr(loss, "balance", None)}
 
 
 def under_fsdp() -> bool:
@@ -225,22 +181,9 @@ def under_fsdp() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
 
 
-@contextmanager
-def _in_float32(model) -> Iterator[None]:
-    """Half-precision parameters as float32, and on leaving in their own dtype again."""
-    half = [(p, p.dtype) for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16)]
-    for parameter, _ in half:
-        parameter.data = parameter.data.float()
-    try:
-        yield
-    finally:
-        for parameter, dtype in half:
-            parameter.data = parameter.data.to(dtype)
-
-
 def gathered(model) -> dict[str, torch.Tensor] | None:
-    """All weights of a model whose parameters FSDP has shared out, on the CPU of the first process (elsewhere empty), to be
-    loaded into a whole model; None where there are no shards. Every process must call it."""
+    """All weights of a model that FSDP has sharded, on the CPU of the first process (empty on others), for loading into a
+    whole model. None if nothing is sharded. Every process must call it."""
     if not any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
         return None
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -249,13 +192,13 @@ def gathered(model) -> dict[str, torch.Tensor] | None:
     return {name: tensor for name, tensor in state.items() if name not in model.all_tied_weights_keys}
 
 
-def check_teacher(model, teacher, plan: PruningPlan | None, rung: str) -> None:
-    """ValueError unless the teacher's layers match the model's, expert by expert or through the plan, which must be its."""
+def _check_teacher(model, teacher, plan: PruningPlan | None, method: str) -> None:
+    """Raises ValueError unless the teacher's layers match the model's, directly or through a plan made for the teacher."""
     if teacher is None:
-        raise ValueError(f"The rung {rung!r} learns from the full model: give it as teacher=.")
+        raise ValueError(f"The method {method!r} learns from the full model: give it as teacher=.")
     one, other = moe_layers(model), moe_layers(teacher)
-    if rung == "experts":
-        check_held([layer.experts for layer in other], "load the teacher whole, or take the rung 'router'")
+    if method == "experts":
+        check_held([layer.experts for layer in other], "load the teacher whole, or take the method 'router'")
     if len(one) != len(other):
         raise ValueError(f"The layers do not match: the teacher has {len(other)} MoE layers, the student {len(one)}.")
     if plan and len(plan.kept) != len(one):
@@ -265,10 +208,8 @@ def check_teacher(model, teacher, plan: PruningPlan | None, rung: str) -> None:
     for number, (mine, theirs) in enumerate(zip(one, other, strict=True)):
         kept = plan.kept[number] if plan else list(range(theirs.n))
         if len(kept) != mine.n or kept[-1] >= theirs.n:
-            raise ValueError(
-                f"The layers do not match: {mine.name} has {mine.n} experts, the teacher {theirs.n}"
-                + (f", and the plan keeps {len(kept)}." if plan else ": give the pruning plan that says which are left.")
-            )
+            ending = f", and the plan keeps {len(kept)}." if plan else ": give the pruning plan that says which are left."
+            raise ValueError(f"The layers do not match: {mine.name} has {mine.n} experts, the teacher {theirs.n}{ending}")
         if mine.experts.down_proj.shape[1:] != theirs.experts.down_proj.shape[1:]:
             raise ValueError(f"The layers do not match: the experts of {mine.name} are of another shape than the teacher's.")
     if plan:
@@ -277,7 +218,7 @@ def check_teacher(model, teacher, plan: PruningPlan | None, rung: str) -> None:
 
 @contextmanager
 def _training(model, wanted: Sequence[nn.Parameter]) -> Iterator[None]:
-    """The model in training mode with these parameters to learn, and as it was before on leaving."""
+    """Put the model in training mode with only these parameters trainable; restore its state on leaving."""
     former = {id(p): p.requires_grad for p in model.parameters()}
     chosen = {id(p) for p in wanted}
     for parameter in model.parameters():
@@ -291,11 +232,24 @@ def _training(model, wanted: Sequence[nn.Parameter]) -> Iterator[None]:
             parameter.requires_grad_(former.get(id(parameter), True))
 
 
-def _trainer(model, tokens: torch.Tensor, options: dict, measure):
+@contextmanager
+def _in_float32(model) -> Iterator[None]:
+    """Hold half-precision parameters as float32; restore their own dtype on leaving."""
+    half = [(p, p.dtype) for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16)]
+    for parameter, _ in half:
+        parameter.data = parameter.data.float()
+    try:
+        yield
+    finally:
+        for parameter, dtype in half:
+            parameter.data = parameter.data.to(dtype)
+
+
+def _trainer(model, tokens: torch.Tensor, options: dict, loss: Callable):
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
     class Watch(TrainerCallback):
-        """Zeros stay, and a bar shows how far it is."""
+        """Keeps zero weights zero, and shows a progress bar."""
 
         def on_train_begin(self, args, state, control, model=None, **_):
             self.present = zeros(model)
@@ -309,120 +263,87 @@ def _trainer(model, tokens: torch.Tensor, options: dict, measure):
             self.bar.close()
 
     class Recovery(Trainer):
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            loss, output = self.measure(model, inputs)
-            return (loss, output) if return_outputs else loss
+        def compute_loss(self, model, inputs, **_):
+            return loss(model, inputs)
 
     quiet = {"save_strategy": "no", "report_to": "none", "logging_steps": 1, "disable_tqdm": True, "log_level": "error"}
     quiet |= {"dataloader_pin_memory": torch.cuda.is_available(), "ddp_find_unused_parameters": False}
     rows = [{"input_ids": row} for row in tokens]
     trainer = Recovery(model, TrainingArguments(**quiet | options), train_dataset=rows, callbacks=[Watch()])
     trainer.remove_callback(PrinterCallback)
-    trainer.model_accepts_loss_kwargs = False  # a mean over each batch, whatever is accumulated
-    trainer.measure = measure
+    trainer.model_accepts_loss_kwargs = False  # a mean over each batch, however many are accumulated
     return trainer
 
 
-class _Tune:
-    """L_CE, the mean next-token cross-entropy."""
-
-    def __init__(self, model, teacher, plan):
-        pass
-
-    def __call__(self, model, inputs) -> tuple[torch.Tensor, object]:
-        output = model(**inputs, use_cache=False)
-        return _cross_entropy(output.logits, inputs["input_ids"]), output
+def _tune_loss(model, inputs) -> torch.Tensor:
+    """L_CE, the mean next-token cross-entropy. A model's own loss would include its config's additions."""
+    logits, ids = model(**inputs, use_cache=False).logits, inputs["input_ids"]
+    return nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten())
 
 
-class _Router:
+def _router_loss(teacher, model, inputs) -> torch.Tensor:
     """KL(teacher || student), the mean over tokens."""
-
-    def __init__(self, model, teacher, plan):
-        self.teacher = teacher
-
-    def __call__(self, model, inputs) -> tuple[torch.Tensor, object]:
-        ids = inputs["input_ids"]
-        with torch.no_grad():
-            expected = _on(self.teacher, ids).logits.float().log_softmax(-1).to(ids.device)
-        output = model(input_ids=ids, use_cache=False)
-        return _kl(expected, output.logits) / ids.numel(), output
+    ids = inputs["input_ids"]
+    expected = _teacher_logits(teacher, ids).float().log_softmax(-1).to(ids.device)
+    return _kl(expected, model(input_ids=ids, use_cache=False).logits) / ids.numel()
 
 
-class _Experts:
-    """L_CE + balance * the experts' sum, see `recover`."""
+class _ExpertsLoss:
+    """L_CE + balance * S, see `recover`."""
 
-    def __init__(self, model, teacher, plan):
+    def __init__(self, model, teacher, plan: PruningPlan | None):
         self.teacher, self.balance = teacher, None
         self.layers, self.theirs = moe_layers(model), moe_layers(teacher)
         self.kept = plan.kept if plan else [list(range(layer.n)) for layer in self.theirs]
 
-    def __call__(self, model, inputs) -> tuple[torch.Tensor, object]:
-        with torch.no_grad(), entering(self.theirs) as before:
-            _on(self.teacher, inputs["input_ids"])
-        with entering(self.layers) as now:
-            output = model(**inputs, use_cache=False)
-        loss = _cross_entropy(output.logits, inputs["input_ids"])
+    def __call__(self, model, inputs) -> torch.Tensor:
+        with capture_expert_inputs(self.theirs) as before:
+            _teacher_logits(self.teacher, inputs["input_ids"])
+        with capture_expert_inputs(self.layers) as now:
+            loss = _tune_loss(model, inputs)
         pairs = zip(self.layers, self.theirs, now, before, self.kept, strict=True)
         apart = torch.stack([expert_differences(*pair).sum() for pair in pairs]).sum()
         if self.balance is None:
             if apart <= ROUNDING * sum(states.float().square().mean() for states, _ in before):
                 raise ValueError("The student's experts give just what the teacher's give: there is nothing to distil.")
-            self.balance = (_mean(loss) / _mean(apart)).item()
-        return loss + self.balance * apart, output
+            means = [summed(one.detach().clone()) / ranks() for one in (loss, apart)]  # over all processes
+            self.balance = (means[0] / means[1]).item()
+        return loss + self.balance * apart
 
 
-_LOSSES = {"tune": _Tune, "router": _Router, "experts": _Experts}
-
-
-def _cross_entropy(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """The mean next-token cross-entropy alone: a model's own loss holds what its config adds."""
-    return nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten())
-
-
-def _mean(loss: torch.Tensor) -> torch.Tensor:
-    """A loss, as the mean over all processes."""
-    return summed(loss.detach().clone()) / ranks()
-
-
-def _on(model, ids: torch.Tensor):
-    if model.device != ids.device and not hasattr(model, "hf_device_map"):
-        model.to(ids.device)
-    return _run(model, ids)
-
-
-def _run(model, ids: torch.Tensor):
-    return model(ids.to(input_device(model)), use_cache=False)
+@torch.no_grad()
+def _teacher_logits(teacher, ids: torch.Tensor) -> torch.Tensor:
+    """The teacher's logits. The teacher moves to the tokens' device unless it is spread over several."""
+    if teacher.device != ids.device and not hasattr(teacher, "hf_device_map"):
+        teacher.to(ids.device)
+    return _forward(teacher, ids).logits
 
 
 @contextmanager
-def entering(layers: Sequence[MoELayer]) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
+def capture_expert_inputs(layers: Sequence[MoELayer]) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
     """Hidden states [tokens, d] and chosen experts [tokens, k] of each layer's experts in a forward pass."""
     seen: list = [None] * len(layers)
 
-    def hear(number: int):
-        def hook(_module, inputs, named) -> None:
-            given = dict(zip(("hidden_states", "top_k_index"), inputs, strict=False)) | named
-            seen[number] = (given["hidden_states"], given["top_k_index"])
+    def hook(number: int, _module, inputs, named) -> None:
+        given = dict(zip(("hidden_states", "top_k_index"), inputs, strict=False)) | named
+        seen[number] = (given["hidden_states"], given["top_k_index"])
 
-        return hook
-
-    handles = [layer.experts.register_forward_pre_hook(hear(i), with_kwargs=True) for i, layer in enumerate(layers)]
-    try:
+    with ExitStack() as stack:
+        for number, layer in enumerate(layers):
+            stack.enter_context(layer.experts.register_forward_pre_hook(partial(hook, number), with_kwargs=True))
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def expert_differences(student: MoELayer, teacher: MoELayer, now, before, kept: Sequence[int]) -> torch.Tensor:
-    """MSE(teacher's expert, student's) for each kept expert, float32 [r], over the tokens the teacher routes to it.
+    """MSE between the teacher's and the student's expert, for each kept expert, float32 [r], over the tokens that the teacher
+    routes to it.
 
-    now, before: what `entering` heard of the student and of the teacher on the same tokens.
+    now, before: the student's and the teacher's inputs from `capture_expert_inputs` on the same tokens.
     """
     (mine, _), (theirs, chosen) = now, before
     place = torch.full((teacher.n,), student.n, device=chosen.device)
     place[torch.tensor(kept, device=chosen.device)] = torch.arange(student.n, device=chosen.device)
-    counterpart = place[chosen]  # [tokens, k], student.n where the student lacks it
+    counterpart = place[chosen]  # [tokens, k], student.n for experts the student lacks
     with torch.no_grad():
         wanted = pair_outputs(teacher.experts, theirs, chosen.masked_fill(counterpart == student.n, teacher.n))
     given = pair_outputs(student.experts, mine, counterpart.to(mine.device))
@@ -430,3 +351,45 @@ def expert_differences(student: MoELayer, teacher: MoELayer, now, before, kept: 
     sums = apart.new_zeros(student.n + 1).index_add(0, counterpart.flatten(), apart)
     counts = torch.bincount(counterpart.flatten(), minlength=student.n + 1)
     return (sums / counts.clamp(min=1))[: student.n]
+
+
+# --- from folder to folder ------------------------------------------------------------------------------------------
+
+
+def recover_checkpoint(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    method: str = "tune",
+    teacher: str | None = None,
+    plan: str | Path | None = None,
+    corpus: str = "metamath",
+    sequences: int = 8192,
+    length: int = 2048,
+    seed: int = 42,
+    dtype: torch.dtype | str | None = None,
+    **options,
+) -> dict:
+    """`recover` a pruned folder and save the result in another; returns the report of `recover`.
+
+    teacher: a model's name; plan: its file; corpus: as for `calibration_tokens`; options: others of `recover`. Under
+    torchrun or accelerate every process calls this, and rank 0 saves. Raises FileExistsError if the destination exists.
+    """
+    refuse_existing(destination)
+    if under_fsdp():  # must precede loading, so that only rank 0 reads the weights
+        from accelerate import PartialState
+
+        PartialState()
+    model, tokenizer = load_model(source, dtype=dtype)
+    full = load_model(teacher, dtype=dtype)[0] if teacher else None
+    tokens = calibration_tokens(corpus, tokenizer, sequences=sequences, length=length, seed=seed)
+    report = recover(model, tokens, method, teacher=full, plan=plan and PruningPlan.load(plan), seed=seed, **options)
+    state = gathered(model)
+    if is_first():
+        if state is not None:
+            model = load_model(source, dtype=dtype)[0]
+            lacking, unknown = model.load_state_dict(state, strict=False)
+            if unknown or set(lacking) - set(model.all_tied_weights_keys):
+                raise RuntimeError(f"What was trained does not fit the model: {[*unknown, *lacking][0]}. Nothing was saved.")
+        save_model(model, tokenizer, destination)
+    return report

@@ -1,6 +1,6 @@
-"""The one style of all figures: colours that colour-blind readers tell apart, with markers beside them.
+"""The style of all figures: colours that colour-blind readers can tell apart, and markers.
 
-The paper's numbers stand in panels of their own on a grey ground, so that nobody takes one for the other.
+The paper's numbers have panels of their own with a grey ground, so that nobody takes them for ours.
 """
 
 import io
@@ -25,8 +25,8 @@ PAPER_GROUND = "0.93"
 
 
 class NotebookFigure(Figure):
-    """A figure that Jupyter shows once, without pyplot's global state, and that says in words what it shows: as the
-    picture's text alternative, and below it, since JupyterLab gives a picture none."""
+    """A figure that Jupyter shows once, without pyplot's global state. Its text alternative is in the picture's metadata and
+    also printed below it, since JupyterLab does not use the metadata."""
 
     alt = "A figure."
 
@@ -49,7 +49,7 @@ def canvas(width: float, height: float, rows: int = 1, columns: int = 1, **optio
 
 
 def log_axis(axes) -> None:
-    """A logarithmic vertical axis with plain numbers, and no two of them in the same place."""
+    """A logarithmic vertical axis with plain numbers that do not overlap."""
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
@@ -59,3 +59,33 @@ def log_axis(axes) -> None:
 def of_the_paper(axes, title: str) -> None:
     axes.set_facecolor(PAPER_GROUND)
     axes.set_title(f"the paper: {title}")
+
+
+def line_style(number: int) -> dict:
+    """The marker and colour of a figure's i-th line."""
+    return {"marker": MARKERS[number % len(MARKERS)], "color": COLOURS[number % len(COLOURS)]}
+
+
+def legend_beside(axes) -> None:
+    """The legend to the right of its panel."""
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def legend_below(axes, columns: int) -> None:
+    """The legend of one panel below the whole figure."""
+    axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=columns)
+
+
+def grouped_bars(axes, names, groups: dict, step: float, width: float, *, errors: dict | None = None, slots: int = 0) -> list:
+    """Bars side by side: a tick for each name, and a colour for each group, which has one value per name. Returns the bars
+    by group.
+
+    The bars of a name are `step` apart and centred as if there were `slots` groups (0: as many as there are).
+    """
+    middle = ((slots or len(groups)) - 1) / 2
+    axes.set_xticks(range(len(names)), names)
+    drawn = []
+    for i, (label, values) in enumerate(groups.items()):
+        at = [x + step * (i - middle) for x in range(len(names))]
+        drawn.append(axes.bar(at, values, width, yerr=errors and errors[label], capsize=2, color=COLOURS[i], label=label))
+    return drawn

@@ -1,8 +1,13 @@
-"""Small random models of three families, and the embedded one."""
+"""Shared fixtures: small random models of three families, the embedded model, and one run of everything slow.
+
+Most grids run on a sample that has each kind once. Their other cases are marked `exhaustive` and run with `--exhaustive`.
+"""
 
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Collection, Iterable
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may need the network
 
@@ -10,10 +15,12 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
+from safetensors.torch import load_file
 
 import esparse
+from esparse.__main__ import main
 from esparse.files import checkout
-from esparse.models import moe_layers
+from esparse.moe.layers import moe_layers
 from esparse.tests.families import COMPOSITES, NEWER
 
 SHAPE = {
@@ -92,22 +99,99 @@ def tiny_trace(tiny, tiny_tokens):
     return esparse.trace(tiny[0], tiny_tokens, keep=4)
 
 
+_RELOADER = """
+import sys, torch, transformers
+from safetensors.torch import save_file
+transformers.logging.set_verbosity_error()
+for line in sys.stdin:
+    folder = line.strip()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    model.set_experts_implementation("eager")
+    tokens = torch.randint(3, 60, (4, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        save_file({"logits": model(tokens, use_cache=False).logits.contiguous()}, folder + "/logits.safetensors")
+    assert not any(name.startswith("esparse") for name in sys.modules)
+    print("done", flush=True)
+"""
+
+
+@pytest.fixture(scope="session")
+def reloaded():
+    """Logits of a saved folder as stock transformers computes them, in a process that never imports esparse."""
+    process = subprocess.Popen([sys.executable, "-c", _RELOADER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def logits(folder) -> torch.Tensor:
+        process.stdin.write(f"{folder}\n")
+        process.stdin.flush()
+        while (line := process.stdout.readline()).strip() != "done":
+            assert line, f"{folder} did not reload"
+        return load_file(folder / "logits.safetensors")["logits"]
+
+    yield logits
+    process.stdin.close()
+    process.wait()
+
+
+@pytest.fixture(scope="session")
+def tiny_scores(tiny):
+    """The offline suite on the embedded model, 100 items a task, and the seconds that this took."""
+    started = time.perf_counter()
+    return esparse.evaluate(*tiny, "tiny", limit=100), time.perf_counter() - started
+
+
 def command(*words, **options):
     """`python -m esparse ...` in a process of its own."""
     return subprocess.run([sys.executable, "-m", "esparse", *words], capture_output=True, text=True, cwd=checkout(), **options)
+
+
+@pytest.fixture
+def call(capsys, monkeypatch):
+    """The same in this process, which has imported all that it needs: exit status, standard output and standard error."""
+
+    def called(*words) -> subprocess.CompletedProcess:
+        capsys.readouterr()
+        status = main([*map(str, words)])
+        return subprocess.CompletedProcess(words, status, *capsys.readouterr())
+
+    monkeypatch.chdir(checkout())
+    return called
+
+
+LIMIT = 10  # items a task where all notebooks run, of one task of either kind: multiple choice and generation
+FEW = ("--set", f"LIMIT={LIMIT}", "--set", "TASKS=['web_facts', 'arithmetic_problems']")
 
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
     """Every notebook, run once with few items a task: the run folder, and what was printed."""
     folder = tmp_path_factory.mktemp("run")
-    result = command("notebooks", "--set", "LIMIT=30", "--run-dir", str(folder))
+    result = command("notebooks", *FEW, "--run-dir", str(folder))
     assert result.returncode == 0, result.stdout + result.stderr
     return folder, result.stdout
 
 
+def pytest_addoption(parser):
+    parser.addoption("--exhaustive", action="store_true", help="run every case of the grids that otherwise run on a sample")
+
+
+EXHAUSTIVE = pytest.mark.exhaustive
+
+
+def sampled(cases: Iterable, sample: Collection) -> list:
+    """The cases of a parametrised grid; those that are not in the sample run with `--exhaustive` alone."""
+    cases = list(cases)
+    assert all(case in cases for case in sample)
+    further = lambda case: pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=EXHAUSTIVE)  # noqa: E731
+    return [case if case in sample else further(case) for case in cases]
+
+
 def pytest_collection_modifyitems(config, items):
-    """With an older transformers, families it lacks are left out, and counted by pytest as deselected."""
+    """Without --exhaustive the cases beyond the samples are left out; with an older transformers, families it lacks. pytest
+    counts both as deselected."""
+    if not config.getoption("--exhaustive"):
+        further = {item for item in items if item.get_closest_marker("exhaustive")}
+        config.hook.pytest_deselected(items=list(further))
+        items[:] = [item for item in items if item not in further]
     unknown = {name for name, since in NEWER.items() if Version(transformers.__version__) < Version(since)}
     unknown |= {name for name, (_, text, _) in COMPOSITES.items() if text in unknown}
     named = {item: set(map(str, item.callspec.params.values())) if hasattr(item, "callspec") else set() for item in items}

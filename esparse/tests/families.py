@@ -1,13 +1,14 @@
-"""Tiny models of every MoE family that transformers stores behind its experts interface, from one generic config."""
+"""Tiny models of every MoE family that uses transformers' experts interface, from one generic config."""
 
 import copy
+from dataclasses import replace
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from esparse.layout import stock_class
-from esparse.models import COUNT_NAMES, moe_layers
-from esparse.routers import per_expert, table
+from esparse.checkpoints.layout import stock_class
+from esparse.moe.layers import COUNT_NAMES, moe_layers
+from esparse.moe.routers import per_expert, table
 
 
 def generic(n: int, k: int) -> dict:
@@ -24,7 +25,7 @@ def generic(n: int, k: int) -> dict:
     return counts | routed | inner | heads | shared | tokens | shape
 
 
-# Every model type that works, with a published checkpoint of it; the README's table is made from this.
+# Every model type that works, with a published checkpoint of it; the table in FAMILIES.md is checked against this.
 FAMILIES = {
     "mixtral": "mistralai/Mixtral-8x7B-v0.1",
     "qwen2_moe": "Qwen/Qwen1.5-MoE-A2.7B",
@@ -82,6 +83,31 @@ FAMILIES = {
     "sarvam_moe": "sarvamai/sarvam-30b",
     "sarvam_mla": "sarvamai/sarvam-105b",
     "inkling2_loop_text": "thinkingmachines/Inkling-2-Mini",
+}
+# One family of every kind of router and of every layout, with the kind. `test_the_sample_has_every_kind_of_router` checks
+# the first; tests of every family run on the others with --exhaustive.
+SAMPLE = {
+    "mixtral": "softmax, weights made to sum to 1",
+    "qwen2_moe": "softmax as it is; a shared expert with a gate of its own",
+    "deepseek_v3": "sigmoid with a bias for the choice and a scale; dense layers before the MoE layers",
+    "minimax_m2": "the same without the scale; the bias lies on the block",
+    "gpt_oss": "softmax of the chosen; transposed experts with biases, gate and up interleaved",
+    "granitemoe": "softmax of the chosen; experts stacked in the published folder too",
+    "phimoe": "SparseMixer, in the dtype of the logits",
+    "ernie4_5_moe": "softmax with a bias for the choice, which does not keep the ranking",
+    "minimax_m3_vl_text": "a factor on what leaves the experts",
+    "nemotron_h": "a projection behind experts without gates; Mamba layers between",
+    "lfm2_moe": "a term in the sum that weights are divided by; convolutions between",
+    "gemma4_text": "probabilities given by the router, a scale for each expert, a norm behind the experts",
+    "axk1": "sigmoid, a norm behind the experts",
+    "cohere2_moe": "softmax of the chosen, with a factor behind the experts",
+    "dots1": "sigmoid as it is, with a bias for the choice",
+    "flint": "sigmoid without a bias",
+    "kolibri1": "a choice by logits and weights by sigmoid",
+    "deepseek_v4": "a table by token ids in some layers, sqrtsoftplus in others",
+    "inkling_text": "shared experts among the router's rows",
+    "zaya": "one expert a token, or none",
+    "inkling2_text": "hidden states of earlier layers: not to be walked layer by layer",
 }
 # What older versions of transformers, from 5.17 on, keep elsewhere than behind the experts interface, or do not know: the
 # version that will do.
@@ -153,6 +179,16 @@ def family_model(model_type: str, n: int = 8, k: int = 2, seed: int = 0, **chang
     """A float32 model whose experts, routing and selection biases differ enough for subsets to matter."""
     torch.manual_seed(seed)
     return _drawn(AutoModelForCausalLM.from_config(family_config(model_type, n, k, **changes)).eval())
+
+
+NUMBERS = ("bias", "expert_scale", "scale", "eps", "jitter")  # of a router, which only matter as there or not there
+
+
+def router_kinds(model) -> set[str]:
+    """What tells the routers of a model's MoE layers apart, numbers aside, and how their experts' sum leaves the block."""
+    present = lambda router: {name: getattr(router, name) not in (None, 0.0, 1.0) for name in NUMBERS}  # noqa: E731
+    described = [(replace(layer.router, dtype="", **present(layer.router)), layer) for layer in moe_layers(model)]
+    return {str((router, layer.output_is_linear, layer.output_map is None)) for router, layer in described}
 
 
 def _drawn(model):

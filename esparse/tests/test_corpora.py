@@ -1,4 +1,4 @@
-"""Calibration sets and the synthetic corpora, against a second implementation or by reading what was generated."""
+"""Calibration sets and the synthetic corpora, checked by a second implementation or by reading the generated text."""
 
 import copy
 import gzip
@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import esparse
-from esparse import corpora, synthetic
+from esparse import corpora
 from esparse.documents import read_documents, to_document
+from esparse.tiny_model import build, synthetic
 
 
 def paper_protocol(texts, encode, sequences, length, seed):
@@ -370,11 +371,10 @@ def test_tasks_are_balanced_and_their_items_differ():
 
 
 def test_the_shipped_corpora_and_tasks_are_what_the_code_makes(tmp_path):
-    from esparse import embedded
     from esparse.files import data_folder
 
-    embedded.write_corpora(tmp_path)
-    embedded.write_tasks(tmp_path)
+    build.write_corpora(tmp_path)
+    build.write_tasks(tmp_path)
     for made in [path for path in tmp_path.rglob("*") if path.is_file()]:
         shipped = data_folder() / made.relative_to(tmp_path)
         read = (lambda p: gzip.decompress(p.read_bytes())) if made.suffix == ".gz" else (lambda p: p.read_bytes())

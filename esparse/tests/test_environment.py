@@ -1,4 +1,4 @@
-"""Environments that somebody else made: what is too old is named, what is missing is added, what a kernel holds stays."""
+"""Environments made by others: old packages are named, missing ones added, and a kernel's packages keep their versions."""
 
 import os
 import shutil
@@ -9,7 +9,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from esparse import environment, notebooks
+from esparse import environment
+from esparse.experiments import notebooks
 from esparse.files import PACKAGE
 
 COLAB = {"torch": "2.11.0+cu130", "numpy": "2.1.3", "ipywidgets": "7.7.1", "pandas": "2.3.0", "matplotlib": "3.10.0"}

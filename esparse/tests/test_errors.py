@@ -1,4 +1,4 @@
-"""Bad input: one clear sentence each, raised early."""
+"""Bad input: each case raises an error early, in one clear sentence."""
 
 import copy
 import gzip
@@ -10,11 +10,13 @@ import torch
 import transformers
 
 import esparse
-from esparse import acceptance, corpora, layout
+from esparse import corpora
 from esparse.__main__ import main
-from esparse.checkpoints import read_betas, read_dtype
+from esparse.checkpoints import layout
+from esparse.checkpoints.models import read_betas, read_dtype
+from esparse.experiments import acceptance
 from esparse.files import data_folder
-from esparse.models import moe_layers
+from esparse.moe.layers import moe_layers
 from esparse.tests.conftest import SHAPE, random_model, random_tokens
 
 

@@ -1,4 +1,4 @@
-"""Recovery against independent computations: least squares, brute force, gradients of the written-out loss."""
+"""Recovery, compared with independent computations: least squares, brute force, gradients of the loss written out."""
 
 import copy
 import itertools
@@ -10,13 +10,14 @@ import pytest
 import torch
 
 import esparse
-from esparse import __main__, recovery, weights
+from esparse import __main__, recovery
 from esparse.files import data_folder
-from esparse.models import moe_layers
-from esparse.pruning import masked_layer
+from esparse.moe.layers import moe_layers
+from esparse.moe.masking import masked_layer
+from esparse.pruning import weights
 from esparse.tests.conftest import block_input, random_model, random_tokens
 from esparse.tests.families import family_model
-from esparse.traces import Trace
+from esparse.tracing.trace import Trace
 
 TOKENS = random_tokens()
 OTHER = random_tokens(seed=5)
@@ -144,7 +145,11 @@ def plain_differences(student, teacher, kept, tokens) -> list[list[float]]:
 def test_expert_differences_are_those_of_every_token_by_itself():
     teacher = random_model("mixtral", 6, 2)
     student, _, plan = pruned_to(teacher, 4)
-    with torch.no_grad(), recovery.entering(moe_layers(student)) as now, recovery.entering(moe_layers(teacher)) as before:
+    with (
+        torch.no_grad(),
+        recovery.capture_expert_inputs(moe_layers(student)) as now,
+        recovery.capture_expert_inputs(moe_layers(teacher)) as before,
+    ):
         student(OTHER)
         teacher(OTHER)
     expected = plain_differences(student, teacher, plan.kept, OTHER)
@@ -158,12 +163,12 @@ def test_expert_differences_are_those_of_every_token_by_itself():
 def test_lambda_makes_both_losses_alike_in_the_first_batch():
     teacher = family_model("mixtral")
     student, _, plan = pruned_to(teacher, 5)
-    measure = recovery._Experts(student, teacher, plan)
+    measure = recovery._ExpertsLoss(student, teacher, plan)
     inputs = {"input_ids": OTHER, "labels": OTHER}
-    loss, output = measure(student, inputs)
-    assert loss.item() == pytest.approx(2 * output.loss.item(), rel=1e-5)
+    loss, cross_entropy = measure(student, inputs), student(**inputs).loss.item()
+    assert loss.item() == pytest.approx(2 * cross_entropy, rel=1e-5)
     apart = sum(itertools.chain(*plain_differences(student, teacher, plan.kept, OTHER)))
-    assert measure.balance == pytest.approx(output.loss.item() / apart, rel=1e-3)
+    assert measure.balance == pytest.approx(cross_entropy / apart, rel=1e-3)
     loss.backward()
     assert all(layer.experts.down_proj.grad.abs().sum() > 0 for layer in moe_layers(student))
 
@@ -173,8 +178,8 @@ def agreement(student, teacher) -> float:
     return recovery._kl(expected, student(OTHER).logits).item() / OTHER.numel()
 
 
-@pytest.mark.parametrize("rung", recovery.RUNGS)
-def test_every_rung_trains_what_it_says_and_keeps_zeros(rung):
+@pytest.mark.parametrize("method", recovery.TRAINED_METHODS)
+def test_every_method_trains_what_it_says_and_keeps_zeros(method):
     teacher = family_model("mixtral")
     student, _, plan = pruned_to(teacher, 5)
     weights.prune_weights(student, TOKENS, 0.5)
@@ -182,25 +187,25 @@ def test_every_rung_trains_what_it_says_and_keeps_zeros(rung):
     with torch.no_grad():
         first = agreement(student, teacher)
     options = {"teacher": teacher, "plan": plan, "steps": 30, "learning_rate": 3e-3, "batch_size": 2}
-    report = esparse.recover(student, OTHER, rung, **options)
+    report = esparse.recover(student, OTHER, method, **options)
     changed = {name for name, tensor in student.state_dict().items() if not torch.equal(tensor, before[name])}
     gates = {name for name in before if name.endswith("gate.weight")}
-    assert changed == gates if rung == "router" else changed > gates
-    assert report["trained"] == sum(p.numel() for n, p in student.named_parameters() if n in changed or rung != "router")
+    assert changed == gates if method == "router" else changed > gates
+    assert report["trained"] == sum(p.numel() for n, p in student.named_parameters() if n in changed or method != "router")
     assert len(report["losses"]) == 30 and report["losses"][-1] < report["losses"][0]
     assert all((parameter[~mask] == 0).all() for parameter, mask in present.items()) and present
     assert not student.training and all(p.requires_grad and p.grad is None for p in student.parameters())
-    assert (report["balance"] is not None) == (rung == "experts")
-    if rung == "router":
+    assert (report["balance"] is not None) == (method == "experts")
+    if method == "router":
         with torch.no_grad():
             assert agreement(student, teacher) < first
 
 
-def test_the_same_seed_trains_the_same_model():
+def test_the_same_seed_trains_the_same_model_by_either_name_of_the_keyword():
     runs = []
-    for _ in range(2):
+    for keyword in ("method", "rung"):
         student, _, _ = pruned_to(family_model("mixtral"), 5)
-        runs.append(esparse.recover(student, TOKENS, "tune", steps=5, batch_size=2)["losses"])
+        runs.append(esparse.recover(student, TOKENS, **{keyword: "tune"}, steps=5, batch_size=2)["losses"])
     assert runs[0] == runs[1]
 
 
@@ -217,9 +222,9 @@ def plan_like(layers: int) -> esparse.PruningPlan:
 
 
 @pytest.mark.parametrize(
-    ("rung", "change", "message"),
+    ("method", "change", "message"),
     [
-        ("lora", {}, "Unknown rung 'lora': choose from router, experts, tune"),
+        ("lora", {}, "Unknown method 'lora': choose from router, experts, tune"),
         ("experts", {"teacher": None}, "learns from the full model: give it as teacher="),
         ("experts", {"plan": None}, "has 5 experts, the teacher 8: give the pruning plan"),
         ("router", {"teacher": family_model("mixtral", num_hidden_layers=2)}, "the teacher has 2 MoE layers, the student 3"),
@@ -232,12 +237,12 @@ def plan_like(layers: int) -> esparse.PruningPlan:
         ("experts", {"teacher": family_model("mixtral", vocab_size=50)}, "another vocabulary"),
     ],
 )
-def test_models_that_do_not_match_are_refused(rung, change, message):
+def test_models_that_do_not_match_are_refused(method, change, message):
     teacher = family_model("mixtral")
     student, _, plan = pruned_to(teacher, 5)
     plan.kept[0] = [3, 4, 5, 6, 7]
     with pytest.raises(ValueError, match=message):
-        esparse.recover(student, TOKENS, rung, **{"teacher": teacher, "plan": plan} | change)
+        esparse.recover(student, TOKENS, method, **{"teacher": teacher, "plan": plan} | change)
 
 
 def test_equal_experts_have_nothing_to_teach():
@@ -246,17 +251,18 @@ def test_equal_experts_have_nothing_to_teach():
         esparse.recover(copy.deepcopy(teacher), TOKENS, "experts", teacher=teacher, steps=1)
 
 
-@pytest.mark.parametrize(("rung", "rounding"), [("tune", 1e-3), ("experts", 0.2)])  # an expert's mean is over a process
+@pytest.mark.parametrize(("method", "rounding"), [("tune", 1e-3), ("experts", 0.2)])  # an expert's mean is over a process
 @pytest.mark.slow
-def test_two_processes_train_what_one_does(rung, rounding, tiny, tiny_trace, tmp_path):
+def test_two_processes_train_what_one_does(method, rounding, tiny, tiny_trace, tmp_path):
     """Two processes with two sequences each take the step that one with all four takes."""
     plan = esparse.search_experts(tiny_trace, 6)
     pruned = esparse.prune(copy.deepcopy(tiny[0]), plan)
     before = copy.deepcopy(pruned)
     esparse.save_model(pruned, tiny[1], tmp_path / "pruned", plan)
-    words = ["-m", "esparse", "recover", str(tmp_path / "pruned"), str(tmp_path / "tuned"), "--rung", rung, "--teacher", "tiny"]
-    words += ["--plan", str(tmp_path / "pruned" / "plan.json"), "--corpus", "arithmetic", "--sequences", "4", "--length", "64"]
-    words += ["--steps", "1", "--batch-size", "2", "--learning-rate", "1e-3", "--dtype", "float32"]
+    words = ["-m", "esparse", "recover", str(tmp_path / "pruned"), str(tmp_path / "tuned"), "--method", method]
+    words += ["--teacher", "tiny", "--plan", str(tmp_path / "pruned" / "plan.json"), "--corpus", "arithmetic"]
+    words += ["--sequences", "4", "--length", "64", "--steps", "1", "--batch-size", "2"]
+    words += ["--learning-rate", "1e-3", "--dtype", "float32"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *words]
     own = os.environ | {"TQDM_DISABLE": "1", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=own)
@@ -264,7 +270,7 @@ def test_two_processes_train_what_one_does(rung, rounding, tiny, tiny_trace, tmp
     found = esparse.load_model(str(tmp_path / "tuned"))[0]
     tokens = esparse.calibration_tokens("arithmetic", tiny[1], sequences=4, length=64)
     options = {"teacher": tiny[0], "plan": plan, "steps": 1, "batch_size": 4, "learning_rate": 1e-3}
-    esparse.recover(pruned, tokens, rung, **options)
+    esparse.recover(pruned, tokens, method, **options)
     moved = apart = 0.0
     for one, other, start in zip(found.parameters(), pruned.parameters(), before.parameters(), strict=True):
         apart, moved = apart + (one - other).square().sum().item(), moved + (other - start).square().sum().item()
@@ -275,7 +281,8 @@ _SHARDS = """
 import torch
 from torch.distributed.fsdp import fully_shard
 import esparse
-from esparse import __main__, recovery, weights
+from esparse import recovery
+from esparse.pruning import weights
 torch.distributed.init_process_group("gloo")
 model, _ = esparse.load_model()
 assert recovery.gathered(model) is None
@@ -319,14 +326,16 @@ def test_the_papers_setting_is_one_accelerate_reads():
     asked = __main__._parser().parse_args(["recover", "pruned", "recovered"])
     assert (asked.steps, asked.learning_rate) == (recovery.PAPER["steps"], recovery.PAPER["learning_rate"]) == (900, 2e-5)
     assert (asked.corpus, recovery.PAPER["schedule"]) == ("metamath", "cosine")
+    for option in ("--method", "--rung"):
+        assert __main__._parser().parse_args(["recover", "pruned", "recovered", option, "router"]).method == "router"
 
 
 def test_a_teacher_under_fsdp_is_refused_before_anything_is_trained(tiny, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     student, tokens = copy.deepcopy(tiny[0]), torch.full((2, 16), 5)
-    for rung in ("experts", "router"):
+    for method in ("experts", "router"):
         with pytest.raises(ValueError, match="no process holds a whole teacher"):
-            esparse.recover(student, tokens, rung, teacher=tiny[0], steps=1)
+            esparse.recover(student, tokens, method, teacher=tiny[0], steps=1)
     with pytest.raises(ValueError, match="second version alone: launch with --fsdp_version 2"):
         esparse.recover(student, tokens, "tune", steps=1)
 

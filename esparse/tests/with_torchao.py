@@ -1,15 +1,15 @@
-"""What needs torchao beside the requirements: `pip install torchao`, then `pytest esparse/tests/with_torchao.py`.
+"""Tests that need torchao: `pip install torchao`, then `pytest esparse/tests/with_torchao.py`.
 
-Apart from the other tests since transformers imports torchao wherever it is installed, which is slow and writes lines of
-its own at every start.
+They are separate because transformers imports torchao wherever it is installed, which is slow and prints lines at every
+start.
 """
 
 import pytest
 
 import esparse
-from esparse import seeds
-from esparse.checkpoints import weight_bytes
-from esparse.models import moe_layers
+from esparse.checkpoints.models import weight_bytes
+from esparse.experiments import weights
+from esparse.moe.layers import moe_layers
 
 
 def test_eight_bits_round_each_row_to_its_own_scale():
@@ -23,7 +23,7 @@ def test_eight_bits_round_each_row_to_its_own_scale():
 
 def test_rows_of_pruned_and_quantised_models(tmp_path):
     run = esparse.Run(sequences=4, length=64, tasks=["web_facts"], limit=4, keep=[6], folder=tmp_path)
-    rows = list(seeds.quantised_rows(run))
+    rows = list(weights.quantised_rows(run))
     assert [(row["r"], row["weights"]) for row in rows] == [(r, kind) for r in (8, 6) for kind in ("float32", "int8")]
     assert rows[0]["mib"] > rows[2]["mib"] > rows[1]["mib"] > rows[3]["mib"]
     assert rows[1]["perplexity"] == pytest.approx(rows[0]["perplexity"], rel=0.01)

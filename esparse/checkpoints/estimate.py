@@ -1,0 +1,168 @@
+"""Memory, disk, download and time that pruning a checkpoint will take, from its config and headers alone."""
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from ..files import local_folder
+from ..machine import seconds_of
+from ..moe.layers import decoder_layers, find_moe
+from .folder import named
+from .layout import Checkpoint, Layout, expert_counts, text_model, with_experts
+from .models import read_dtype
+from .reader import DTYPES, FP8, CheckpointReader, described, model_from_hub, quantisation, read_config
+
+GB = 1e9
+
+
+def preflight(
+    source: str | Path,
+    r: int | None = None,
+    *,
+    sequences: int = 128,
+    length: int = 2048,
+    method: str = "enumerate",
+    dtype: torch.dtype | str | None = None,
+    batch_size: int = 8,
+    destination: str | Path = ".",
+    revision: str | None = None,
+) -> dict[str, str]:
+    """Memory, disk, download, FLOPs, time and access that `prune_checkpoint` needs, as sentences by name.
+
+    r: experts to keep (None: half of them). Reads the config and the headers of a local folder; for a hub id, downloads the
+    config and the index and queries the hub. Memory counts one layer while it is assembled, the largest Gram and a batch's
+    activations. Time counts the matrix products, at the speed of a small one measured now, and every weight read twice and
+    written once at 1 GB/s; it suggests float32 where that is much faster, as on a CPU without bfloat16 instructions.
+    Raises ValueError if r cannot be kept, the errors of `Checkpoint` for a folder, those of `load_model` for a hub id.
+    """
+    local, dtype = local_folder(source) is not None, read_dtype(dtype)
+    folder = described(source, revision)
+    config = read_config(folder)
+    quantised = quantisation(config).get("quant_method")
+    n, k = expert_counts(config)
+    r = max(k, n // 2) if r is None else r
+    layout = Layout(config, r)
+    written, remark = _written(folder if local else str(source), revision, layout, config)
+    dtype = dtype or max(written, key=written.get)
+    sizes, result = _Sizes(with_experts(config, n), r, dtype.itemsize), sum(written.values())
+    tokens = sequences * length
+    gram = tokens * sizes.reach * (sizes.reach + 1) // 2 * 4
+    streams = (2 if method == "progressive" else 1) * 2 * tokens * sizes.hidden * sizes.itemsize
+    chunk = batch_size * length * (sizes.hidden * 12 + sizes.inner * 4) * 4
+    memory = sizes.rest + 1.4 * sizes.layer + gram + chunk + 0.6 * GB
+    flops = 2 * tokens * (sizes.active * (2 if method == "progressive" else 1))
+    moved = result * (1 + 2 * _numel(layout.full) / _numel(layout.small))
+    return {
+        "memory": f"about {_bytes(memory)}: a layer has {_bytes(sizes.layer)}, its Gram {_bytes(gram)}",
+        "disk": (
+            f"{_bytes(result)} for the result in {_kinds(written)}{remark}"
+            + (f", dequantised from {quantised}," if quantised else "")
+            + f" and {_bytes(streams)} while it works; {_bytes(shutil.disk_usage(_existing(Path(destination))).free)} are free"
+        ),
+        "download": "nothing" if local else _download(str(source), folder, revision),
+        "FLOPs": f"{flops:.1e} on {tokens} tokens, {sizes.reach} of {n} experts each",
+        "time": _time(flops, moved, dtype),
+        "access": "a local folder" if local else _access(str(source), revision),
+    }
+
+
+def _numel(shapes: Mapping[str, Sequence[int]]) -> int:
+    return sum(torch.Size(shape).numel() for shape in shapes.values())
+
+
+def _written(source: Path | str, revision: str | None, layout: Layout, config) -> tuple[dict[torch.dtype, int], str]:
+    """The bytes of each dtype in the result, and a remark if only the config gives the dtype."""
+    written: dict[torch.dtype, float] = {}
+    if isinstance(source, Path):
+        for dtype, size in Checkpoint(CheckpointReader(source), layout).written():
+            written[dtype] = written.get(dtype, 0) + size
+        return written, ""
+    stored = getattr(_info(source, revision).safetensors, "parameters", None) or {}
+    counts = {DTYPES["BF16" if kind == FP8 else kind]: count for kind, count in stored.items() if kind in (FP8, *DTYPES)}
+    for dtype, count in counts.items():
+        written[dtype] = count / sum(counts.values()) * _numel(layout.small) * dtype.itemsize
+    dtype = getattr(config, "dtype", None) or torch.bfloat16
+    return (written, "") if written else ({dtype: _numel(layout.small) * dtype.itemsize}, " (as its config says)")
+
+
+def _kinds(written: dict[torch.dtype, int]) -> str:
+    """The names of the dtypes, most bytes first, with the bytes if there are several."""
+    names = {str(dtype).removeprefix("torch."): size for dtype, size in sorted(written.items(), key=lambda pair: -pair[1])}
+    return " and ".join(f"{name} ({_bytes(size)})" for name, size in names.items()) if len(names) > 1 else next(iter(names))
+
+
+def _bytes(count: float) -> str:
+    """Bytes in a fitting unit: 12 kB, 81 MB, 2.3 GB."""
+    unit, size = next(((unit, size) for unit, size in (("GB", GB), ("MB", 1e6), ("kB", 1e3)) if count >= size), ("bytes", 1))
+    return f"{count / size:.{int(size == GB)}f} {unit}"
+
+
+class _Sizes:
+    """Sizes of a model from its config: bytes of the largest layer and of the embeddings (rest), the experts a token can
+    reach, the width of an expert (inner), and the number of weights a token uses (active)."""
+
+    def __init__(self, config, r: int, itemsize: int):
+        model = text_model(config)
+        layers = [(layer, find_moe(layer)) for layer in decoder_layers(model)]
+        count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
+        self.itemsize, self.hidden = itemsize, config.get_text_config().hidden_size
+        self.layer = max(count(layer) for layer, _ in layers) * itemsize
+        self.rest = count(model.get_input_embeddings()) * itemsize
+        moe = next(moe for _, moe in layers if moe is not None)
+        k = expert_counts(config)[1]
+        self.reach = min(moe.n, k + moe.n - r)
+        expert = count(moe.experts) // moe.n
+        self.inner = expert // self.hidden
+        self.active = sum(count(layer) - (count(m.experts) - self.reach * expert if m else 0) for layer, m in layers)
+
+
+def _time(flops: float, moved: float, dtype: torch.dtype) -> str:
+    seconds, plain = (flops / flop_per_second(kind) + moved / GB for kind in (dtype, torch.float32))
+    faster = f"; in float32 (--dtype float32) {_duration(plain)}, with more memory" * (seconds > max(60, 2 * plain))
+    return f"about {_duration(seconds)} here{faster}, without the download"
+
+
+def flop_per_second(dtype: torch.dtype, size: int = 1024) -> float:
+    """FLOP per second of one square product of this size, the best of three.
+
+    Sizes double from 256 on, up to the first product that takes over 0.1 s: a CPU without instructions for a dtype may be a
+    hundred times slower in it.
+    """
+    device, side = "cuda" if torch.cuda.is_available() else "cpu", min(256, size)
+    while True:
+        matrix = torch.ones(side, side, dtype=dtype, device=device)
+        seconds = min(seconds_of(lambda: matrix @ matrix) for _ in range(3))  # noqa: B023
+        if side >= size or seconds > 0.1:
+            return 2 * side**3 / seconds
+        side *= 2
+
+
+def _existing(path: Path) -> Path:
+    return path if path.exists() else _existing(path.resolve().parent)
+
+
+def _duration(seconds: float) -> str:
+    minutes, hours = seconds / 60, seconds / 3600
+    return f"{seconds:.0f} seconds" if seconds < 120 else f"{minutes:.0f} minutes" if minutes < 120 else f"{hours:.1f} hours"
+
+
+def _info(source: str, revision: str | None):
+    from huggingface_hub import HfApi
+
+    return model_from_hub(lambda: HfApi().model_info(source, revision=revision, files_metadata=True), source)
+
+
+def _download(source: str, folder: Path, revision: str | None) -> str:
+    sizes = {file.rfilename: file.size or 0 for file in _info(source, revision).siblings}
+    names = named(folder, sizes)[0]
+    return f"{_bytes(sum(sizes.get(name, 0) for name in names))} in {len(names)} files, less what is there already"
+
+
+def _access(source: str, revision: str | None) -> str:
+    if not _info(source, revision).gated:
+        return "open"
+    token = "HF_TOKEN is set" if os.environ.get("HF_TOKEN") else "then set HF_TOKEN"
+    return f"gated: accept the terms at https://huggingface.co/{source}, {token}"

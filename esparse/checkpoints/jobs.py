@@ -1,0 +1,285 @@
+"""Models larger than memory: traced and pruned from disk, one decoder layer at a time, resumable after every layer."""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..corpora import calibration_tokens
+from ..files import digest, refuse_existing, versions, write_json
+from ..machine import rank, ranks
+from ..moe.identity import gate_digest
+from ..moe.layers import find_moe
+from ..moe.running import check_tokens
+from ..pruning.plan import PruningPlan
+from ..pruning.search import check_method, make_plan, search_layer
+from ..pruning.weights import Sparsity, WeightPruner, check_model, check_options, summary
+from ..tracing.recorder import tokens_digest
+from ..tracing.statistics import median_ratios, nearly_top1
+from ..tracing.trace import LayerTrace, Trace, about_layer, check_experts, layer_file, save_layer, write_about
+from ..tracing.walk import BATCH
+from .folder import PLAN
+from .layout import Checkpoint, Layout, count_experts, expert_counts
+from .models import load_tokenizer
+from .progress import ResumableJob
+from .reader import CheckpointReader, fetch
+from .streaming import CheckpointWalk, Streamed
+from .writer import CheckpointWriter
+
+PRIVATE = ("streams", "gate", "n", "k")  # in a layer's record, but not in the report
+
+
+class _Job:
+    """The steps that every job takes: open and check the source, calibrate, start or resume, walk, publish."""
+
+    def __init__(self, source, destination, revision: str | None, r: int | None = None, dtype=None, device=None):
+        """r: the experts to keep of each layer (None: all). Checks the source's headers and side files."""
+        self.destination = refuse_existing(destination)
+        reader = CheckpointReader(fetch(str(source), revision))
+        self.checkpoint = Checkpoint(reader, Layout(reader.config, count_experts(reader.config) if r is None else r))
+        self.origin = {"source": str(source), "revision": revision, "quantised": reader.method}
+        self.origin |= {"left_out": self.checkpoint.left_out, "carried": len(self.checkpoint.carried)}
+        self.origin |= {"not_copied": self.checkpoint.side_files[1]}
+        self.dtype, self.device = dtype, device
+        self.about: dict = {}  # the inputs, for the report and for the check on resuming
+
+    def calibrate(self, calibration, sequences: int = 0, length: int = 0, seed: int | None = None) -> None:
+        """Take token ids [sequences, length], or draw them from a corpus."""
+        if isinstance(calibration, str):
+            tokenizer = load_tokenizer(str(self.checkpoint.source.folder))
+            self.tokens = calibration_tokens(calibration, tokenizer, sequences=sequences, length=length, seed=seed)
+        else:
+            self.tokens, calibration = calibration, "token ids"
+        if len(self.tokens) < ranks():
+            raise ValueError(f"{len(self.tokens)} sequences cannot be split over {ranks()} processes: use more sequences.")
+        self.streamed = Streamed(self.checkpoint, self.dtype, self.device)
+        check_tokens(self.streamed.model, self.tokens)
+        self.about = {"calibration": calibration, "seed": seed, "calibration set": tokens_digest(self.tokens)}
+        self.about |= {"sequences": len(self.tokens), "length": self.tokens.shape[1]}
+        self.about |= {"dtype": str(self.streamed.dtype), "ranks": ranks()}
+
+    def start(self, check: Callable[[], None] | None = None, **inputs) -> None:
+        """Begin, or resume unfinished work with the same source and inputs. `check` runs once, before anything is written."""
+        started = time.perf_counter()
+        inputs = {"source": self.checkpoint.source.fingerprint, **self.about, **inputs}
+        self.progress = ResumableJob(self.destination, inputs, check)
+        self.origin["checking"] = time.perf_counter() - started
+        self.writer = CheckpointWriter(self.checkpoint, self.progress.out)
+
+    def walk(self, **options) -> CheckpointWalk:
+        return CheckpointWalk(self.streamed, self.tokens, self.progress, **options)
+
+    def publish(self, report: dict, r: int, method: str, records: list[dict], plan: PruningPlan | None = None) -> dict:
+        """Write the other files, move the folder to its destination, and return the report."""
+        report = self.about | self.origin | report
+        report["layers"] = [{key: value for key, value in record.items() if key not in PRIVATE} for record in records]
+        report["seconds"] = sum(sum(record["seconds"].values()) for record in records)
+        report |= {"peak_gb": max(record["peak_gb"] for record in records), "versions": versions()}
+        if rank() == 0:
+            if plan is not None:
+                write_json(self.progress.out / PLAN, asdict(plan))
+            if "sequences" in report:
+                method += f", calibrated on {report['sequences']} x {report['length']} tokens of {report['calibration']}"
+            self.writer.finish(r, report, method)
+        self.progress.finish()
+        return report
+
+
+def trace_checkpoint(
+    source: str | Path,
+    tokens: torch.Tensor,
+    folder: str | Path,
+    *,
+    keep: int | None = None,
+    revision: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: str | torch.device | None = None,
+    batch_size: int = BATCH,
+    chunk_tokens: int | None = None,
+) -> Trace:
+    """`trace`, with one decoder layer in memory at a time; the trace is written to `folder` and read from there.
+
+    source: a local folder of safetensors, or a hub id. dtype: the dtype to compute in, or its name (None: that of most stored
+    weights). After a crash the same call resumes after the last finished layer. Raises ValueError as `CheckpointReader`,
+    `Layout` and `trace` do, and if the unfinished work has other inputs or options; FileExistsError if `folder` exists.
+    """
+    if ranks() > 1:
+        raise ValueError("trace_checkpoint works on one process: use prune_checkpoint under torchrun.")
+    job = _Job(source, folder, revision, None, dtype, device)
+    job.calibrate(tokens)
+    options = {"batch_size": batch_size, "chunk_tokens": chunk_tokens}
+    job.start(keep=keep, **options)
+    out = job.progress.out
+
+    def save(number: int, traced: LayerTrace) -> dict:
+        save_layer(traced, out / f"of_decoder_layer_{number:05d}")
+        return {"about": about_layer(traced)}
+
+    walk = job.walk(**options)
+    records = {number: record for number, record in enumerate(walk.run(walk.tracing(keep, save))) if "about" in record}
+    for place, number in enumerate(records):
+        os.replace(out / f"of_decoder_layer_{number:05d}", out / layer_file(place))
+    model = digest([record["gate"] for record in records.values()])
+    write_about(out, model, job.about["calibration set"], [record["about"] for record in records.values()])
+    job.progress.finish()
+    return Trace.load(folder)
+
+
+def prune_checkpoint(
+    source: str | Path,
+    destination: str | Path,
+    r: int | PruningPlan,
+    *,
+    calibration: str | torch.Tensor = "c4",
+    sequences: int = 128,
+    length: int = 2048,
+    seed: int = 42,
+    method: str = "enumerate",
+    revision: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: str | torch.device | None = None,
+    batch_size: int = BATCH,
+    chunk_tokens: int | None = None,
+) -> dict:
+    """Prune a checkpoint to r experts a layer from disk to disk, one decoder layer and the hidden states at a time.
+
+    r: how many to keep, or a `PruningPlan`; with a plan nothing is computed and no calibration set is read.
+    source: a local folder of safetensors, or a hub id. destination: a folder of the same kind, with tokenizer, index,
+    `plan.json`, a model card and `pruning_report.json`, which is also returned: kept experts, losses, betas, seconds, peak
+    memory, versions, the calibration set, the tensors ("left_out") and files ("not_copied") of the source that are not
+    copied, and a warning if skipping would be top-1 routing (`statistics.nearly_top1`). Weights are copied bit by bit and
+    written in the layout that transformers publishes; FP8 and MXFP4 become bfloat16. In a composite checkpoint the language
+    model is pruned; every other tensor is copied as it is stored, so multi-token prediction layers keep all their experts.
+    calibration: a corpus or path as for `calibration_tokens`, or token ids [sequences, length]. method: as for
+    `search_experts`. dtype: the dtype to compute in, or its name (None: that of most stored weights). batch_size: sequences
+    in one forward pass.
+
+    After a crash, also for lack of disk or memory, the destination does not exist, and the same call resumes after the last
+    finished layer. Under `torchrun` every process takes its share of the sequences, and all choose the same experts.
+    Raises FileExistsError if the destination exists, and ValueError for r out of range, for unfinished work with other
+    inputs or options, and for any fault of the source, before any layer runs.
+    """
+    check_method(method)
+    if isinstance(r, PruningPlan):
+        return _prune_to_plan(source, destination, r, revision)
+    job = _Job(source, destination, revision, r, dtype, device)
+    job.calibrate(calibration, sequences, length, seed)
+    job.about |= {"r": r, "method": method}
+    options = {"batch_size": batch_size, "chunk_tokens": chunk_tokens, "progressive": method == "progressive"}
+    job.start(job.checkpoint.check_finite, **options)
+    walk = job.walk(**options)
+    choose = _chooser(r, method, seed, job.checkpoint.layout.layers)
+    records = walk.run(walk.tracing(r, choose), job.writer.write_layer)
+    pruned = [record for record in records if "kept" in record]
+    chosen = [(record["kept"], record["loss"], record["runner_up"]) for record in pruned]
+    plan = make_plan(method, r, chosen, digest([record["gate"] for record in pruned]), job.about["calibration set"])
+    return job.publish(_counts(records), r, f"method: {method}, r = {r}", records, plan)
+
+
+def _prune_to_plan(source: str | Path, destination: str | Path, plan: PruningPlan, revision: str | None) -> dict:
+    job = _Job(source, destination, revision, plan.r)
+    planned = _planned_records(plan, Streamed(job.checkpoint))
+    job.start(job.checkpoint.check_finite, plan=digest(asdict(plan)))
+    records = job.progress.run(len(planned), lambda number, _: planned[number], job.writer.write_layer)
+    report = {"method": plan.method, "r": plan.r, "calibration set": plan.tokens, **_counts(records)}
+    return job.publish(report, plan.r, f"method: {plan.method}, r = {plan.r}, by a plan made before", records, plan)
+
+
+def _planned_records(plan: PruningPlan, streamed: Streamed) -> list[dict]:
+    """Each decoder layer's record, from the plan. Raises ValueError for a plan of another model, before anything is written."""
+    records = []
+    for number in tqdm(range(len(streamed)), desc="checking the plan", unit="layer"):
+        with streamed.layer(number) as decoder:
+            layer = find_moe(decoder)
+            records.append({"gate": gate_digest(layer), "n": layer.n, "k": layer.k} if layer else {})
+            if layer:
+                check_experts(plan.r, layer.n, layer.k, router=layer.router)
+    of_moe = [record for record in records if record]
+    if digest([record["gate"] for record in of_moe]) != plan.model or len(of_moe) != len(plan.kept):
+        raise ValueError("This pruning plan was made with another model: trace the model you want to use it with.")
+    for record, kept, loss in zip(of_moe, plan.kept, plan.losses, strict=True):
+        if sorted(set(kept)) != list(kept) or len(kept) != plan.r or not 0 <= kept[0] <= kept[-1] < record["n"]:
+            raise ValueError(f"The plan must keep {plan.r} different experts of a layer in rising order, got {kept}.")
+        record |= {"kept": kept, "loss": loss}
+    return records
+
+
+def _chooser(r: int, method: str, seed: int, layers: int) -> Callable[[int, LayerTrace], dict]:
+    """A function that chooses each layer's experts. Each layer has its own seed, so a random choice survives resuming."""
+    seeds = torch.randint(2**31, (layers,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+    def choose(number: int, traced: LayerTrace) -> dict:
+        generator = torch.Generator().manual_seed(seeds[number])
+        kept, loss, runner_up = search_layer(traced, r, method, generator)
+        record = {"kept": kept, "loss": loss, "runner_up": runner_up}
+        if traced.k > 1:
+            pruned, after_first = median_ratios(traced, kept)
+            record |= {"beta": median_ratios(traced)[0], "beta_pruned": pruned, "after_first": after_first}
+        return record
+
+    return choose
+
+
+def _counts(records: list[dict]) -> dict:
+    """n and k of a pruned model, and a sentence where its betas would leave little more than the top expert."""
+    pruned = next(record for record in records if "kept" in record)
+    warning = nearly_top1([record["after_first"] for record in records if "after_first" in record])
+    return {"n": pruned["n"], "k": pruned["k"]} | ({"skipping": warning} if warning else {})
+
+
+def prune_weights_checkpoint(
+    source: str | Path,
+    destination: str | Path,
+    sparsity: float | str,
+    *,
+    method: str = "moe-pruner",
+    scope: str = "experts",
+    dense: bool = False,
+    calibration: str | torch.Tensor = "c4",
+    sequences: int = 128,
+    length: int = 2048,
+    seed: int = 42,
+    revision: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: str | torch.device | None = None,
+    batch_size: int = BATCH,
+) -> dict:
+    """`prune_weights` from disk to disk, one decoder layer and the hidden states at a time, resumable as `prune_checkpoint`.
+
+    The destination has the source's tensors, with zeros in those in scope. Zeros are stored, so it is no smaller.
+    Returns the report, which is also written. Raises what `prune_weights` and `prune_checkpoint` raise.
+    """
+    check_options(method, scope)
+    share = Sparsity.read(sparsity)
+    job = _Job(source, destination, revision, None, dtype, device)
+    check_model(job.checkpoint.layout.text, share, scope)
+    job.calibrate(calibration, sequences, length, seed)
+    options = {"method": method, "scope": scope, "dense": dense}
+    job.about |= {"sparsity": str(share), **options}
+    job.start(job.checkpoint.check_finite, batch_size=batch_size)
+    n, k = expert_counts(job.checkpoint.source.config)
+    walk = job.walk(batch_size=batch_size)
+    pruner = WeightPruner(walk.walk, share, **options)
+
+    def visit(number: int, decoder: nn.Module) -> dict:
+        record = pruner.prune_layer(number)
+        if rank() == 0:
+            stored, pruned = job.checkpoint.pruned(number, range(n)), job.streamed.state(number)
+            job.writer.write(number, {name: _zeroed(stored[name], tensor) for name, tensor in pruned.items()})
+        return record
+
+    records = walk.run(visit)
+    report = {**summary(share, method, scope, records), "n": n, "k": k}
+    return job.publish(report, n, f"weights by {method}, sparsity {share} of {scope}", records)
+
+
+def _zeroed(stored: torch.Tensor, pruned: torch.Tensor) -> torch.Tensor:
+    """The source's tensor with the zeros of the pruned one, which may have another dtype. All other entries keep their bits,
+    and so does a whole tensor whose only new zeros come from rounding to that dtype."""
+    gone = pruned == 0
+    return stored.masked_fill(gone, 0) if (gone & (stored.to(pruned.dtype) != 0)).any() else stored

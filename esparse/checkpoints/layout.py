@@ -1,0 +1,411 @@
+"""Maps stored tensors to parameters, as stock transformers reads a folder, and cuts them when experts are removed.
+
+A tensor has three names. Its *stored* name is the one in the folder; its *parameter* is the name in the model that stock
+transformers loads; its *published* name is the one under which transformers saves the parameter, as in the hub's
+checkpoints. transformers' renamings and converters map stored names to parameters, and parameters to published names.
+So a folder may have any layout that transformers reads, and the result always has the published one.
+"""
+
+import copy
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+
+import torch
+import transformers
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+    revert_weight_conversion,
+)
+
+from ..moe.layers import COUNT_NAMES, count_names, decoder_layers, is_known, moe_layers
+from ..moe.routers import pruned_table, table
+from ..pruning.mask import cut
+from ..tracing.trace import check_experts
+from .folder import side_files
+from .reader import CheckpointReader
+
+PREDICTING = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "mtp_num_layers")
+_NUMBERED = re.compile(r"(.*\.experts\.)(\d+)(\..*)")
+_AUTO = (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText, transformers.AutoModelForMultimodalLM)
+
+
+# --- models without weights -----------------------------------------------------------------------------------------
+
+
+def text_model(config) -> transformers.PreTrainedModel:
+    """The language model of a config, or of a composite's text part, on the meta device; with an output layer where
+    transformers has such a class."""
+    config = config.get_text_config()
+    with torch.device("meta"):
+        return _class_of(config, (transformers.AutoModelForCausalLM, transformers.AutoModel))(config)
+
+
+def stock_model(config) -> transformers.PreTrainedModel:
+    """The model that stock transformers loads from a whole checkpoint of this config, on the meta device."""
+    with torch.device("meta"):
+        return stock_class(config)(config)
+
+
+def stock_class(config) -> type:
+    """The class of a whole checkpoint of this config: a causal language model, or the class that a composite config names or
+    is registered for. Raises ValueError where transformers has none."""
+    named = getattr(transformers, (config.architectures or [""])[0], None)
+    if config.get_text_config() is not config and getattr(named, "config_class", None) is type(config):
+        return named
+    return _class_of(config, _AUTO)
+
+
+def _class_of(config, autos: Sequence[type]) -> type:
+    """The first class that the automatic classes have for this config; for a composite, one that takes the whole config."""
+    for auto in autos:
+        kind = auto._model_mapping.get(type(config), None)
+        if kind is not None and (config.get_text_config() is config or kind.config_class is type(config)):
+            return kind
+    raise ValueError(
+        f"transformers {transformers.__version__} has no language model of type {config.model_type!r}: esparse works on "
+        "language models with a Mixture of Experts, such as Mixtral, Qwen3-MoE or OLMoE."
+    )
+
+
+def with_experts(config, r: int):
+    """The config of the same model with r experts a layer, and without quantisation."""
+    config, n = copy.deepcopy(config), count_experts(config)
+    for part in (config, config.get_text_config()):
+        for name in count_names(part, n):
+            setattr(part, name, r)
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+    return config
+
+
+def count_experts(config) -> int:
+    """The number of experts per layer, from the config. Raises ValueError if it gives none."""
+    text = config.get_text_config()
+    if not (names := count_names(text)):
+        raise ValueError(f"{type(config).__name__} counts no experts ({', '.join(COUNT_NAMES)}): this is no MoE model.")
+    return getattr(text, names[0])
+
+
+def expert_counts(config) -> tuple[int, int]:
+    """The number of experts per layer (n) and per token (k), from the config."""
+    names, text = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts"), config.get_text_config()
+    if (k := next((value for name in names if (value := getattr(text, name, None))), None)) is None:
+        raise ValueError(f"{type(config).__name__} does not say how many experts a token is routed to.")
+    return count_experts(config), max(k) if isinstance(k, list) else k
+
+
+def written_config(entries: dict, config, r: int, predicting: bool) -> tuple[dict, dict[str, list]]:
+    """The config.json of a pruned folder, and the changes: [before, after] by name.
+
+    entries: the source's config.json. config: the same, as transformers reads it. Every expert count becomes r. Quantisation
+    entries are dropped. Router logits are turned off, since they break generation with padded batches. The count of
+    multi-token prediction layers becomes 0 unless these are carried (predicting).
+    """
+    entries, n, text, changed = copy.deepcopy(entries), count_experts(config), config.get_text_config(), {}
+    inner = [key for key, value in entries.items() if isinstance(value, dict) and getattr(config, key, None) is text]
+    for prefix, part, read in [("", entries, config), *((f"{name}.", entries[name], text) for name in inner)]:
+        new = {name: r for name in COUNT_NAMES if name in part and getattr(read, name, None) == n}
+        new |= {name: 0 for name in PREDICTING if part.get(name) and not predicting}
+        new |= {"output_router_logits": False} if part.get("output_router_logits") else {}
+        changed |= {prefix + name: [part[name], value] for name, value in new.items() if part[name] != value}
+        for name in ("quantization_config", "transformers_weights"):
+            if part.pop(name, None) is not None:
+                changed[prefix + name] = ["there", "dropped"]
+        part |= new
+    if not any(name in part and is_known(text, name) for name in COUNT_NAMES):  # the count was transformers' default
+        part[count_names(text, n)[0]] = r
+    return entries, changed
+
+
+# --- names ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Group:
+    """Tensors that one of transformers' converters turns into one or more parameters, with a list of names for each of its
+    source patterns; or one tensor that is a parameter as it is (converter None)."""
+
+    parameter: str  # the first one made
+    converter: WeightConverter | None = None
+    names: dict[str | None, list[str]] = field(default_factory=dict)  # by source pattern, in transformers' order
+
+    @property
+    def all(self) -> list[str]:
+        return [name for names in self.names.values() for name in names]
+
+    def make(self, model, read: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The parameters, in the dtype of the tensors that `read` returns by name."""
+        if self.converter is None:
+            return {self.parameter: read(self.names[None][0])}
+        converter = copy.deepcopy(self.converter)
+        for pattern, names in self.names.items():
+            for name in names:
+                converter.add_tensor(self.parameter, name, pattern, partial(read, name))
+        made = converter.convert(self.parameter, model=model, config=model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+
+def grouped(model, names: Iterable[str]) -> dict[str, Group]:
+    """The groups of these names, by the first parameter of the model that each makes. A name that makes none is left out."""
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    converter_of = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+    parameters, prefix = model.state_dict(), model.base_model_prefix
+    groups: dict[str, Group] = {}
+    for name in sorted(names, key=dot_natural_key):
+        parameter, pattern = rename_source_key(name, renamings, converters, prefix, parameters)
+        if parameter not in parameters and name in parameters:
+            parameter, pattern = rename_source_key(name, [], [], prefix, parameters)
+        if parameter in parameters:
+            group = groups.setdefault(parameter, Group(parameter, converter_of.get(pattern)))
+            group.names.setdefault(pattern, []).append(name)
+    return groups
+
+
+class Layout:
+    """The tensors that stock transformers saves for a config, with all experts and with r of them.
+
+    composite: whether the text model is only a part of the stock model. full, small: shapes by published name with all
+    experts and with r; shapes: by parameter. Raises ValueError where there are no MoE layers, or they cannot keep r experts.
+    """
+
+    def __init__(self, config, r: int):
+        self.n, self.composite = count_experts(config), config.get_text_config() is not config
+        self.model = stock_model(with_experts(config, self.n))
+        self.text = text_model(with_experts(config, self.n)) if self.composite else self.model
+        moe_layers(self.text)  # raises where there are none
+        if r != self.n:
+            check_experts(r, *expert_counts(config))
+        self.small_model = self.model if r == self.n else stock_model(with_experts(config, r))
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
+        self.full, self.small = _written(self.model), _written(self.small_model)
+        self.layers = len(decoder_layers(self.text))
+        self.tied = dict(getattr(self.model, "all_tied_weights_keys", None) or {})
+
+    @cached_property
+    def text_names(self) -> dict[str, str]:
+        """The text model's parameters in order: from names in the stock model to names in the text model."""
+        names = list(self.text.state_dict())
+        if not self.composite:
+            return {name: name for name in names}
+        inner = self.text.base_model
+        start = "" if inner is self.text else f"{self.text.base_model_prefix}."
+        place = next(name for name, module in self.model.named_modules() if type(module) is type(inner))
+        return {f"{place}.{name.removeprefix(start)}" if name.startswith(start) else name: name for name in names}
+
+    def parameters(self, number: int | None) -> list[str]:
+        """The text model's parameters in one decoder layer, or outside all decoder layers (None)."""
+        return [name for name, layer in self._layer_of.items() if layer == number]
+
+    @cached_property
+    def _layer_of(self) -> dict[str, int | None]:
+        layers = decoder_layers(self.text)
+        start = next(name for name, module in self.text.named_modules() if module is layers)
+        inside = {name: re.match(rf"{re.escape(start)}\.(\d+)\.", text) for name, text in self.text_names.items()}
+        return {name: found and int(found[1]) for name, found in inside.items()}
+
+    @cached_property
+    def published(self) -> dict[str, Group]:
+        """The groups of published names, by parameter."""
+        return grouped(self.model, self.full)
+
+    def published_names(self, number: int | None) -> list[str]:
+        """The published names of `parameters(number)`."""
+        groups = [self.published[name] for name in self.parameters(number) if name in self.published]
+        return [name for group in groups for name in group.all]
+
+    def cut(self, name: str, kept: Sequence[int]) -> tuple[str | None, int | None]:
+        """A published name's new name when only `kept` stay (None: removed with its expert), and the axis of experts to cut
+        (None: there is none)."""
+        numbered = _NUMBERED.fullmatch(name)
+        if numbered and f"{numbered[1]}{self.n - 1}{numbered[3]}" in self.full:
+            expert = int(numbered[2])
+            return (f"{numbered[1]}{kept.index(expert)}{numbered[3]}", None) if expert in kept else (None, None)
+        return name, _other_axis(self.full[name], self.small[name])
+
+    @cached_property
+    def tables(self) -> set[str]:
+        """The parameters that are tables from token ids to experts."""
+        places = {module: name for name, module in self.model.named_modules()}
+        gates = [layer.gate for layer in moe_layers(self.model) if table(layer.gate)]
+        return {f"{places[gate]}.{table(gate)}" for gate in gates}
+
+    @cached_property
+    def axes(self) -> dict[str, int | None]:
+        """The axis of each parameter that counts experts, or None."""
+        small = self.small_model.state_dict()
+        return {name: _other_axis(shape, small[name].shape) for name, shape in self.shapes.items()}
+
+
+def _other_axis(full: Sequence[int], small: Sequence[int]) -> int | None:
+    return next((axis for axis, (one, other) in enumerate(zip(full, small, strict=True)) if one != other), None)
+
+
+def _written(model) -> dict[str, tuple[int, ...]]:
+    state = revert_weight_conversion(model, dict(model.state_dict()))
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+# --- a folder, read as the model --------------------------------------------------------------------------------------
+
+
+class Checkpoint:
+    """A source as stock transformers reads it: its tensors, grouped by the parameters of the text model that they make.
+
+    used: the stored names that make these. carried: names copied as they are, in a composite all others. left_out: names that
+    transformers ignores, such as those of multi-token prediction layers. Raises ValueError naming a tensor that is missing, or
+    whose shape or dtype does not fit.
+    """
+
+    def __init__(self, source: CheckpointReader, layout: Layout):
+        self.source, self.layout = source, layout
+        groups = grouped(layout.model, source.entries)
+        for target, original in layout.tied.items():  # if only one of two tied parameters is stored, take it as the original
+            if original not in groups and target in groups:
+                groups[original] = groups.pop(target)
+                groups[original].parameter = original
+        of_text = [group for name, group in groups.items() if name in layout.text_names]
+        self._made: dict[str, torch.Tensor] = {}  # other parameters that the last converter made
+        self.of = {name: group for group in of_text for name in self._check(group)}
+        for name in layout.text_names:
+            if name not in self.of and name not in layout.tied:
+                published = layout.published[name].all[0] if name in layout.published else name
+                raise ValueError(f"{source.folder} has no tensor {published}, which its config asks for.")
+        self.used = [name for group in of_text for name in group.all]
+        used = set(self.used)
+        others = [name for name in source.entries if name not in used]
+        self.carried, self.left_out = (others, []) if layout.composite else ([], others)
+
+    def _check(self, group: Group) -> list[str]:
+        """The parameters that a group makes, tried on the meta device. ValueError where they are not those of the model."""
+        entries = self.source.entries
+        for name in group.all:
+            entries[name].check(name, whole_numbers=group.parameter in self.layout.tables)
+        outline = lambda name: torch.empty(entries[name].shape, dtype=entries[name].dtype, device="meta")  # noqa: E731
+        try:
+            made = {name: tuple(tensor.shape) for name, tensor in group.make(self.layout.model, outline).items()}
+        except (RuntimeError, ValueError, IndexError, KeyError, AttributeError, TypeError) as error:
+            raise ValueError(self._misfit(group, group.parameter, None)) from error
+        for name, shape in made.items():
+            if self.layout.shapes.get(name) != shape:
+                raise ValueError(self._misfit(group, name, shape))
+        return list(made)
+
+    def _misfit(self, group: Group, parameter: str, shape: tuple[int, ...] | None) -> str:
+        """A sentence on why a group's tensors do not make the parameter that the config asks for."""
+        for name, published in self._counterparts(group):
+            entry, full = self.source.entries[name], self.layout.full[published]
+            if entry.shape != full:
+                return f"{entry.file}: tensor {name} is of shape {list(entry.shape)}, but its config asks for {list(full)}."
+        stored, wanted = group.all, self.layout.published.get(group.parameter)
+        missing = [name for name in wanted.all if name not in stored] if wanted else []
+        if missing and any(name in self.layout.full for name in stored):
+            return f"{self.source.folder} has no tensor {missing[0]}, which its config asks for."
+        asked, result = list(self.layout.shapes[group.parameter]), f"make {list(shape)}" if shape else "do not fit together"
+        return (
+            f"{self.source.folder}: the {len(stored)} tensors from {stored[0]} to {stored[-1]} {result}, but its config asks "
+            f"for {asked} in {parameter}."
+        )
+
+    def _counterparts(self, group: Group) -> list[tuple[str, str]]:
+        """Pairs of stored and published names; none if their counts or patterns differ."""
+        published = self.layout.published.get(group.parameter)
+        counts = lambda group: {pattern: len(names) for pattern, names in group.names.items()}  # noqa: E731
+        if published is None or counts(published) != counts(group):
+            return []
+        return [pair for pattern, names in group.names.items() for pair in zip(names, published.names[pattern], strict=True)]
+
+    @cached_property
+    def side_files(self) -> tuple[list[str], dict[str, str]]:
+        """See `folder.side_files`."""
+        return side_files(self.source.folder, same_experts=self.layout.small_model is self.layout.model)
+
+    def stored(self, number: int | None) -> list[str]:
+        """The stored names in one decoder layer, or outside all decoder layers (None)."""
+        return [name for group in self._groups(self.layout.parameters(number)) for name in group.all]
+
+    def _groups(self, parameters: Iterable[str]) -> list[Group]:
+        return list({id(group): group for name in parameters if (group := self.of.get(name))}.values())
+
+    def check_finite(self) -> None:
+        """Read once every weight that will be written. Raises ValueError naming the first with a NaN or an infinity."""
+        self.source.check_finite([*self.used, *(name for name in self.carried if self.source.entries[name].dtype)])
+
+    def read(self, parameter: str) -> torch.Tensor:
+        """One parameter of the text model, in its stored dtype."""
+        if parameter not in self._made:
+            self._made = self.of[parameter].make(self.layout.model, self.source.read)
+        return self._made.pop(parameter)
+
+    def read_text(self, name: str) -> torch.Tensor:
+        """`read`, by the parameter's name in the text model."""
+        return self.read(next(parameter for parameter, text in self.layout.text_names.items() if text == name))
+
+    def dtype(self, parameter: str) -> torch.dtype:
+        return self.source.entries[self.of[parameter].all[0]].dtype
+
+    def lazily(self, number: int | None) -> dict[str, "_Lazy"]:
+        """A decoder layer's (None: the rest's) state dict by the text model's names; tensors are read when indexed."""
+        names = self.layout.text_names
+        return {names[name]: _Lazy(self, name) for name in self.layout.parameters(number) if name in self.of}
+
+    def written(self) -> Iterator[tuple[torch.dtype, float]]:
+        """The dtype and bytes of each tensor that will be written."""
+        small = self.layout.small_model.state_dict()
+        for name in self.of:
+            yield self.dtype(name), small[name].numel() * self.dtype(name).itemsize
+        for name in self.carried:
+            yield self.source.entries[name].dtype or torch.int64, self.source.nbytes(name)
+
+    def pruned(self, number: int | None, kept: Sequence[int]) -> dict[str, torch.Tensor]:
+        """A decoder layer (None: the rest) with only the kept experts: tensors by published name, in their stored dtype.
+
+        Stored tensors that match published ones in number and shape are cut one by one. In any other layout, such as stacked
+        experts or transposed ones under the same names, the parameters are made, cut and converted back.
+        """
+        state, others = {}, {}
+        for group in self._groups(self.layout.parameters(number)):
+            pairs = self._counterparts(group)
+            if pairs and all(self.source.entries[name].shape == self.layout.full[published] for name, published in pairs):
+                for name, published in pairs:
+                    new, axis = self.layout.cut(published, kept)
+                    if new is not None:
+                        state[new] = self._cut(self.source.read(name), group, axis, kept)
+            else:
+                made = group.make(self.layout.model, self.source.read)
+                others |= {name: self._cut(tensor, group, self.layout.axes[name], kept) for name, tensor in made.items()}
+        return state | revert_weight_conversion(self.layout.small_model, others)
+
+    def _cut(self, tensor: torch.Tensor, group: Group, axis: int | None, kept: Sequence[int]) -> torch.Tensor:
+        if group.parameter in self.layout.tables and kept:
+            tensor = pruned_table(tensor, kept, self.layout.n)
+        return tensor if axis is None else cut(tensor, axis, kept, self.layout.n)
+
+
+@dataclass
+class _Lazy:
+    """A stand-in for a stored tensor that transformers accepts; the tensor is read when indexed."""
+
+    checkpoint: Checkpoint
+    parameter: str
+
+    def __getitem__(self, _) -> torch.Tensor:
+        return self.checkpoint.read(self.parameter)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.checkpoint.layout.shapes[self.parameter]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.checkpoint.dtype(self.parameter)
+
+    def get_shape(self) -> list[int]:
+        return list(self.shape)

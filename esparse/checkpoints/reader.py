@@ -1,0 +1,202 @@
+"""Checkpoints read from folders of safetensors, one tensor at a time, and downloaded from the hub."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors import safe_open
+from tqdm.auto import tqdm
+
+from ..corpora import from_hub
+from ..files import digest, local_folder
+from .folder import ADAPTER, CARRIED, CONFIG, INDEX, SINGLE, json_object, named, refuse_adapter, tensors
+
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+DTYPES |= {"I32": torch.int32, "I64": torch.int64}  # tables from token ids to experts
+FP8, FP8_SCALE = "F8_E4M3", "_scale_inv"  # block FP8: `weight` beside `weight_scale_inv`
+MXFP4, MXFP4_SCALE = "_blocks", "_scales"  # two 4-bit numbers a byte, and an exponent for 32 of them
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor as it will be read: its shape and dtype after dequantisation."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None  # None: not in DTYPES, such as bytes
+    stored: str  # safetensors' name of the dtype on disk
+
+    def check(self, name: str, whole_numbers: bool) -> None:
+        """ValueError unless the dtype holds weights, or whole numbers."""
+        if self.dtype is None or self.dtype.is_floating_point == whole_numbers:
+            known = [kind for kind, dtype in DTYPES.items() if dtype.is_floating_point != whole_numbers]
+            raise ValueError(f"{self.file}: tensor {name} is of dtype {self.stored}; it must be {', '.join(known)}.")
+
+
+class CheckpointReader:
+    """A local folder of safetensors with its config. Only headers are read until `read` is called.
+
+    entries: its tensors by name; FP8 and MXFP4 are read as bfloat16. Raises what `folder.tensors` does, and ValueError for
+    another quantisation.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.config = read_config(self.folder)
+        self.quantisation = quantisation(self.config)
+        self.method = self.quantisation.get("quant_method")
+        if self.method not in (None, "fp8", "mxfp4"):
+            raise ValueError(
+                f"{self.folder} is quantised with {self.method}: only block FP8 and MXFP4 are dequantised here, so start from "
+                "the checkpoint it was made of."
+            )
+        self.stored = tensors(self.folder)
+        self.entries = dict(self._entries())
+
+    def _entries(self) -> Iterator[tuple[str, Entry]]:
+        scale = {"fp8": FP8_SCALE, "mxfp4": MXFP4_SCALE}.get(self.method)
+        for name, (path, shape, dtype, _, _) in self.stored.items():
+            if self.method == "mxfp4" and name.endswith(MXFP4) and len(shape) > 2:
+                *outer, rows, groups, half = shape
+                yield name.removesuffix(MXFP4), Entry(path, (*outer, groups * half * 2, rows), torch.bfloat16, dtype)
+            elif dtype == FP8 and self.method == "fp8":
+                yield name, Entry(path, shape, torch.bfloat16, dtype)
+            elif scale is None or not name.endswith(scale):
+                yield name, Entry(path, shape, DTYPES.get(dtype), dtype)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A digest of the config, the files' names, sizes and times, and every tensor's dtype and shape."""
+        files = sorted({entry.file for entry in self.entries.values()})
+        sizes = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        shapes = [(name, entry.stored, entry.shape) for name, entry in sorted(self.entries.items())]
+        return digest(sizes, shapes, self.config.to_dict())
+
+    def nbytes(self, name: str) -> int:
+        """The bytes that a tensor takes in memory."""
+        entry = self.entries[name]
+        return torch.Size(entry.shape).numel() * (entry.dtype or torch.int64).itemsize
+
+    def announce(self, names: list[str]) -> None:
+        """Ask the system to read these tensors into its cache in the background, if it supports that."""
+        places = [self.stored.get(name) or self.stored[name + MXFP4] for name in names]
+        for path in {place.file for place in places} if hasattr(os, "posix_fadvise") else ():
+            with path.open("rb") as file:
+                for place in places:
+                    if place.file == path:
+                        os.posix_fadvise(file.fileno(), place.start, place.stop - place.start, os.POSIX_FADV_WILLNEED)
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, dequantised."""
+        if name + MXFP4 in self.stored and self.method == "mxfp4":
+            return _from_mxfp4(self._stored(name + MXFP4), self._stored(name + MXFP4_SCALE))
+        entry, tensor = self.entries[name], self._stored(name)
+        if not (entry.dtype and entry.stored == FP8):
+            return tensor
+        block = self.quantisation.get("weight_block_size", (128, 128))  # transformers' default
+        return _from_fp8(tensor, self._stored(name + FP8_SCALE), block and tuple(block))
+
+    def _stored(self, name: str) -> torch.Tensor:
+        if name not in self.stored:
+            raise ValueError(f"{self.folder} has no tensor {name}: without it the weights cannot be dequantised.")
+        with safe_open(self.stored[name].file, framework="pt") as file:  # closed at once: mapped pages would add up
+            return file.get_tensor(name)
+
+    def check_finite(self, names: Iterable[str]) -> None:
+        """Read these tensors once. Raises ValueError naming the first with a NaN or an infinity."""
+        for name in tqdm(list(names), desc="checking weights", unit="tensor"):
+            tensor = self.read(name)
+            if not (torch.isfinite(tensor.sum()) or torch.isfinite(tensor).all()):  # the sum is twenty times as fast
+                raise ValueError(f"{self.entries[name].file}: tensor {name} holds NaN or infinite weights.")
+
+
+def _from_fp8(weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int] | None) -> torch.Tensor:
+    """[..., rows, columns] float8 times float32 scales (DeepSeek-V3's weight_scale_inv), as bfloat16.
+
+    A single scale, of any shape, applies to the whole tensor. Scales [..., rows / block, columns / block] apply to blocks of
+    the config's size or, if these do not fit, to equal blocks. Raises ValueError if neither fits.
+    """
+    if scale.numel() == 1:
+        return (weight.float() * scale.float().reshape(())).bfloat16()
+    sides = _block_sides(weight.shape[-2:], scale.shape[-2:], block) if scale.ndim == weight.ndim > 1 else None
+    if sides is None:
+        raise ValueError(f"FP8 scales of shape {list(scale.shape)} do not divide a weight of {list(weight.shape)}.")
+    for axis, side in zip((-2, -1), sides, strict=True):
+        scale = scale.repeat_interleave(side, axis).narrow(axis, 0, weight.shape[axis])
+    return (weight.float() * scale.float()).bfloat16()
+
+
+def _block_sides(shape: torch.Size, grid: torch.Size, block: tuple[int, int] | None) -> tuple[int, int] | None:
+    """The rows and columns of a block, for a weight of this shape with this grid of scales; None if none fit."""
+    if block and all(-(-length // side) == count for length, side, count in zip(shape, block, grid, strict=True)):
+        return block
+    equal = all(length % count == 0 for length, count in zip(shape, grid, strict=True))
+    return (shape[0] // grid[0], shape[1] // grid[1]) if equal else None
+
+
+def _from_mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Blocks [n, rows, groups, 16] of two 4-bit floats in a byte, the lower half first, with exponents [n, rows, groups] of
+    bias 127, as bfloat16 [n, groups * 32, rows] (OCP Microscaling formats, E2M1)."""
+    magnitudes = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    values = torch.cat([magnitudes, -magnitudes])
+    parts = []
+    for block, scale in zip(blocks, scales, strict=True):  # one expert at a time: unpacking takes eight times the memory
+        pairs = torch.stack([block & 15, block >> 4], -1).flatten(-2).long()  # [rows, groups, 32]
+        parts.append(torch.ldexp(values[pairs], scale.int()[..., None] - 127).flatten(-2).T.bfloat16())
+    return torch.stack(parts)
+
+
+def quantisation(config) -> dict:
+    """The quantisation that a config, or the text part of a composite one, describes; empty if there is none."""
+    return getattr(config, "quantization_config", None) or getattr(config.get_text_config(), "quantization_config", None) or {}
+
+
+def read_config(folder: Path):
+    """The config of a checkpoint. Raises FileNotFoundError without one, ValueError for an adapter, a type of model that
+    transformers does not know, and entries that it refuses."""
+    refuse_adapter(folder)
+    kind = json_object(folder, CONFIG, "model config").get("model_type")
+    if kind not in transformers.CONFIG_MAPPING:
+        raise ValueError(
+            f"{folder} is of model type {kind!r}, which transformers {transformers.__version__} does not know: code that comes "
+            "with a checkpoint is never run here, so use a version of transformers that has it."
+        )
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config.to_dict()
+    except Exception as error:  # each type of config has its own checks
+        raise ValueError(f"transformers cannot take {folder / 'config.json'}: {' '.join(str(error).split())}") from error
+    return config
+
+
+def described(source: str | Path, revision: str | None = None) -> Path:
+    """A checkpoint's folder with its config and index; those of a hub id are downloaded. Raises ValueError for an adapter,
+    ConnectionError or PermissionError if the hub does not provide them."""
+    folder = local_folder(source) or _download(source, revision, [CONFIG, ADAPTER, f"*{INDEX.removeprefix('model')}"])
+    refuse_adapter(folder)
+    return folder
+
+
+def fetch(source: str, revision: str | None = None) -> Path:
+    """A checkpoint's folder with its weights and the files beside them, downloaded for a hub id. Raises as `described`."""
+    folder = described(source, revision)
+    if local_folder(source) is None:
+        file = json_object(folder, CONFIG, "model config").get("transformers_weights")
+        _download(source, folder.name, [file or SINGLE, *CARRIED, "*.py"])  # code is copied, never run
+        _download(source, folder.name, named(folder)[0])
+    return folder
+
+
+def _download(source: str | Path, revision: str | None, wanted: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    return Path(model_from_hub(lambda: snapshot_download(str(source), revision=revision, allow_patterns=wanted), source))
+
+
+def model_from_hub(load: Callable, source: str | Path):
+    """`corpora.from_hub` for a model."""
+    return from_hub(load, f"the model {str(source)!r}", str(source), "offline there are 'tiny' and local folders")

@@ -1,0 +1,107 @@
+"""Notebook 07: domain-specific pruning (Tables 3 and 8)."""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+
+from matplotlib.figure import Figure
+
+from ..pruning.plan import PruningPlan
+from ..tracing.statistics import median_betas
+from .figures import draws
+from .run import Run
+from .tables import GSM8K, MEASURES, line, measure_panel, panels, paper_panel, pick
+
+DRAWS = 3  # random plans for each r
+SHOWN = ("general", "domain", "exact match")  # measures shown in figures
+
+
+def domain_rows(run: Run) -> Iterator[dict]:
+    """Tables 3 and 8: calibration corpus x beta corpus x r x method x skipping, random draws included, and the full model
+    with Wanda's and MoE-Pruner's weights at 2:4."""
+    n, corpora = run.experts, calibration_corpora(run)
+    yield from skipping_rows(run, None, {"r": n, "method": "none", "calibration": None}, corpora)
+    for r in run.sizes:
+        yield from pruned_rows(run, r, corpora)
+        for draw in range(DRAWS):
+            plan = run.plan(run.general, r, "random", seed=run.seed + draw)
+            yield from skipping_rows(run, plan, {"r": r, "method": "random", "calibration": None, "draw": draw}, corpora)
+    for method, corpus in itertools.product(("wanda", "moe-pruner"), corpora):
+        about = {"r": n, "method": f"{method} 2:4", "calibration": corpus}
+        yield from skipping_rows(run.sparse(corpus, "2:4", method), None, about, corpora)
+
+
+def both(run: Run) -> str:
+    """Both corpora mixed."""
+    return f"{run.general}+{run.domain}"
+
+
+def calibration_corpora(run: Run) -> list[str]:
+    """Each corpus, and both mixed."""
+    return [run.general, run.domain, both(run)]
+
+
+def pruned_rows(run: Run, r: int, beta_corpora: Sequence[str] = ()) -> Iterator[dict]:
+    """METHOD and frequency at r, calibrated on each corpus, without skipping and with the betas of `beta_corpora`."""
+    for method, corpus in itertools.product(dict.fromkeys((run.method, "frequency")), calibration_corpora(run)):
+        about = {"r": r, "method": method, "calibration": corpus}
+        yield from skipping_rows(run, run.plan(corpus, r, method), about, beta_corpora)
+
+
+def skipping_rows(run: Run, plan: PruningPlan | None, about: dict, beta_corpora: Sequence[str]) -> Iterator[dict]:
+    """A run's model masked to a plan, without skipping and with its median betas on each corpus."""
+    for corpus in (None, *beta_corpora):
+        betas = median_betas(run.trace(corpus), plan and plan.kept) if corpus else None
+        yield about | {"betas": corpus} | run.quality(plan, betas)
+
+
+def domain_figure(run: Run, rows: Sequence[dict], paper: Sequence[dict]) -> dict:
+    """Table 3 as curves over r: `SHOWN` for each calibration corpus and for random draws; and the paper's GSM8K."""
+    rows, paper = pick(rows, betas=None), pick(paper, model="Mixtral 8x7B")
+    corpora = filter(None, dict.fromkeys(row["calibration"] for row in rows))
+    ours = [(run.label(corpus), {"method": run.method, "calibration": corpus}) for corpus in corpora]
+    ours.insert(2, ("random", {"method": "random"}))  # third, as in the paper
+    theirs = [("C4", {"calibration": "C4"}), ("MATH", {"calibration": "MATH"}), ("random", {"method": "random"})]
+    about = {"xlabel": "experts kept, r", "falling": True}
+
+    def lines(rows: Sequence[dict], kinds: Sequence[tuple[str, dict]], value: Callable) -> list[dict]:
+        full = pick(rows, method="none")
+        pruned = [row for row in rows if row["r"] < full[0]["r"]]
+        return [line(name, full + pick(pruned, **kind), "r", value) for name, kind in kinds]
+
+    measured = [measure_panel(run, key, lines=lines(rows, ours, MEASURES[key]), **about) for key in SHOWN]
+    return {"panels": [*measured, paper_panel("Table 3", 5, lines=lines(paper, theirs, GSM8K), **about)]}
+
+
+def beta_figure(run: Run, rows: Sequence[dict], paper: Sequence[dict]) -> dict:
+    """Table 8: skipping with each corpus's betas, on the full model and on models pruned on the domain. Of more than three
+    sizes every second is shown, as in the paper."""
+    sizes = sorted({row["r"] for row in rows if row["betas"]}, reverse=True)
+    sizes = sizes[::2] if len(sizes) > 3 else sizes
+    pruned = {"calibration": run.domain, "method": run.method}
+    shown = {f"r = {r}": pick(rows, r=r, **pruned) or pick(rows, r=r, method="none") for r in sizes}
+    betas = lambda row: _in_lines(run, row["betas"])  # noqa: E731
+    measured = [
+        measure_panel(run, key, "betas of", [line(name, some, betas, MEASURES[key]) for name, some in shown.items()])
+        for key in SHOWN
+    ]
+    skips, theirs = lambda row: "skipping" if row["skipping"] else "none", pick(paper, model="Mixtral 8x7B")
+    lines = [line(f"r = {r}", pick(theirs, r=r), skips, GSM8K) for r in (8, 6, 4)]
+    return {"panels": [*measured, paper_panel("Table 8", 5, "", lines)]}
+
+
+def _in_lines(run: Run, corpus: str | None) -> str:
+    """A corpus's name in lines narrow enough for an axis tick."""
+    return run.label(corpus).replace(" (", "\n(").replace(" and ", "\nand ") if corpus else "none"
+
+
+@draws("07_domain_specific", "Table 3")
+def _domain(data: dict) -> Figure:
+    """Perplexity on both corpora and exact match over the experts kept, a line for each calibration corpus with bars over
+    three seeds; the paper's GSM8K beside."""
+    return panels(data)
+
+
+@draws("07_betas", "Table 8")
+def _betas(data: dict) -> Figure:
+    """Quality by whose betas skipping uses, a line for each r; the paper's GSM8K beside."""
+    return panels(data)

@@ -1,0 +1,151 @@
+"""Notebook 03: expert pruning (Eq. 3, Tables 2, 6 and 7)."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+
+from ..measure.search_cost import over
+from ..pruning.search import best_subset, subset_losses
+from ..style import COLOURS, canvas, legend_below, legend_beside, line_style, log_axis, of_the_paper
+from ..tracing.losses import output_norm, output_norms, reconstruction_loss
+from ..tracing.trace import part
+from .figures import draws
+from .run import Run
+from .tables import MEASURES, pick
+
+
+def landscape(run: Run, r: int) -> dict:
+    """Every subset's loss in every layer, divided by the norm of the layer's output, on calibration and held-out tokens.
+
+    `chosen` holds the position of each method's subset in the list of subsets.
+    """
+    calibration, held_out = run.trace(run.general), run.trace(run.general, tokens=run.held_out(run.general))
+    plans = {method: run.plan(run.general, r, method).kept for method in ("enumerate", "greedy", "frequency")}
+    layers = []
+    for i, (layer, other) in enumerate(zip(calibration.layers, held_out.layers, strict=True)):
+        subsets, losses = subset_losses(layer, r)
+        layers.append({
+            "losses": (losses / output_norm(layer)).tolist(),
+            "held_out": (subset_losses(other, r)[1] / output_norm(other)).tolist(),
+            "chosen": {method: subsets.index(tuple(kept[i])) for method, kept in plans.items()},
+        })  # fmt: skip
+    return {"r": r, "corpus": run.label(run.general), "layers": layers}
+
+
+def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
+    """Spearman's correlation of two lists."""
+    return float(pd.Series(one).corr(pd.Series(other), method="spearman"))
+
+
+def methods(run: Run, r_random: int, draws: int = 10) -> dict:
+    """Tables 2 and 6: every method at every r, and `draws` random plans at one r, calibrated on the general corpus."""
+    rows = [{"method": "none", "r": run.experts, **run.quality()}]
+    for r in run.sizes:
+        for method in ("enumerate", "progressive", "frequency"):
+            rows.append({"method": method, "r": r, **run.quality(run.plan(run.general, r, method))})
+    for draw in range(draws):
+        plan = run.plan(run.general, r_random, "random", seed=run.seed + draw)
+        rows.append({"method": "random", "r": r_random, **run.quality(plan)})
+    return {"corpora": [run.label(run.general), run.label(run.domain)], "rows": rows}
+
+
+def heaviest(run: Run, share: float = 0.01) -> list[float]:
+    """Per layer, the heaviest tokens' share of the squared output norm, which Eq. 3 sums."""
+    squares = [output_norms(layer).square() for layer in run.trace(run.general).layers]
+    return [(s.topk(max(1, int(share * len(s)))).values.sum() / s.sum()).item() for s in squares]
+
+
+def calibration_size(run: Run, r: int, draws: int = 5) -> dict:
+    """Table 7: the held-out loss of subsets chosen on fewer sequences, divided by the best held-out loss.
+
+    The sequences of a smaller set are drawn from the trace: nothing runs again.
+    """
+    calibration, held_out = run.trace(run.general), run.trace(run.general, tokens=run.held_out(run.general))
+    best = [best_subset(layer, r)[1] for layer in held_out.layers]
+    generator, rows = torch.Generator().manual_seed(run.seed), []
+    for size in (s for s in (1, 2, 4, 8, 16, 32, 64, 128, 256) if s <= run.sequences):
+        for _ in range(draws if size < run.sequences else 1):
+            sequences = torch.randperm(run.sequences, generator=generator)[:size]
+            tokens = (sequences[:, None] * run.length + torch.arange(run.length)).flatten()
+            kept = [best_subset(part(layer, tokens), r)[0] for layer in calibration.layers]
+            losses = map(reconstruction_loss, held_out.layers, kept)
+            rows.append({"sequences": size, "excess": sum(map(over, losses, best)) / len(best)})
+    return {"r": r, "corpus": run.label(run.general), "length": run.length, "rows": rows}
+
+
+@draws("03_loss_landscape", "Eq. 3")
+def _landscape(data: dict) -> Figure:
+    """For each layer the losses of all subsets, rising, with the choices of three methods."""
+    layers = data["layers"]
+    figure, [row] = canvas(1.5 * len(layers) + 1, 2.8, 1, len(layers), sharey=True)
+    for number, (axes, layer) in enumerate(zip(row, layers, strict=True)):
+        order = sorted(range(len(layer["losses"])), key=layer["losses"].__getitem__)
+        axes.plot([layer["losses"][i] for i in order], color="0.6", lw=1.5)
+        for i, (method, at) in enumerate(layer["chosen"].items()):
+            axes.plot(order.index(at), layer["losses"][at], ls="none", ms=9 - 2 * i, label=method, **line_style(i))
+        axes.set_title(f"layer {number}")
+    row[0].set_ylabel("loss / norm of the output")
+    legend_beside(row[-1])
+    figure.supxlabel(f"all subsets of {data['r']} experts, best first; calibrated on {data['corpus']}", fontsize=9)
+    return figure
+
+
+@draws("03_held_out", "Eq. 3")
+def _held_out(data: dict) -> Figure:
+    """Points: each subset's loss on calibration and on held-out tokens, layer by layer."""
+    figure, [[axes]] = canvas(4, 3.2)
+    for number, layer in enumerate(data["layers"]):
+        axes.plot(layer["losses"], layer["held_out"], ls="none", ms=3, label=f"layer {number}", **line_style(number))
+    top = max(max(layer["losses"] + layer["held_out"]) for layer in data["layers"])
+    axes.plot([0, top], [0, top], color="0.6", lw=0.8)
+    axes.set(xlabel="relative loss, calibration tokens", ylabel="relative loss, held-out tokens")
+    axes.set_title(f"every subset, r = {data['r']}")
+    legend_beside(axes)
+    return figure
+
+
+@draws("03_methods", "Tables 2, 6")
+def _methods(data: dict) -> Figure:
+    """Perplexity and task scores over the experts kept, a line a method; the paper's beside."""
+    figure, [(perplexity, tasks, paper)] = canvas(9, 2.9, 1, 3)
+    numbers, random = {"enumerate": 0, "progressive": 1, "frequency": 2}, pick(data["rows"], method="random")
+    for axes, value, bars in ((perplexity, MEASURES["general"], None), (tasks, MEASURES["average"], lambda row: row["stderr"])):
+        _method_lines(axes, data["rows"], numbers, value, bars)
+        at, label = [row["r"] + 0.12 for row in random], f"random ({len(random)} draws)"
+        axes.plot(at, list(map(value, random)), "x", color="0.4", label=label)
+    perplexity.set(ylabel=f"perplexity, {data['corpora'][0]}", title="held-out perplexity")
+    log_axis(perplexity)
+    tasks.set(ylabel="average of the tasks, %", title="tasks (bars: standard error)")
+    legend_below(tasks, 4)
+    _method_lines(paper, pick(data["paper"], model="Mixtral 8x7B"), numbers | {"random": 7}, MEASURES["average"])
+    paper.set_ylabel("average of 8 zero-shot tasks, %")
+    paper.legend()
+    of_the_paper(paper, "Mixtral 8x7B (Tables 2, 6)")
+    return figure
+
+
+def _method_lines(axes, rows: Sequence[dict], numbers: Mapping[str, int], value: Callable, bars: Callable | None = None):
+    """A line for each method over the experts kept, starting at the full model. numbers: the methods' line styles."""
+    for method, number in numbers.items():
+        points = sorted(pick(rows, method="none")[:1] + pick(rows, method=method), key=lambda row: -row["r"])
+        errors = bars and list(map(bars, points))
+        at = [row["r"] for row in points]
+        axes.errorbar(at, list(map(value, points)), errors, capsize=2, label=method, **line_style(number))
+    axes.invert_xaxis()
+    axes.set_xlabel("experts kept, r")
+
+
+@draws("03_calibration_size", "Table 7")
+def _calibration_size(data: dict) -> Figure:
+    """Held-out loss over the optimum's against the size of the calibration set; the paper's averages beside."""
+    figure, [(here, paper)] = canvas(7, 2.7, 1, 2)
+    here.plot([r["sequences"] for r in data["rows"]], [100 * (r["excess"] - 1) for r in data["rows"]], "o", color=COLOURS[0])
+    here.set(ylabel="loss above the held-out best, %", title=f"r = {data['r']}, {data['corpus']}")
+    paper.plot([r["sequences"] for r in data["paper"]], [r["average"] for r in data["paper"]], "s-", color=COLOURS[7])
+    paper.set_ylabel("average of 8 tasks, %")
+    of_the_paper(paper, "r = 6 (Table 7)")
+    for axes, length in ((here, data["length"]), (paper, 2048)):
+        axes.set(xscale="log", xlabel=f"calibration sequences of {length} tokens")
+    return figure

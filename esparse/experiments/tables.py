@@ -1,0 +1,130 @@
+"""Tables and panels of lines from a study's rows, over seeds and draws."""
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from operator import itemgetter
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from ..style import canvas, legend_below, line_style, log_axis, of_the_paper
+from .run import Run
+
+EXACT = ("arithmetic_problems", "gsm8k")  # tasks scored by exact match; models without them show none
+MEASURES = {
+    "general": lambda row: row["perplexity"][0],
+    "domain": lambda row: row["perplexity"][1],
+    "exact match": lambda row: next((row["tasks"][task] for task in EXACT if task in row["tasks"]), math.nan),
+    "average": lambda row: math.nan if row["average"] is None else row["average"],  # no tasks were scored
+}
+GSM8K = itemgetter("gsm8k")  # for the paper's rows
+RATIOS = ["general", "domain"]  # the measures that are perplexities
+
+
+def pick(rows: Sequence[dict], **wanted) -> list[dict]:
+    """The rows that have these values."""
+    return [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
+
+
+def means(rows: Sequence[dict], by: Sequence[str]) -> pd.DataFrame:
+    """Mean and standard deviation of each of `MEASURES` over rows that agree in `by` (seeds or draws), as text."""
+    groups = _measures(rows, by).groupby(level=by, sort=False)
+    return groups.agg(lambda values: "{:.2f} ± {:.2f}".format(*spread(values)))
+
+
+def spread(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation, which is 0 for a single value; NaN where a value is NaN."""
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
+def compared(rows: Sequence[dict], one: dict, other: dict, by: Sequence[str]) -> pd.DataFrame:
+    """Compare rows with the values `one` and rows with the values `other` within each seed: mean, least and most over seeds
+    for rows that agree in `by`.
+
+    Perplexities are compared by ratio, scores by difference. Several rows of a seed (draws) are averaged first. The seeds
+    agree if least to most excludes 1 (ratios) or 0 (differences). Raises ValueError if the two kinds have other seeds.
+    """
+    place = [*by, "seed"]
+    mine, theirs = (_measures(pick(rows, **kind), place).groupby(level=place, sort=False).mean() for kind in (one, other))
+    theirs = theirs[theirs.index.droplevel("seed").isin(mine.index.droplevel("seed"))]
+    if set(mine.index) != set(theirs.index):
+        raise ValueError(f"The seeds of {one} and {other} differ: these rows cannot be compared.")
+    apart = mine - theirs
+    apart[RATIOS] = mine[RATIOS] / theirs[RATIOS]
+    found = apart.loc[mine.index].groupby(level=by, sort=False).agg(["mean", "min", "max"])
+    return found.rename(columns={"min": "least", "max": "most"}, level=1)
+
+
+def _measures(rows: Sequence[dict], by: Sequence[str]) -> pd.DataFrame:
+    """All `MEASURES` of rows, indexed by their values of `by`; a missing value becomes an empty text."""
+    keys = [tuple("" if row.get(key) is None else row[key] for key in by) for row in rows]
+    values = [{name: value(row) for name, value in MEASURES.items()} for row in rows]
+    return pd.DataFrame(values, index=pd.MultiIndex.from_tuples(keys, names=by))
+
+
+def by_size(found: pd.DataFrame, measure: str, digits: int = 2) -> pd.DataFrame:
+    """One measure of a table from `compared` as text: a column for each r, least to most in each cell."""
+    text = "{:.{d}f} to {:.{d}f}".replace(" ", "\N{NO-BREAK SPACE}")
+    cells = found[measure][["least", "most"]].apply(lambda row: text.format(*row, d=digits), axis=1)
+    wide = cells.unstack("r", fill_value="")  # sorted: pandas 2 mixes up unsorted levels
+    return wide.reindex(index=cells.index.droplevel("r").unique(), columns=cells.index.unique("r"))
+
+
+def line(label: str, rows: Sequence[dict], x: str | Callable[[dict], object], value: Callable[[dict], float]) -> dict:
+    """One line of a panel: at every x the mean, least and most over rows (seeds or draws)."""
+    groups: dict = {}
+    for row in rows:
+        groups.setdefault(x(row) if callable(x) else row[x], []).append(value(row))
+    ends = {"mean": statistics.mean, "least": min, "most": max}
+    return {"label": label, "x": list(groups)} | {name: [end(group) for group in groups.values()] for name, end in ends.items()}
+
+
+def measure_panel(run: Run, key: str, xlabel: str, lines: Sequence[dict], **more) -> dict:
+    """A panel that shows one of `MEASURES` of a run."""
+    names = {"general": run.label(run.general), "domain": run.label(run.domain)}
+    about = {"title": names.get(key, "tasks"), "ylabel": "perplexity, held-out" if key in names else f"{key}, %"}
+    return about | {"log": key in names, "xlabel": xlabel, "lines": lines} | more
+
+
+def paper_panel(table: str, shots: int, xlabel: str, lines: Sequence[dict], **more) -> dict:
+    """A panel that shows GSM8K of Mixtral 8x7B as one of the paper's tables prints it."""
+    about = {"title": f"Mixtral 8x7B ({table})", "ylabel": f"GSM8K, {shots}-shot, %", "paper": True}
+    return about | {"xlabel": xlabel, "lines": lines} | more
+
+
+def panels(data: dict) -> Figure:
+    """Panels of lines with bars from the least to the most over seeds, or of points; the first panel's legend below all."""
+    panels = data["panels"]
+    columns = 2 if len(panels) == 4 else len(panels)
+    rows = len(panels) // columns
+    figure, grid = canvas(3.2 * columns, 2.7 * rows + 0.3, rows, columns)
+    for axes, panel in zip(grid.flatten(), panels, strict=True):
+        for i, one in enumerate(panel.get("lines", ())):
+            _draw_line(axes, i, one)
+        for i, points in enumerate(panel.get("points", ())):
+            axes.plot(points["x"], points["y"], ls="none", label=points["label"], **line_style(i))
+            axes.set_xscale("symlog")
+        axes.set(xlabel=panel["xlabel"], ylabel=panel["ylabel"], title=panel["title"])
+        if panel.get("log"):
+            log_axis(axes)
+        if panel.get("falling"):
+            axes.invert_xaxis()
+        if panel.get("paper"):
+            of_the_paper(axes, panel["title"])
+            axes.legend(fontsize=7)
+    legend_below(grid[0, 0], 5)
+    return figure
+
+
+def _draw_line(axes, i: int, line: dict) -> None:
+    """One line with its error bars, a little beside those of the others; names in the place of numbers stand side by side."""
+    named = isinstance(line["x"][0], str)
+    at = np.arange(len(line["x"])) if named else np.array(line["x"])
+    if named:
+        axes.set_xticks(at, line["x"], fontsize=7)
+    order = at.argsort(kind="stable")
+    at, mean, least, most = (np.array(values)[order] for values in (at, line["mean"], line["least"], line["most"]))
+    aside, style = 0.012 * i * (at[-1] - at[0]), line_style(i) | {"ls": ":" if named else "-"}
+    axes.errorbar(at + aside, mean, [mean - least, most - mean], label=line["label"], capsize=2, **style)

@@ -1,0 +1,104 @@
+"""The machine: its memory and clock, and the processes (ranks) that `torchrun` or `accelerate launch` started."""
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+
+import torch
+import transformers
+from torch import distributed
+
+
+def rank() -> int:
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def ranks() -> int:
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def is_first() -> bool:
+    """Whether this process is rank 0, which alone prints; also before `join_ranks`."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def join_ranks() -> None:
+    """Join the group of processes, if several were started: with nccl on GPUs, else gloo."""
+    if "RANK" in os.environ and not distributed.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+
+def leave_ranks() -> None:
+    """Leave the group, if there is one. Otherwise a thread of gloo may outlive the interpreter and abort a finished process;
+    torchrun then stops the others as failed."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def together() -> None:
+    """Wait for the other ranks."""
+    if ranks() > 1:
+        distributed.barrier()
+
+
+def summed(total: torch.Tensor) -> torch.Tensor:
+    """The sum of a tensor over all ranks, in place."""
+    if ranks() > 1:
+        distributed.all_reduce(total)
+    return total
+
+
+def everyone(value) -> list:
+    """The values of all ranks, in order."""
+    values = [value] * ranks()
+    if ranks() > 1:
+        distributed.all_gather_object(values, value)
+    return values
+
+
+def of_first(value):
+    """The value of rank 0; other ranks' values are ignored."""
+    values = [value]
+    if ranks() > 1:
+        distributed.broadcast_object_list(values)
+    return values[0]
+
+
+def free_memory(device: torch.device | None = None) -> float:
+    """Free bytes of a GPU (None: of all GPUs), or of main memory for a CPU or without GPUs (infinite if unknown)."""
+    if torch.cuda.is_available() and (device is None or device.type == "cuda"):
+        gpus = range(torch.cuda.device_count()) if device is None else (device,)
+        cached = lambda gpu: torch.cuda.memory_reserved(gpu) - torch.cuda.memory_allocated(gpu)  # noqa: E731
+        return sum(torch.cuda.mem_get_info(gpu)[0] + cached(gpu) for gpu in gpus)
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    except OSError:  # not on Linux
+        return float("inf")
+    return int(lines["MemAvailable"].split()[0]) * 1024
+
+
+def machine() -> dict:
+    """The device, versions and date of a measurement."""
+    gpu = torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if gpu else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    return {"device": device, **versions, "date": date.today().isoformat()}
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def seconds_of(call: Callable[[], object]) -> float:
+    """The seconds a call takes, with the work that it queues on a GPU."""
+    synchronize()
+    started = time.perf_counter()
+    call()
+    synchronize()
+    return time.perf_counter() - started

@@ -1,0 +1,92 @@
+"""The cost of pruning a checkpoint from disk, compared with reading and writing it."""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from ..checkpoints.folder import INDEX, REPORT
+from ..checkpoints.layout import Checkpoint, Layout
+from ..checkpoints.reader import CheckpointReader
+from ..files import data_folder, read_json, write_json
+from ..machine import seconds_of
+from .timing import MIXTRAL_8X7B, Record, report
+
+
+def write_random_checkpoint(folder: Path, shape: Mapping[str, object], experts: int = 8) -> None:
+    """Write a Mixtral with random bf16 weights in the hub's layout, with the tiny tokenizer, one layer in memory at a time."""
+    from transformers import MixtralConfig
+
+    folder.mkdir(parents=True)
+    config = MixtralConfig(**shape, num_local_experts=experts, num_experts_per_tok=2, dtype="bfloat16")
+    config.architectures = ["MixtralForCausalLM"]
+    layout, generator, places = Layout(config, experts), torch.Generator().manual_seed(0), {}
+    for number in (None, *range(layout.layers)):
+        names = layout.published_names(number)
+        state = {name: torch.ones(layout.full[name], dtype=torch.bfloat16) for name in names}
+        for name in names:
+            if "norm" not in name:
+                state[name].normal_(0.0, 0.02, generator=generator)
+        file = f"model-{0 if number is None else number + 1:05d}-of-{layout.layers:05d}.safetensors"
+        save_file(state, folder / file, metadata={"format": "pt"})
+        places |= dict.fromkeys(names, file)
+    write_json(folder / INDEX, {"metadata": {}, "weight_map": places})
+    config.save_pretrained(folder)
+    for path in (data_folder() / "tiny").glob("tokenizer*"):
+        shutil.copyfile(path, folder / path.name)
+
+
+def stream_floor(folder: Path, r: int, tokens: int) -> dict[str, float]:
+    """Seconds to read every weight of a Mixtral folder once, to write the kept ones, and for the bare matrix products."""
+    source = CheckpointReader(folder)
+    layout = Layout(source.config, r)
+    checkpoint, seconds, state = Checkpoint(source, layout), dict.fromkeys(("reading", "writing", "products"), 0.0), {}
+
+    def read(number: int | None) -> None:
+        state.clear()
+        state.update({name: source.read(name).clone() for name in checkpoint.stored(number)})
+
+    seconds["reading"] += seconds_of(lambda: read(None))
+    for number in range(layout.layers):
+        seconds["reading"] += seconds_of(lambda: read(number))  # noqa: B023
+        stay = {name: tensor for name, tensor in state.items() if layout.cut(name, range(r))[0]}
+        seconds["writing"] += seconds_of(lambda: save_file(stay, folder / "written.tmp"))  # noqa: B023
+        (folder / "written.tmp").unlink()
+        for name, tensor in state.items():
+            if tensor.ndim == 2:
+                rows = tokens * (2 + layout.n - r) // layout.n if ".experts." in name else tokens
+                inputs = torch.ones(rows, tensor.shape[1], dtype=tensor.dtype)
+                seconds["products"] += seconds_of(lambda: inputs @ tensor.T)  # noqa: B023
+    return seconds
+
+
+def bench_stream(out: Path | None = None, shape: Mapping[str, object] | None = None) -> str:
+    """Pruning a four-layer Mixtral of full width from disk, 8 to 6 experts, 4 x 256 tokens; needs 25 GB of free disk.
+
+    A fresh process prunes, so that its peak memory is its own. The tokens come from the corpus "web".
+    """
+    shape = shape or {**MIXTRAL_8X7B, "num_hidden_layers": 4}
+    with tempfile.TemporaryDirectory(prefix="esparse-stream-", dir=Path.cwd()) as name:
+        source, pruned = Path(name) / "source", Path(name) / "pruned"
+        write_random_checkpoint(source, shape)
+        size = sum(path.stat().st_size for path in source.glob("*.safetensors")) / 1e9
+        command = [sys.executable, "-m", "esparse", "prune", str(source), str(pruned), "--experts", "6"]
+        command += ["--calibration", "web", "--sequences", "4", "--length", "256"]
+        seconds = seconds_of(lambda: subprocess.run(command, check=True, capture_output=True))
+        done = read_json(pruned / REPORT, "pruning report")
+        floor = stream_floor(source, 6, 4 * 256)
+    steps = {step: sum(layer["seconds"][step] for layer in done["layers"]) for step in done["layers"][0]["seconds"]}
+    result = Record(out, source_gb=size, peak_gb=done["peak_gb"], command=seconds, layers=done["seconds"], steps=steps)
+    result |= {"checking": done["checking"], "floor": floor, "shape": dict(shape), "weights": "random"}
+    taken = done["seconds"] + done["checking"]
+    result.keep(over_floor=taken / sum(floor.values()))
+    totals = {"GB on disk": size, "peak GB of memory": done["peak_gb"], "with starting up": seconds, "s": taken}
+    totals["times the least"] = result["over_floor"]
+    return report(
+        {"pruning from disk": [totals], "its steps, s": [{"checking": done["checking"]} | steps], "the least, s": [floor]}
+    )

@@ -1,0 +1,168 @@
+"""Runs experts on chosen (token, expert) pairs. Dropped pairs cost no computation and no reading of weights."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from .. import kernels
+
+BLOCK = 2048  # rows per product of one expert on a CPU
+ACTIVATED = 256  # rows activated at a time, so that they stay in a core's cache
+FEW = 256  # up to so many pairs, reading weights takes a GPU's time, not arithmetic
+
+Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def run_experts(
+    experts: torch.nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """Runs the experts as stock transformers does, [tokens, d] -> [tokens, d], in any dtype a CPU or GPU computes in."""
+    if hidden_states.device.type == "cpu":  # grouped products refuse float64 on a CPU
+        return type(experts).forward.__wrapped__(experts, hidden_states, top_k_index, top_k_weights)
+    return ALL_EXPERTS_FUNCTIONS["grouped_mm"](experts, hidden_states, top_k_index, top_k_weights)
+
+
+def weighted_sum(
+    outputs: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, ranks: torch.Tensor, implementation: str | None
+) -> torch.Tensor:
+    """The sum [tokens, d] of experts' outputs [tokens, k, d] times weights [tokens, k], rounded as stock transformers does.
+
+    In half precision, "eager" adds one by one in the order of expert numbers; others sum all at once in the order `ranks`.
+    """
+    if outputs.dtype in (torch.float32, torch.float64):
+        return (weights[:, None].to(outputs.dtype) @ outputs)[:, 0]
+    parts = outputs * weights[:, :, None]
+    ranks = chosen.argsort(1) if implementation == "eager" else ranks
+    parts = parts.gather(1, ranks[:, :, None].expand_as(parts))
+    if implementation != "eager":
+        return parts.sum(1).to(outputs.dtype)
+    return sum(parts.to(outputs.dtype).unbind(1))
+
+
+class Scratch:
+    """Buffers reused for every result: on a CPU, page faults of new buffers take up to a tenth of a trace's time."""
+
+    def __init__(self):
+        self.held: dict[str, torch.Tensor] = {}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(held.nbytes for held in self.held.values())
+
+    def empty(self, name: str, like: torch.Tensor, *shape: int) -> torch.Tensor:
+        """An uninitialised tensor with dtype and device of `like`, valid until the next call with the same name."""
+        size, held = math.prod(shape), self.held.get(name)
+        if held is None or held.numel() < size or (held.dtype, held.device) != (like.dtype, like.device):
+            held = self.held[name] = like.new_empty(size)
+        return held[:size].view(shape)
+
+
+def pair_outputs(
+    experts: torch.nn.Module, hidden_states: torch.Tensor, expert: torch.Tensor, scratch: Scratch | None = None
+) -> torch.Tensor:
+    """The unweighted outputs [tokens, m, d] of m experts for each token of hidden_states [tokens, d].
+
+    expert: int64 [tokens, m]; the number n (`num_experts`) marks a dropped pair, whose output is 0. A grouped product on a
+    GPU does not make the host wait. With `scratch` the result lies in its buffers and has no gradient.
+    """
+    product = _product(experts, hidden_states, expert.numel(), scratch is not None)
+    if product is None:
+        return _one_after_another(experts, hidden_states, expert, scratch)
+    return _grouped(experts, hidden_states, expert, product)
+
+
+def _product(experts: torch.nn.Module, hidden_states: torch.Tensor, pairs: int, scratch: bool) -> Product | None:
+    """The fastest grouped product on this device; None where experts run faster one after another."""
+    weight = experts.down_proj
+    device, dtype = weight.device, weight.dtype
+    differentiated = torch.is_grad_enabled() and (weight.requires_grad or hidden_states.requires_grad)
+    own = kernels.product if torch.compiler.is_compiling() else kernels.launch  # a registered operator costs 13 us a call
+    if device.type == "cpu":
+        if torch.compiler.is_compiling():
+            return own
+        if scratch or differentiated or dtype not in (torch.float32, torch.bfloat16):
+            return None
+        lines = all(size * p.itemsize % 16 == 0 for p in experts.parameters() if p.ndim == 3 for size in p.shape[1:])
+        return grouped_mm if lines else None
+    if device.type != "cuda":
+        return None
+    # Before Hopper, or in other dtypes, torch's own product waits for the host and loops.
+    hopper = dtype == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] in (9, 10)
+    if not differentiated and not (hopper and pairs > FEW) and kernels.works(device, dtype):
+        return own
+    return grouped_mm if hopper else None
+
+
+def grouped_mm(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """torch's own grouped product; rows after the last end are not initialised."""
+    return torch.nn.functional.grouped_mm(rows, weight, offs=ends)
+
+
+def _grouped(experts, hidden_states: torch.Tensor, expert: torch.Tensor, product: Product) -> torch.Tensor:
+    """`pair_outputs` as two products over all pairs, sorted by expert; dropped pairs come last."""
+    flat = expert.flatten()
+    order = flat.argsort(stable=True)
+    of = flat[order]  # [pairs]
+    ends = torch.searchsorted(of, torch.arange(experts.num_experts, device=of.device), right=True).int()
+    dropped = of[:, None] == experts.num_experts
+
+    def zero_dropped(x: torch.Tensor) -> torch.Tensor:
+        # Rows after the last end are not initialised; they must not reach a result or a gradient.
+        return x.masked_fill(dropped, 0) if torch.is_grad_enabled() else x
+
+    def linear(name: str, x: torch.Tensor) -> torch.Tensor:
+        weight = getattr(experts, name)
+        x = product(x, weight if experts.is_transposed else weight.mT, ends)
+        bias = getattr(experts, f"{name}_bias")[of.clamp(max=experts.num_experts - 1)] if experts.has_bias else None
+        return zero_dropped(x if bias is None else x + bias)
+
+    rows = zero_dropped(hidden_states[order // expert.shape[1]])
+    sorted_outputs = _mlp(experts, linear, rows).masked_fill(dropped, 0)
+    return torch.empty_like(sorted_outputs).index_copy(0, order, sorted_outputs).view(*expert.shape, -1)
+
+
+def _mlp(experts, linear: Callable[[str, torch.Tensor], torch.Tensor], x: torch.Tensor, rows: int = 0) -> torch.Tensor:
+    """The experts' MLP, [rows, d] -> [rows, d], from the attributes of the experts interface. rows: how many rows to activate
+    in place at a time (0: all, not in place)."""
+    up, activate = ("gate_up_proj", experts._apply_gate) if experts.has_gate else ("up_proj", experts.act_fn)
+    hidden = linear(up, x)
+    if rows:
+        inner = hidden.shape[1] // (2 if experts.has_gate else 1)
+        for part in hidden.split(rows):
+            part[:, :inner] = activate(part)
+        hidden = hidden[:, :inner]
+    else:
+        hidden = activate(hidden)
+    out = linear("down_proj", hidden)
+    return experts.post_expert_norm(out) if getattr(experts, "has_post_expert_norm", False) else out
+
+
+def _one_after_another(experts, hidden_states: torch.Tensor, expert: torch.Tensor, scratch: Scratch | None) -> torch.Tensor:
+    """`pair_outputs` with products that read each expert's weights in place."""
+    flat, n = expert.flatten(), experts.num_experts
+    shape = (len(flat), hidden_states.shape[1])
+    outputs = scratch.empty("outputs", hidden_states, *shape) if scratch else hidden_states.new_empty(shape)
+    counts = torch.bincount(flat, minlength=n + 1).tolist()
+    for number, pairs in enumerate(flat.argsort().split(counts)):
+        for rows in pairs.split(BLOCK) if len(pairs) else ():
+            x = hidden_states.index_select(0, rows // expert.shape[1])
+            outputs[rows] = one_expert(experts, number, x, scratch) if number < n else 0.0
+    return outputs.view(*expert.shape, -1)
+
+
+def one_expert(experts, number: int, x: torch.Tensor, scratch: Scratch | None = None, on_input=None) -> torch.Tensor:
+    """One expert's outputs [rows, d] for x [rows, d]; on_input(name, x) gets each weight's name and its input."""
+
+    def linear(name: str, x: torch.Tensor) -> torch.Tensor:
+        if on_input:
+            on_input(name, x)
+        weight = getattr(experts, name)[number]
+        weight = weight if experts.is_transposed else weight.T
+        out = scratch.empty(name, x, len(x), weight.shape[1]) if scratch else None
+        if experts.has_bias:
+            return torch.addmm(getattr(experts, f"{name}_bias")[number], x, weight, out=out)
+        return torch.mm(x, weight, out=out)
+
+    return _mlp(experts, linear, x, ACTIVATED if scratch else 0)

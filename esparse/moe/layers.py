@@ -1,0 +1,192 @@
+"""Finding the MoE layers of a transformers model, through the experts interface rather than by model name."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+import torch
+from torch import nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from .experts import run_experts
+from .routers import Router, device_of, identify, table
+from .running import evaluating
+
+COUNT_NAMES = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
+
+def count_names(holder: object, n: int | None = None) -> list[str]:
+    """The attributes of a config or module that count its experts (as n, if given); those its class defines come first."""
+    names = sorted(COUNT_NAMES, key=partial(is_known, holder), reverse=True)
+    counts = {name: getattr(holder, name, None) for name in names}
+    return [name for name, count in counts.items() if isinstance(count, int) and n in (None, count)]
+
+
+def is_known(holder: object, name: str) -> bool:
+    """Whether a config's class defines this entry; the model ignores other entries."""
+    mapped = getattr(holder, "attribute_map", {})
+    return hasattr(type(holder), name) or name in (*mapped, *mapped.values())
+
+
+@dataclass
+class MoELayer:
+    """One MoE layer of a model: its block, its gate and its experts module."""
+
+    name: str
+    block: nn.Module
+    gate: nn.Module
+    experts: nn.Module
+
+    @property
+    def n(self) -> int:
+        """The number of experts."""
+        return self.experts.num_experts
+
+    @cached_property
+    def _identified(self) -> tuple[Router, int]:
+        try:
+            with evaluating(self.block, self.gate):
+                return identify(self.block, self.gate, self.n)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: esparse cannot use the router {type(self.gate).__name__}, since {error}.") from None
+
+    @property
+    def router(self) -> Router:
+        """The arithmetic of the router. Raises ValueError for an unknown kind."""
+        return self._identified[0]
+
+    @property
+    def k(self) -> int:
+        """The number of experts per token."""
+        return self._identified[1]
+
+    @cached_property
+    def _output(self) -> tuple[bool, torch.Tensor | None]:
+        return _find_output_map(self)
+
+    @property
+    def output_is_linear(self) -> bool:
+        """Whether the block's output is linear in the sum of its experts' outputs. Where it is not (a norm follows, or the
+        decoder layer itself holds the experts), losses compare the sums instead of the block's outputs."""
+        return self._output[0]
+
+    @property
+    def output_map(self) -> torch.Tensor | None:
+        """The linear map from that sum to the block's output: a factor [], a matrix [inner, d], or None for the identity."""
+        return self._output[1]
+
+    @property
+    def shared(self) -> bool:
+        """Whether the block has parameters outside its gate and its experts."""
+        own = {id(p) for module in (self.gate, self.experts) for p in module.parameters()}
+        return any(id(p) not in own for p in self.block.parameters())
+
+
+def moe_layers(model: nn.Module) -> list[MoELayer]:
+    """The MoE layers of a model, in order: every module with the experts interface and a gate.
+
+    Raises ValueError for a model without any.
+    """
+    layers = list(moe_blocks(model))
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} has no MoE layers behind transformers' experts interface: "
+            "load a Mixture-of-Experts model, such as Mixtral, Qwen3-MoE or OLMoE."
+        )
+    return layers
+
+
+def moe_blocks(module: nn.Module) -> Iterator[MoELayer]:
+    """Every MoE layer within a module, in order; none for a dense one."""
+    interface = ("num_experts", "has_gate", "is_transposed", "down_proj")
+    for name, block in module.named_modules():
+        experts = getattr(block, "experts", None)
+        gates = [gate for gate in (getattr(block, "gate", None), getattr(block, "router", None)) if isinstance(gate, nn.Module)]
+        if isinstance(experts, nn.Module) and all(hasattr(experts, attribute) for attribute in interface) and gates:
+            yield MoELayer(name, block, gates[0], experts)
+
+
+def find_moe(decoder: nn.Module) -> MoELayer | None:
+    """The MoE layer of one decoder layer, or None where it is dense."""
+    return next(moe_blocks(decoder), None)
+
+
+@torch.no_grad()
+def _find_output_map(layer: MoELayer) -> tuple[bool, torch.Tensor | None]:
+    """`output_is_linear` and `output_map`, found from the block's outputs when its experts return random sums."""
+    width = layer.experts.down_proj.shape[2 if layer.experts.is_transposed else 1]
+    like = next(p for p in layer.gate.parameters() if p.ndim == 2)
+    like = like.new_empty(like.shape, device=device_of(layer.gate, like))
+    given = torch.randn(8, width, generator=torch.Generator().manual_seed(0)).to(like.device, layer.experts.down_proj.dtype)
+    close = lambda one, other: torch.allclose(one, other, rtol=2e-2, atol=2e-2 * other.abs().max().item())  # noqa: E731
+    try:
+        rest = _block_output(layer, torch.zeros_like(given), like)
+        mapped = _block_output(layer, given, like) - rest
+    except (TypeError, ValueError, AttributeError, RuntimeError):
+        return False, None  # the block takes more than hidden states: it is a decoder layer
+    if mapped.shape == given.shape:
+        factor = (mapped / given).median()
+        if close(mapped, factor * given):
+            return True, None if abs(factor - 1) < 1e-2 else factor
+    matrix = _block_output(layer, torch.eye(width).to(given), like) - rest[:1]
+    return (True, matrix) if close(mapped, given @ matrix) else (False, None)
+
+
+def _block_output(layer: MoELayer, sums: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The block's output [rows, d] for zero inputs when its experts return `sums` [rows, inner]."""
+    ids = {"input_ids": torch.zeros(1, len(sums), dtype=torch.long, device=like.device)} if table(layer.gate) else {}
+    with experts_returning(layer, sums), evaluating(layer.block):
+        output = layer.block(like.new_zeros(1, len(sums), like.shape[1]).to(sums.dtype), **ids)
+    return flat_output(output)
+
+
+def flat_output(output) -> torch.Tensor:
+    """The hidden states [tokens, d] that a block returned, alone or first in a tuple."""
+    return (output[0] if isinstance(output, tuple) else output).flatten(0, -2)
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The decoder layers, which take hidden states [batch, length, d] and return them."""
+    return (model.base_model if hasattr(model.base_model, "layers") else model.get_decoder()).layers
+
+
+@contextmanager
+def experts_implementation(layers: Sequence[MoELayer], name: str) -> Iterator[None]:
+    """Runs the layers' model under another registered experts implementation, and restores the former one afterwards."""
+    configs = {id(layer.experts.config): layer.experts.config for layer in layers}.values()
+    former = [config._experts_implementation for config in configs]
+    try:
+        for config in configs:
+            config._experts_implementation = name
+        yield
+    finally:
+        for config, before in zip(configs, former, strict=True):
+            config._experts_implementation = before
+
+
+def _replaced_forward(experts: nn.Module, *arguments) -> torch.Tensor:
+    return getattr(experts, "esparse_forward", run_experts)(experts, *arguments)  # other layers run as before
+
+
+ALL_EXPERTS_FUNCTIONS.register("esparse_replaced", _replaced_forward)
+
+
+@contextmanager
+def replaced_experts(layers: Sequence[MoELayer], functions: Sequence[Callable]) -> Iterator[None]:
+    """Calls a function of (experts, hidden_states, top_k_index, top_k_weights) in place of each layer's experts."""
+    with ExitStack() as stack:
+        stack.enter_context(experts_implementation(layers, "esparse_replaced"))
+        for layer, function in zip(layers, functions, strict=True):
+            attributes = vars(layer.experts)
+            if "esparse_forward" in attributes:
+                stack.callback(setattr, layer.experts, "esparse_forward", attributes["esparse_forward"])
+            else:
+                stack.callback(delattr, layer.experts, "esparse_forward")
+            layer.experts.esparse_forward = function
+        yield
+
+
+def experts_returning(layer: MoELayer, sums: torch.Tensor | None = None):
+    """A context in which the layer's experts are not computed: they return `sums` [tokens, inner] (None: zeros)."""
+    return replaced_experts([layer], [lambda _experts, x, *_: torch.zeros_like(x) if sums is None else sums])

@@ -1,0 +1,73 @@
+"""Helpers to run a user's model: token checks, devices, and settings that are restored afterwards."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from .routers import device_of
+
+
+def check_tokens(model: nn.Module, tokens: torch.Tensor) -> None:
+    """ValueError unless `tokens` is a non-empty [sequences, length] integer tensor of ids in the vocabulary."""
+    if tokens.ndim != 2 or tokens.numel() == 0 or tokens.is_floating_point():
+        raise ValueError(f"tokens must be integer ids of shape [sequences, length], got {list(tokens.shape)} {tokens.dtype}.")
+    size, low, high = model.get_input_embeddings().num_embeddings, int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= size:
+        wrong = low if low < 0 else high
+        raise ValueError(f"Token id {wrong} is outside the vocabulary of {size}: use the tokenizer that belongs to the model.")
+
+
+@contextmanager
+def router_logits_off(model: nn.Module) -> Iterator[None]:
+    """Turns `output_router_logits` off: with it, every forward pass computes a balance loss.
+
+    `generate` fails in that loss for a padded batch, since the mask covers the cached tokens and the router logits do not.
+    """
+    configs = {id(config): config for config in (model.config, model.config.get_text_config())}.values()
+    former = [config for config in configs if getattr(config, "output_router_logits", False)]
+    for config in former:
+        config.output_router_logits = False
+    try:
+        yield
+    finally:
+        for config in former:
+            config.output_router_logits = True
+
+
+@contextmanager
+def modes_kept(*models: nn.Module) -> Iterator[None]:
+    """Restores the mode, training or evaluation, of every module afterwards."""
+    former = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in former:
+            module.training = mode
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Evaluation mode, without dropout or a router's jitter; the former modes return afterwards."""
+    with modes_kept(*models):
+        for module in (module for model in models for module in model.modules()):
+            module.training = False
+        yield
+
+
+def uncompiled():
+    """A context in which modules run uncompiled: compiled code does not call hooks registered after compilation."""
+    return torch.compiler.set_stance("force_eager")
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """The device on which a model takes its token ids; its embeddings may be offloaded."""
+    embeddings = model.get_input_embeddings()
+    return device_of(embeddings, embeddings.weight)
+
+
+def check_held(modules: Iterable[nn.Module], advice: str) -> None:
+    """ValueError, with advice, where accelerate has offloaded weights of these modules."""
+    if any(p.is_meta for module in modules for p in module.parameters()):
+        raise ValueError(f"Weights of this model are offloaded, so that they cannot be changed in place: {advice}.")

@@ -1,0 +1,71 @@
+"""Scores of single experts, and the ranking of losses."""
+
+from collections.abc import Callable
+
+import torch
+
+from ..tracing.losses import full_gram
+from ..tracing.statistics import selection_frequency
+from ..tracing.trace import LayerTrace
+
+ROUNDING = 2**-23  # of sums of float32 products, relative to a layer's largest squared loss
+
+
+def expert_groups(layer: LayerTrace) -> list[range]:
+    size = layer.n // layer.router.groups
+    return [range(start, start + size) for start in range(0, layer.n, size)]
+
+
+def ranked(losses: torch.Tensor) -> torch.Tensor:
+    """The indices of a layer's losses [subsets] by rising loss. Losses that differ by rounding alone keep their order, so that
+    every machine ranks them alike."""
+    squares, order = losses.square().sort(stable=True)
+    apart = torch.cat([squares.new_zeros(1), squares.diff()]) > ROUNDING * squares[-1]
+    return order[(apart.cumsum(0) * len(order) + order).argsort()]
+
+
+def expert_scores(layer: LayerTrace, kind: str) -> torch.Tensor:
+    """A score of each expert, float64 [n]; 0 for an expert without tokens. kind: one of `EXPERT_SCORES`, else ValueError.
+
+    "frequency": the share of tokens that choose it (the paper's baseline). "reap": the mean of routing weight times
+    output norm over its tokens (REAP, arXiv 2510.13999). "activation": the mean output norm without the weight.
+    """
+    if kind not in EXPERT_SCORES:
+        raise ValueError(f"Unknown score {kind!r}: choose from {', '.join(EXPERT_SCORES)}.")
+    return EXPERT_SCORES[kind](layer)
+
+
+def _reap(layer: LayerTrace) -> torch.Tensor:
+    return _mean_over_tokens(layer, _output_norms(layer) * layer.weights.double())
+
+
+def _activation(layer: LayerTrace) -> torch.Tensor:
+    return _mean_over_tokens(layer, _output_norms(layer))
+
+
+# A new score is a function here; the searches, the command line and the explorer take its name from this table.
+EXPERT_SCORES: dict[str, Callable[[LayerTrace], torch.Tensor]] = {
+    "frequency": selection_frequency,
+    "reap": _reap,
+    "activation": _activation,
+}
+
+
+def _output_norms(layer: LayerTrace) -> torch.Tensor:
+    """||f_i|| of each token's chosen experts, float64 [tokens, k]."""
+    return full_gram(layer, layer.k).diagonal(dim1=1, dim2=2).double().clamp(min=0).sqrt()
+
+
+def _mean_over_tokens(layer: LayerTrace, values: torch.Tensor) -> torch.Tensor:
+    """The mean of values [tokens, k] over the tokens that chose each expert, float64 [n]."""
+    chosen = layer.order[:, : layer.k]
+    total = values.new_zeros(layer.n + 1).index_add_(0, chosen.flatten(), values.flatten())[: layer.n]
+    counts = torch.bincount(chosen.flatten(), minlength=layer.n)[: layer.n]
+    return layer.sum_over_ranks(total) / layer.sum_over_ranks(counts).clamp(min=1)
+
+
+def best_by_score(layer: LayerTrace, r: int, scores: torch.Tensor) -> list[int]:
+    """The r experts with the highest scores, equally many from each group."""
+    groups = expert_groups(layer)
+    order = scores.argsort(descending=True, stable=True).tolist()
+    return [e for group in groups for e in [e for e in order if e in group][: r // len(groups)]]

@@ -1,0 +1,186 @@
+"""Walking through a decoder layer by layer: only the hidden states of the calibration set are kept between layers."""
+
+from collections.abc import Callable, Iterator, MutableSequence, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+
+from ..moe.experts import Scratch
+from ..moe.layers import MoELayer, decoder_layers, experts_returning, find_moe, flat_output
+from ..moe.masking import masked_layer
+from ..moe.running import evaluating, input_device, uncompiled
+from .recorder import Recorder, check_gram, recording
+from .trace import LayerTrace
+
+BATCH = 8  # sequences a forward pass
+
+State = torch.Tensor | tuple[torch.Tensor | None, ...]  # hidden states, alone or followed by a layer's other outputs
+
+
+class Bypass(nn.Module):
+    """Replaces a decoder layer that must not run. It has the layer's attributes and returns NaN for the hidden states, so that
+    any use of them is noticed, followed by `more`."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.__dict__.update(layer=layer, more=())  # not registered as a submodule
+
+    def __getattr__(self, name: str):
+        return getattr(self.__dict__["layer"], name)
+
+    def forward(self, hidden_states: torch.Tensor, *_arguments, **_named) -> State:
+        hidden_states = torch.full_like(hidden_states, float("nan"))
+        return (hidden_states, *self.more) if self.more else hidden_states
+
+
+@contextmanager
+def single_layer(model: nn.Module, number: int) -> Iterator[nn.Module]:
+    """Yields one decoder layer of the model, in evaluation mode; the model bypasses the other layers meanwhile."""
+    layers = decoder_layers(model)
+    former = list(layers)
+    try:
+        for other, layer in enumerate(former):
+            if other != number and not isinstance(layer, Bypass):
+                layers[other] = Bypass(layer)
+        with evaluating(model), uncompiled():
+            yield former[number]
+    finally:
+        for other, layer in enumerate(former):
+            layers[other] = layer
+
+
+class _StopForward(Exception):
+    """Carries the layer's output out of the model's forward pass, which ends there."""
+
+
+def forward_layer(model: nn.Module, layer: nn.Module, batch: torch.Tensor, state: State | None) -> State:
+    """The output of a decoder layer for token ids [sequences, length].
+
+    state: the layer's input (None: the model's embeddings). The model itself prepares masks, positions and other arguments.
+    Some layers return more than hidden states (ZAYA: a router state; GLM-5: the tokens to attend to), all part of the state.
+    Raises ValueError where a layer also takes values that the model computes from earlier layers' hidden states.
+    """
+    hidden_states, *more = state if isinstance(state, tuple) else (state,)
+
+    def enter(_module, args, named):
+        if hidden_states is None:
+            return None
+        others = (*args[1:], *(value for name, value in named.items() if name != "hidden_states"))
+        if any(torch.is_tensor(value) and value.is_floating_point() and value.isnan().any() for value in others):
+            raise ValueError(f"{type(layer).__name__} also takes hidden states of earlier layers, which a walk cannot carry.")
+        return ((hidden_states, *args[1:]), named) if args else (args, {**named, "hidden_states": hidden_states})
+
+    def leave(_module, _args, output):
+        raise _StopForward(output)
+
+    for other in decoder_layers(model):
+        if isinstance(other, Bypass):
+            other.__dict__["more"] = more
+    with ExitStack() as stack:
+        stack.callback(layer.register_forward_pre_hook(enter, with_kwargs=True).remove)
+        stack.callback(layer.register_forward_hook(leave).remove)
+        try:
+            model.base_model(batch, use_cache=False)
+        except _StopForward as stopped:
+            output = stopped.args[0]
+            return output[0] if isinstance(output, tuple) and len(output) == 1 else output
+    raise ValueError(f"{type(model).__name__} does not run its decoder layers one after the other.")
+
+
+class Walk:
+    """Carries streams of hidden states of a calibration set through a decoder, one layer at a time.
+
+    streams: the next layer's input for each batch, by the stream's name; an absent stream starts from the embeddings.
+    "original" is the stream with all experts, whose weights may be pruned on the way. "pruned" is the stream with fewer
+    experts, in a progressive search. split: whether other ranks of torch.distributed have the other sequences.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokens: torch.Tensor,
+        *,
+        progressive: bool = False,
+        batch_size: int = BATCH,
+        chunk_tokens: int | None = None,
+        split: bool = False,
+        new_stream: Callable[[str, int], MutableSequence] | None = None,
+    ):
+        """new_stream: makes the container of a layer's outputs from the stream's name and the layer's number (None: a list)."""
+        self.model, self.batches = model, tokens.split(batch_size)
+        self.progressive, self.chunk_tokens, self.split = progressive, chunk_tokens, split
+        self.new_stream = new_stream or (lambda _name, _number: [None] * len(self.batches))
+        self.streams: dict[str, MutableSequence] = {}
+        self.scratch = Scratch()
+
+    def forward(self, decoder: nn.Module, b: int, stream: str = "original") -> State:
+        """The output of a decoder layer for one batch of a stream."""
+        batch = self.batches[b].to(input_device(self.model))
+        state = self.streams[stream][b] if stream in self.streams else None
+        if isinstance(state, tuple):
+            state = tuple(tensor if tensor is None else tensor.to(batch.device) for tensor in state)
+        elif state is not None:
+            state = state.to(batch.device)
+        return forward_layer(self.model, decoder, batch, state)
+
+    def advance(self, decoder: nn.Module, number: int, stream: str = "original", forward: Callable | None = None) -> None:
+        """Take a stream past a decoder layer; forward(decoder, b, stream) replaces the method `forward`, if given."""
+        after = self.new_stream(stream, number)
+        for b in range(len(self.batches)):
+            after[b] = (forward or self.forward)(decoder, b, stream)
+        self.streams[stream] = after
+
+    def trace_layer(self, number: int, keep: int | None) -> LayerTrace | None:
+        """Take the original stream past a decoder layer; returns the trace of its MoE layer, or None without one.
+
+        If `progressive`, the trace is that of the pruned stream, which waits before the MoE layer until `follow`.
+        """
+        with single_layer(self.model, number) as decoder:
+            layer = find_moe(decoder)
+            if layer is None:
+                for stream in ("original", "pruned")[: 1 + self.progressive]:
+                    self.advance(decoder, number, stream)
+                return None
+            check_gram([layer], sum(batch.numel() for batch in self.batches), keep, input_device(self.model))
+            recorder = Recorder(layer, keep, self.chunk_tokens, self.scratch)
+            if self.progressive:
+                self.advance(decoder, number, forward=lambda decoder, b, _: self._record_pruned(decoder, recorder, b))
+            else:
+                with recording([recorder]):
+                    self.advance(decoder, number)
+        traced = recorder.finish()
+        traced.split = self.split
+        return traced
+
+    def _record_pruned(self, decoder: nn.Module, recorder: Recorder, b: int) -> State:
+        """Record the pruned stream with the original stream's block outputs as target; returns the original stream's output."""
+        layer = recorder.layer
+        with block_outputs(layer) as target:
+            after = self.forward(decoder, b)
+        # The target excludes the shared experts' output on the pruned stream, which removing experts cannot change.
+        if layer.output_is_linear and layer.shared and not layer.router.shared:
+            with block_outputs(layer) as rest, experts_returning(layer):
+                self.forward(decoder, b, "pruned")
+            target[0] = target[0] - rest[0]
+        recorder.target = target[0]
+        with recording([recorder]):
+            self.forward(decoder, b, "pruned")
+        return after
+
+    def follow(self, number: int, kept: Sequence[int]) -> None:
+        """Take the pruned stream past the same layer with only these experts."""
+        with single_layer(self.model, number) as decoder, masked_layer(find_moe(decoder), kept):
+            self.advance(decoder, number, "pruned")
+
+
+@contextmanager
+def block_outputs(layer: MoELayer) -> Iterator[list[torch.Tensor]]:
+    """A list that collects the outputs [tokens, d] of the layer's block (of its experts, where `output_is_linear` is false)."""
+    collected: list[torch.Tensor] = []
+    source = layer.block if layer.output_is_linear else layer.experts
+    hook = source.register_forward_hook(lambda _module, _inputs, output: collected.append(flat_output(output)))
+    try:
+        yield collected
+    finally:
+        hook.remove()
