@@ -20,9 +20,9 @@ import pytest
 
 import esparse
 from esparse.experiments.figures import figures
-from esparse.explorer import views, widgets
+from esparse.explorer import widgets
 from esparse.explorer.grid import BETAS, SHARES
-from esparse.explorer.views import VIEWS
+from esparse.explorer.views import VIEWS, Stage
 from esparse.files import checkout
 from esparse.tests.conftest import EXHAUSTIVE, LIMIT
 
@@ -151,7 +151,7 @@ def open_notebook(browser, lab, request):
     assert said == []
 
 
-def source_of(stage: views.Stage, data: dict) -> str:
+def source_of(stage: Stage, data: dict) -> str:
     return f"data:image/png;base64,{base64.b64encode(stage.png(data)).decode()}"
 
 
@@ -163,7 +163,7 @@ class Driver:
         self.board = widgets.Dashboard(self.explorer, views, controls)  # the reference: no page is attached to it
         self.board.turn += 1  # and it draws nothing ahead, which would take the page's time
         self.board._draw_ahead = lambda _choice: None
-        self.stages, self.settled = {name: views.Stage(name, self.explorer.frame) for name in views}, 0
+        self.stages, self.settled = {name: Stage(name, self.explorer.frame) for name in views}, 0
 
     def expected(self) -> tuple[list[str], dict[str, list[str]]]:
         """The pictures and the words of the reference's state."""
@@ -269,11 +269,11 @@ def test_a_key_press_changes_the_pictures_within_a_tenth_of_a_second(open_notebo
     for method in board.explorer.methods[1:]:  # another one each time: pictures that were not shown before
         page.evaluate("() => { window.taken = []; }")
         driver.choose(board.method, method)
-        for slider, steps in ((board.r, (2, -4, 2)), (board.layer, (5, -5)), (board.share, (5, -10, 5))):
+        for slider, steps in ((board.r, (2, -4, 2)), (board.layer, (5, -5)), (board.share, (10, -20, 10))):
             for some in steps:
                 driver.up(slider, some)
         driver.choose(board.mode, widgets.SKIPPING[1])
-        for some in (10, -10):
+        for some in (20, -20):
             driver.up(board.beta, some)
         driver.choose(board.mode, widgets.SKIPPING[0])
         taken = sorted(page.evaluate("() => window.taken"))
