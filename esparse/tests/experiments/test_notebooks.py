@@ -109,9 +109,13 @@ def test_finished_notebooks_are_not_run_again_and_changed_settings_are(finished,
     folder, _ = finished
     again = call_here("notebooks", *FEW, "--run-dir", folder)
     assert f"0 s ({len(PATHS)} reused)" in again.stdout
-    shutil.copytree(folder / "notebooks", tmp_path / "notebooks")  # a copy: other tests read what the run left
-    other = call_here("notebooks", "01", "--set", "SEED=43", "--run-dir", tmp_path)
+    parts = ("notebooks", "figures")
+    for part in parts:
+        shutil.copytree(folder / part, tmp_path / part)
+    other = call_here("notebooks", "01", "--set", "SEED=43", "--run-dir", folder)
     assert other.returncode == 0 and "reused" not in other.stdout
+    for part in parts:  # other tests read what the first run left
+        shutil.copytree(tmp_path / part, folder / part, dirs_exist_ok=True)
 
 
 @pytest.mark.slow
