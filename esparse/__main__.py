@@ -1,8 +1,12 @@
-"""The command line, `python -m esparse COMMAND`: `COMMANDS` declares the options, and each command calls one function."""
+"""The command line, `python -m esparse COMMAND`: `COMMANDS` declares the options, and each command calls one function.
+
+A command yields the lines that it prints. `main` prints them; of several processes only rank 0 does.
+"""
 
 import argparse
 import sys
 import time
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
@@ -14,127 +18,120 @@ SIZES = ("small", "medium", "full")
 BENCHES = {"search": ".measure.search_cost", "stream": ".measure.streaming_cost", "many": ".measure.search_cost"}
 
 
-def _notebooks(names, settings, folder, update) -> None:
+def _notebooks(names, settings, folder, update) -> Iterator[str]:
     from .experiments.notebooks import parse_settings, run_notebooks
 
+    started = time.perf_counter()
     table = run_notebooks(names, settings=parse_settings(settings), folder=folder, update=update)
-    reused = table.pop("reused")
-    print(table.to_string(index=False))
-    print(f"{len(table)} notebooks, {table.seconds[~reused].sum():.0f} s" + f" ({reused.sum()} reused)" * bool(reused.any()))
+    reused = table.pop("reused").sum()
+    yield table.to_string(index=False)
+    yield f"{len(table)} notebooks, {time.perf_counter() - started:.0f} s" + f" ({reused} reused)" * bool(reused)
 
 
-def _figures(names, source) -> None:
+def _figures(names, source) -> Iterator[str]:
     from .experiments.figures import redraw
 
-    for path in redraw(names, source):
-        print(path)
+    yield from map(str, redraw(names, source))
 
 
-def _data(folder, keep_model) -> None:
+def _data(folder, keep_model) -> Iterator[str]:
     from .files import data_folder, refuse_existing
     from .tiny_model import build
 
     folder, started = folder or data_folder(), time.perf_counter()
     if not keep_model:
         refuse_existing(folder / "tiny")
-        print("Training takes about 20 minutes on two quiet cores.")
-    for write in (build.write_corpora, build.write_tasks) + (() if keep_model else (build.write_model,)):
-        write(folder)
-    print(f"{folder} written in {time.perf_counter() - started:.0f} s")
+        yield "Training takes about 20 minutes on two quiet cores."
+    build.write_corpora(folder)
+    build.write_tasks(folder)
+    if not keep_model:
+        build.write_model(folder / "tiny")
+    yield f"{folder} written in {time.perf_counter() - started:.0f} s"
 
 
-def _prune(source, destination, experts, plan, dry_run, calibration, seed, device, chunk_tokens, **options) -> None:
+def _prune(source, destination, experts, plan, dry_run, calibration, seed, device, chunk_tokens, **options) -> Iterator[str]:
     from .machine import is_first, join_ranks
 
     if (experts is None) == (plan is None):
         raise ValueError("Say either how many experts to keep (--experts R) or which (--plan FILE).")
     join_ranks()
     plan = plan and esparse.PruningPlan.load(plan)
-    if is_first():
+    if is_first():  # an estimate measures the speed of the machine, which one process should have to itself
         needs = esparse.preflight(source, plan.r if plan else experts, destination=destination, **options)
-        print("\n".join(f"{name + ':':10}{value}" for name, value in needs.items()), flush=True)
+        yield from (f"{name + ':':10}{value}" for name, value in needs.items())
     if dry_run:
         return
     options |= {"calibration": calibration, "seed": seed, "device": device, "chunk_tokens": chunk_tokens}
     report = esparse.prune_checkpoint(source, destination, plan or experts, **options)
-    if is_first():
-        print(f"{destination}: {report['n']} to {report['r']} experts in {report['seconds']:.0f} s")
-        print(f"at most {report['peak_gb']:.1f} GB of memory" + f"; left out: {report['left_out']}" * bool(report["left_out"]))
-        _print_not_copied(report)
-        if "skipping" in report:
-            print(report["skipping"])
+    yield f"{destination}: {report['n']} to {report['r']} experts in {report['seconds']:.0f} s"
+    yield f"at most {report['peak_gb']:.1f} GB of memory" + f"; left out: {report['left_out']}" * bool(report["left_out"])
+    yield from _not_copied(report)
+    if "skipping" in report:
+        yield report["skipping"]
 
 
-def _weights(source, destination, sparsity, **options) -> None:
-    from .machine import is_first, join_ranks
+def _weights(source, destination, sparsity, **options) -> Iterator[str]:
+    from .machine import join_ranks
 
     join_ranks()
     report = esparse.prune_weights_checkpoint(source, destination, sparsity, **options)
-    if is_first():
-        share = report["removed"] / report["weights"]
-        print(f"{destination}: {share:.1%} of {report['weights']} weights are zero, in {report['seconds']:.0f} s")
-        for layer, experts in report["unrouted"].items():
-            print(f"layer {layer}: no token reached the experts {experts}, which were pruned by magnitude")
-        _print_not_copied(report)
+    share = report["removed"] / report["weights"]
+    yield f"{destination}: {share:.1%} of {report['weights']} weights are zero, in {report['seconds']:.0f} s"
+    for layer, experts in report["unrouted"].items():
+        yield f"layer {layer}: no token reached the experts {experts}, which were pruned by magnitude"
+    yield from _not_copied(report)
 
 
-def _print_not_copied(report: dict) -> None:
+def _not_copied(report: dict) -> Iterator[str]:
     if report["not_copied"]:
-        print("not copied: " + ", ".join(f"{name} ({why})" for name, why in report["not_copied"].items()))
+        yield "not copied: " + ", ".join(f"{name} ({why})" for name, why in report["not_copied"].items())
 
 
-def _evaluate(model, tasks, plan, betas, **options) -> None:
+def _evaluate(model, tasks, plan, betas, **options) -> Iterator[str]:
     from .checkpoints.models import read_betas
-    from .machine import is_first
     from .measure.evaluation import resolve_tasks
 
     run = esparse.Run(model, tasks=tasks and resolve_tasks(tasks), **options)
     plan = plan and esparse.PruningPlan.load(plan)
     table = run.scores(plan, read_betas(betas) if betas else plan and plan.betas)
-    if is_first():
-        print(table.to_string())
-        if len(table) > 1 and table.metric.nunique() == 1:
-            print(f"average {100 * table.value.mean():.2f}")
+    yield table.to_string()
+    if len(table) > 1 and table.metric.nunique() == 1:
+        yield f"average {100 * table.value.mean():.2f}"
 
 
-def _recover(source, destination, **options) -> None:
-    from .machine import is_first
+def _recover(source, destination, **options) -> Iterator[str]:
     from .recovery import recover_checkpoint
 
     report = recover_checkpoint(source, destination, **options)
-    if is_first():
-        losses = f"loss {report['losses'][0]:.3f} to {report['losses'][-1]:.3f}"
-        print(f"{destination}: {report['trained']} parameters trained in {report['seconds']:.0f} s, {losses}")
+    losses = f"loss {report['losses'][0]:.3f} to {report['losses'][-1]:.3f}"
+    yield f"{destination}: {report['trained']} parameters trained in {report['seconds']:.0f} s, {losses}"
 
 
-def _acceptance(model, settings, folder) -> None:
+def _acceptance(model, settings, folder) -> Iterator[str]:
     from pandas import DataFrame
 
     from .experiments.acceptance import acceptance
     from .experiments.notebooks import parse_settings
 
     options = {name.lower(): value for name, value in parse_settings(settings).items()}
-    print(DataFrame(acceptance(model, folder=folder, **options)).to_string(index=False))
+    yield DataFrame(acceptance(model, folder=folder, **options)).to_string(index=False)
 
 
-def _bench(name, out, **recipe) -> None:
-    recipe = {key: tuple(value) if key == "text" else value for key, value in recipe.items() if value is not None}
+def _bench(name, out, **recipe) -> Iterator[str]:
+    recipe = {key: value for key, value in recipe.items() if value is not None}
     if name in STUDIES:
         from .experiments.seeds import bench_study
-        from .tiny_model.recipe import Recipe
+        from .tiny_model.training import Recipe
 
-        print(bench_study(name, out, recipe=Recipe(**recipe)))
+        yield bench_study(name, out, recipe=Recipe(**recipe))
     elif recipe:
         raise ValueError(f"Only studies train models: {', '.join(STUDIES)}; {name} takes no recipe.")
     elif name in SIZES:
         from .measure.decoding import bench
 
-        print(bench(name, out))
+        yield bench(name, out)
     else:
-        print(getattr(import_module(BENCHES[name], __package__), f"bench_{name}")(out))
-
-
-# --- options --------------------------------------------------------------------------------------------------------
+        yield getattr(import_module(BENCHES[name], __package__), f"bench_{name}")(out)
 
 
 def _dtype(name: str):
@@ -174,7 +171,7 @@ CALIBRATION = (
     _option("--sequences", default=128, type=_count, metavar="N", help="sequences of the calibration set"),
     LENGTH,
     _option("--seed", default=42, type=int, metavar="S", help="which documents are drawn"),
-    _option("--dtype", type=_dtype, help="what to compute in (what most weights are stored in)"),
+    _option("--dtype", type=_dtype, help="dtype of the computation (that of most stored weights)"),
     _option("--device", help="where to compute (cpu), such as cuda"),
     _option("--batch-size", default=8, type=_count, metavar="B", help="sequences in one forward pass"),
     REVISION,
@@ -221,7 +218,7 @@ COMMANDS = {
         _option("--betas", metavar="FILE", help="JSON with one beta per MoE layer, or such a list under 'betas' (the plan's)"),
         _option("--limit", type=_count, metavar="N", help="items of each task (all; 100 for the tiny model)"),
         _option("--dtype", help="of the weights, such as bfloat16 or int8 (the checkpoint's)"),
-        _option("--batch-size", type=_count, metavar="B", help="items at once (64 for the tiny model, 8 for others)"),
+        _option("--batch-size", type=_count, metavar="B", help="items at once (128 for the tiny model, 8 for others)"),
         _option("--device-map", metavar="MAP", help="such as auto"),
         *(PLAN, REVISION, RUN_DIR),
     ),
@@ -269,10 +266,12 @@ def _parser() -> argparse.ArgumentParser:
 def main(words: list[str] | None = None) -> int:
     """Run one command; a user's mistake ends in one sentence on standard error and exit status 2."""
     arguments = vars(_parser().parse_args(words))
-    from .machine import leave_ranks  # imports torch, which the help does not need
+    from .machine import is_first, leave_ranks  # imports torch, which the help does not need
 
     try:
-        arguments.pop("call")(**arguments)
+        for line in arguments.pop("call")(**arguments):
+            if is_first():
+                print(line, flush=True)
         leave_ranks()  # not after a mistake: other ranks may be waiting for this one
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         print(f"esparse: {(str(error).strip() or type(error).__name__).splitlines()[0]}", file=sys.stderr)

@@ -11,10 +11,15 @@ import torch
 from .documents import FORMS, Document, alternating, plain, read_documents, to_document
 from .files import data_folder
 
-HUB = {"c4": "allenai/c4", "math": "EleutherAI/hendrycks_math", "gsm8k": "openai/gsm8k", "metamath": "meta-math/MetaMathQA"}
-SYNTHETIC = ("web", "arithmetic")
 _MATH_SUBJECTS = ("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory")
 _MATH_SUBJECTS += ("prealgebra", "precalculus")
+HUB = {  # the data set of each corpus, and its configurations
+    "c4": ("allenai/c4", (None,)),
+    "math": ("EleutherAI/hendrycks_math", _MATH_SUBJECTS),
+    "gsm8k": ("openai/gsm8k", ("main",)),
+    "metamath": ("meta-math/MetaMathQA", (None,)),
+}
+SYNTHETIC = ("web", "arithmetic")
 _C4_FILES = {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"}
 
 
@@ -28,11 +33,8 @@ def calibration_tokens(
     .txt, .json, .jsonl, .ndjson, .csv or .tsv, each also gzipped, .parquet or .arrow, or to a folder of them. A path that
     exists takes precedence over a hub corpus of the same name; "/heldout" after it takes a fifth of its documents, "/rest"
     the others. A mix joins corpora with plus signs and takes their sequences in turn: "code.jsonl*3+c4" takes three of the
-    first, then one of the second.
-    Records may hold plain text: `text`, `problem` and `solution`, `question` and `answer`, `query` and `response`, or
-    `content`; or a conversation: `messages` or `conversations`, `instruction` (with `input` or `context`) and `output` or
-    `response`, or `prompt` and `completion` or `response`. A conversation goes through the tokenizer's chat template; without
-    one, blank lines join its turns. Records without text are left out.
+    first, then one of the second. Records hold a text or a conversation, in the fields at the head of `documents.py`.
+    A conversation goes through the tokenizer's chat template; without one, blank lines join its turns.
     protocol "paper" (A.7): shuffle with the seed, take the first 16 x sequences documents, tokenise one by one with BOS,
     pack each batch of 1,000 documents, drop its remainder, cut to length.
     Raises ValueError for an unknown corpus or protocol, a malformed line, turns that the template refuses, or too little
@@ -44,15 +46,14 @@ def calibration_tokens(
         raise ValueError(f"sequences and length must be at least 1, got {sequences} and {length}.")
     mix = parts(corpus)
     if len(mix) > 1:
-        rounds = -(-sequences // sum(weight for _, weight in mix))
-        shape = {"length": length, "seed": seed}
+        rounds, shape = -(-sequences // sum(weight for _, weight in mix)), {"length": length, "seed": seed}
         drawn = [calibration_tokens(name, tokenizer, sequences=rounds * weight, **shape) for name, weight in mix]
         return torch.cat([rows.unflatten(0, (rounds, -1)) for rows in drawn], 1).flatten(0, 1)[:sequences]
     corpus = mix[0][0]
     every = documents(corpus)
     order = list(range(len(every)))
     random.Random(seed).shuffle(order)
-    chosen, rows, total = [every[i] for i in order[: 16 * sequences]], [], 0
+    chosen, rows, total = [to_document(every[i]) for i in order[: 16 * sequences]], [], 0
     for start in range(0, len(chosen), 1000):
         packed = [token for document in chosen[start : start + 1000] for token in _ids(tokenizer, document)]
         rows += [packed[i : i + length] for i in range(0, len(packed) - length + 1, length)]
@@ -115,7 +116,8 @@ def is_local(name: str) -> bool:
 
 
 def documents(corpus: str) -> Sequence[Document]:
-    """The documents of a corpus; see `calibration_tokens`."""
+    """The documents of a corpus; see `calibration_tokens`. Of the hub: the records, since a C4 shard has 356,317 of them and
+    few are drawn; `to_document` converts these."""
     if is_local(corpus):
         return read_documents(Path(corpus))
     path, _, part = corpus.rpartition("/")
@@ -124,47 +126,31 @@ def documents(corpus: str) -> Sequence[Document]:
         return [document for document in read_documents(Path(path)) if held_out(document) == (part == "heldout")]
     name, _, split = corpus.partition("/")
     if name in SYNTHETIC:
-        path = data_folder() / "corpora" / f"{name}.{split or 'calibration'}.jsonl.gz"
-        if not path.exists():
+        shipped = data_folder() / "corpora" / f"{name}.{split or 'calibration'}.jsonl.gz"
+        if not shipped.exists():
             raise ValueError(f"The corpus {corpus!r} has no such split: there are '{name}' and '{name}/heldout'.")
-        return read_documents(path)
+        return read_documents(shipped)
     if name in HUB:
-        return _HubDocuments(_from_hub(name, split or "train"))
+        return _hub_records(name, split or "train")
     if Path(corpus).suffix:
         return read_documents(Path(corpus))
     known = ", ".join([*HUB, *SYNTHETIC])
     raise ValueError(f"Unknown corpus {corpus!r}: choose from {known}, or give a path to {FORMS}, or to a folder of them.")
 
 
-class _HubDocuments(Sequence):
-    """The documents of a hub data set, each converted when it is indexed: a C4 shard has 356,317."""
-
-    def __init__(self, dataset):
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index):
-        return to_document(self.dataset[index])
-
-
-def _from_hub(name: str, split: str):
+def _hub_records(name: str, split: str):
     from datasets import concatenate_datasets, load_dataset
 
-    def load():
-        if name == "c4":
-            return load_dataset(HUB[name], data_files={split: _C4_FILES[split]}, split=split)
-        if name == "math":
-            return concatenate_datasets([load_dataset(HUB[name], subject, split=split) for subject in _MATH_SUBJECTS])
-        return load_dataset(HUB[name], "main" if name == "gsm8k" else None, split=split)
-
-    if name == "c4" and split not in _C4_FILES:
-        raise ValueError(f"The corpus 'c4' has no split {split!r}: there are {', '.join(_C4_FILES)}.")
+    (page, configurations), options = HUB[name], {"split": split}
     alternatives = "offline there are 'web' and 'arithmetic', or give a path to a local file"
+    if name == "c4":
+        if split not in _C4_FILES:
+            raise ValueError(f"The corpus 'c4' has no split {split!r}: there are {', '.join(_C4_FILES)}.")
+        options["data_files"] = {split: _C4_FILES[split]}
     if name == "math":
         alternatives += "; MATH was taken down by a rights holder in 2025, and 'gsm8k' is the usual substitute"
-    return from_hub(load, f"the corpus {name!r}", f"datasets/{HUB[name]}", alternatives)
+    load = lambda: concatenate_datasets([load_dataset(page, own, **options) for own in configurations])  # noqa: E731
+    return from_hub(load, f"the corpus {name!r}", f"datasets/{page}", alternatives)
 
 
 def from_hub(load: Callable, what: str, page: str, alternatives: str):

@@ -7,7 +7,8 @@ import json
 import re
 import zlib
 from collections.abc import Iterator, Mapping
-from itertools import chain, islice
+from itertools import chain, groupby, islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +39,10 @@ def plain(document: Document) -> str:
 def alternating(turns: list[dict]) -> list[dict]:
     """Turns as every chat template takes them: user and assistant in turn, the user first. Every role but the assistant
     becomes the user, neighbouring turns of one side are joined, and assistant turns before the first user turn are dropped."""
-    result: list[dict] = []
-    for turn in turns:
-        role = "assistant" if turn["role"] == "assistant" else "user"
-        if turn["content"] and result and result[-1]["role"] == role:
-            result[-1]["content"] += f"\n\n{turn['content']}"
-        elif turn["content"] and (result or role == "user"):
-            result.append({"role": role, "content": turn["content"]})
-    return result
+    said = [("assistant" if turn["role"] == "assistant" else "user", turn["content"]) for turn in turns if turn["content"]]
+    sides = groupby(said, key=itemgetter(0))
+    result = [{"role": role, "content": "\n\n".join(content for _, content in side)} for role, side in sides]
+    return result[1:] if result and result[0]["role"] == "assistant" else result
 
 
 def read_documents(path: Path) -> list[Document]:
@@ -86,7 +83,7 @@ def _records(path: Path) -> Iterator[tuple[Any, str]]:
     if suffix is None:
         raise ValueError(f"{path} is not a {FORMS} file.")
     if suffix in TABLES:
-        return ((row, f"{path}, row {i}") for i, row in enumerate(_table(path), 1))
+        return ((row, f"{path}, row {i}") for i, row in enumerate(_table(path, suffix), 1))
     text = _decoded(path)
     if suffix == ".txt":
         return ((part.strip(), str(path)) for part in re.split(r"\n\s*\n", text))
@@ -103,7 +100,7 @@ def _decoded(path: Path) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _table(path: Path) -> list[dict]:
+def _table(path: Path, suffix: str) -> list[dict]:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -111,11 +108,9 @@ def _table(path: Path) -> list[dict]:
         raise ImportError(f"Reading {path} needs pyarrow: pip install pyarrow.") from None
     try:
         file = pyarrow.BufferReader(path.read_bytes())
-        is_parquet = _format(path) == ".parquet"
-        table = parquet.read_table(file) if is_parquet else pyarrow.ipc.open_stream(file).read_all()
+        return (parquet.read_table(file) if suffix == ".parquet" else pyarrow.ipc.open_stream(file).read_all()).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path} cannot be read ({error}): it may be truncated.") from None
-    return table.to_pylist()
 
 
 def _rows(text: str, path: Path, delimiter: str) -> Iterator[tuple[dict, str]]:
@@ -164,15 +159,12 @@ def _listed(value: Any) -> list | None:
 
 def to_document(record: Any, place: str = "record") -> Document:
     """The document of a record: its first reading that has text. Raises ValueError for a record without known fields."""
-    document = None
-    for document in _readings(record):
-        if plain(document).strip():
-            return document
-    if document is None:
+    readings = list(_readings(record))
+    if not readings:
         keys = ", ".join(str(key)[:40] for key in list(record)[:12]) if isinstance(record, Mapping) else ""
         keys = f"the keys {keys}" if keys else "no keys"
         raise ValueError(f"{place} has neither 'text' nor another known form: it has {keys}; known are {_KNOWN}.")
-    return document
+    return next((document for document in readings if plain(document).strip()), readings[-1])
 
 
 def _readings(record: Any) -> Iterator[Document]:
@@ -200,11 +192,9 @@ def _text(value: Any) -> str | None:
 
 def _turns(value: Any) -> list[dict] | None:
     """Turns with `role` and `content`, or `from` and `value`; None for anything but a list of them."""
-    if value is None:
-        return []
-    if not isinstance(value, list) or not all(isinstance(turn, Mapping) and turn.keys() & {"role", "from"} for turn in value):
+    if not isinstance(value, list | None):
         return None
-    turns = [_turn(turn) for turn in value]
+    turns = [_turn(turn) if isinstance(turn, Mapping) else None for turn in value or []]
     return None if None in turns else turns
 
 
@@ -215,21 +205,21 @@ def _turn(turn: Mapping) -> dict | None:
     if isinstance(content, list):  # parts: keep text, drop images and the like
         parts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
         content = "".join(_text(part) or "" for part in parts)
-    if not isinstance(role, str) or _text(content) is None or not turn.keys() & {"content", "value", "tool_calls"}:
+    if not role or not isinstance(role, str) or _text(content) is None or not turn.keys() & {"content", "value", "tool_calls"}:
         return None
     return more | {"role": _ROLES.get(role.lower(), role.lower()), "content": _text(content)}
 
 
 def _exchange(record: Mapping, question: str, context: str | None, answer: str) -> Document | None:
     """A question and an answer as turns; as text where one of them is empty."""
-    sides = _side("user", record[question], record.get(context)), _side("assistant", record[answer])
-    if None in sides:
+    asked, answered = _side("user", record[question], record.get(context)), _side("assistant", record[answer], None)
+    if asked is None or answered is None:
         return None
-    turns = [turn for side in sides for turn in side]
-    return turns if all(plain(side).strip() for side in sides) else plain(turns)
+    turns = asked + answered
+    return turns if plain(asked).strip() and plain(answered).strip() else plain(turns)
 
 
-def _side(role: str, value: Any, more: Any = None) -> list[dict] | None:
+def _side(role: str, value: Any, more: Any) -> list[dict] | None:
     """One side of an exchange: the turns in `value`, or one turn made of one or two texts."""
     texts = [_text(value), _text(more)]
     if None in texts:

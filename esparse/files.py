@@ -3,13 +3,14 @@
 import hashlib
 import json
 import os
-import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from importlib import metadata, util
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub.utils import WeakFileLock
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -52,13 +53,23 @@ def new_folder(destination: str | Path) -> Iterator[Path]:
     """A temporary folder that is renamed to `destination` at the end, or removed after an error."""
     destination = refuse_existing(destination)
     destination.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
-    try:
-        yield temporary
-        temporary.chmod(0o755)  # mkdtemp's folders are private
+    with tempfile.TemporaryDirectory(prefix=f".{destination.name}.", dir=destination.parent) as temporary:
+        yield Path(temporary)
+        os.chmod(temporary, 0o755)  # temporary folders are private
         os.replace(temporary, destination)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def made_once(path: Path, make: Callable[[Path], object]) -> Path:
+    """The path, made by make(path) unless it exists. Of several processes one makes it and the others wait, except for the
+    ranks of one job, which make it together."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.with_name(f".{path.name}.lock")
+        with nullcontext() if "RANK" in os.environ else WeakFileLock(lock):
+            if not path.exists():
+                make(path)
+        lock.unlink(missing_ok=True)  # who still waits for it finds the path
+    return path
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -13,8 +13,7 @@ try:
     import triton.language as tl
 except ImportError:  # comes with torch's builds for GPUs
     triton = None
-
-if triton is not None:
+else:
 
     @triton.jit
     def _product(
@@ -97,7 +96,7 @@ def _(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Ten
     return rows.new_empty(rows.shape[0], weight.shape[2])
 
 
-_works: dict[tuple[torch.device, torch.dtype], bool] = {}
+_works: dict[tuple[torch.device, torch.dtype], bool] = {}  # not functools.cache, past which torch.compile traces
 
 
 def works(device: torch.device, dtype: torch.dtype) -> bool:

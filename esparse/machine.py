@@ -61,14 +61,6 @@ def everyone(value) -> list:
     return values
 
 
-def of_first(value):
-    """The value of rank 0; other ranks' values are ignored."""
-    values = [value]
-    if ranks() > 1:
-        distributed.broadcast_object_list(values)
-    return values[0]
-
-
 def free_memory(device: torch.device | None = None) -> float:
     """Free bytes of a GPU (None: of all GPUs), or of main memory for a CPU or without GPUs (infinite if unknown)."""
     if torch.cuda.is_available() and (device is None or device.type == "cuda"):
@@ -90,15 +82,11 @@ def machine() -> dict:
     return {"device": device, **versions, "date": date.today().isoformat()}
 
 
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def seconds_of(call: Callable[[], object]) -> float:
     """The seconds a call takes, with the work that it queues on a GPU."""
-    synchronize()
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait()
     started = time.perf_counter()
     call()
-    synchronize()
+    wait()
     return time.perf_counter() - started

@@ -3,7 +3,6 @@ three ways to train: the routers alone, everything with expert-wise distillation
 
 import os
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -16,15 +15,15 @@ from tqdm.auto import tqdm
 from .checkpoints.models import load_model, save_model
 from .corpora import calibration_tokens
 from .files import refuse_existing
-from .machine import is_first, ranks, summed
+from .machine import is_first, ranks, seconds_of, summed
 from .moe.experts import pair_outputs
 from .moe.identity import check_fingerprint
 from .moe.layers import MoELayer, experts_implementation, moe_layers
-from .moe.running import check_held, check_tokens, evaluating, input_device, modes_kept
+from .moe.running import check_held, check_tokens, evaluating, input_device, temporarily
 from .pruning.mask import masked
 from .pruning.plan import PruningPlan
 from .pruning.scores import ranked
-from .pruning.search import subset_losses
+from .pruning.search import make_plan, subset_losses
 from .pruning.weights import restore_zeros, zeros
 from .tracing.losses import expert_scales
 from .tracing.trace import Trace
@@ -76,11 +75,11 @@ def choose_by_output(
     close = []
     for layer in trace.layers:
         subsets, losses = subset_losses(layer, r)
-        close.append([(list(subsets[i]), losses[i].item()) for i in ranked(losses)[:candidates].tolist()])
+        close.append([(list(subsets[i]), losses[i].item(), None) for i in ranked(losses)[:candidates].tolist()])
 
     def plan_of(chosen: list[int]) -> PruningPlan:
-        kept, losses = zip(*(options[i] for options, i in zip(close, chosen, strict=True)), strict=True)
-        return PruningPlan("output", r, list(kept), list(losses), trace.model, trace.tokens)
+        found = [options[i] for options, i in zip(close, chosen, strict=True)]
+        return make_plan("output", r, found, trace.model, trace.tokens)
 
     def mean_kl(chosen: list[int]) -> float:
         with evaluating(model), masked(model, plan_of(chosen)):
@@ -119,7 +118,6 @@ def recover(
     schedule: str = PAPER["schedule"],
     batch_size: int = 8,
     seed: int = 42,
-    folder: str | Path | None = None,
     **arguments,
 ) -> dict:
     """Train a pruned model in place with transformers' Trainer, under any accelerate or FSDP2 set-up.
@@ -154,23 +152,17 @@ def recover(
     layers = moe_layers(model)
     wanted = [p for layer in layers for p in layer.gate.parameters()] if method == "router" else list(model.parameters())
     wanted = [p for p in wanted if p.requires_grad]  # a load-balancing bias is not trained by gradients
+    loss = {"tune": _tune_loss, "router": partial(_router_loss, teacher)}.get(method) or _ExpertsLoss(model, teacher, plan)
+    options = {"max_steps": steps, "learning_rate": learning_rate, "lr_scheduler_type": schedule, "seed": seed}
     with ExitStack() as stack:
         stack.enter_context(_training(model, wanted))
         if teacher is not None:
             stack.enter_context(evaluating(teacher))
-        if not under_fsdp():  # FSDP does it shard by shard
-            stack.enter_context(_in_float32(model))
         if model.dtype in (torch.float32, torch.bfloat16):  # dtypes that the grouped product supports
             stack.enter_context(experts_implementation(layers, "grouped_mm"))
-        place = folder or stack.enter_context(tempfile.TemporaryDirectory())
-        options = {"max_steps": steps, "learning_rate": learning_rate, "lr_scheduler_type": schedule, "seed": seed}
-        options |= {"per_device_train_batch_size": batch_size, "output_dir": str(place), **arguments}
-        loss = {"tune": _tune_loss, "router": partial(_router_loss, teacher)}.get(method)
-        loss = loss or _ExpertsLoss(model, teacher, plan)
-        trainer = _trainer(model, tokens, options, loss)
-        started = time.perf_counter()
-        trainer.train()
-        seconds = time.perf_counter() - started
+        options |= {"output_dir": stack.enter_context(tempfile.TemporaryDirectory())}
+        trainer = _trainer(model, tokens, options | {"per_device_train_batch_size": batch_size, **arguments}, loss)
+        seconds = seconds_of(trainer.train)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     about = {"method": method, "steps": steps, "seconds": seconds, "trained": sum(p.numel() for p in wanted)}
     return about | {"losses": losses, "balance": getattr(loss, "balance", None)}
@@ -205,8 +197,8 @@ def _check_teacher(model, teacher, plan: PruningPlan | None, method: str) -> Non
         raise ValueError(f"The pruning plan is for {len(plan.kept)} MoE layers, the models have {len(one)}.")
     if model.config.get_text_config().vocab_size != teacher.config.get_text_config().vocab_size:
         raise ValueError("The teacher has another vocabulary than the student: they cannot be fed the same tokens.")
-    for number, (mine, theirs) in enumerate(zip(one, other, strict=True)):
-        kept = plan.kept[number] if plan else list(range(theirs.n))
+    kept_of = plan.kept if plan else [range(layer.n) for layer in other]
+    for mine, theirs, kept in zip(one, other, kept_of, strict=True):
         if len(kept) != mine.n or kept[-1] >= theirs.n:
             ending = f", and the plan keeps {len(kept)}." if plan else ": give the pruning plan that says which are left."
             raise ValueError(f"The layers do not match: {mine.name} has {mine.n} experts, the teacher {theirs.n}{ending}")
@@ -218,31 +210,24 @@ def _check_teacher(model, teacher, plan: PruningPlan | None, method: str) -> Non
 
 @contextmanager
 def _training(model, wanted: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Put the model in training mode with only these parameters trainable; restore its state on leaving."""
-    former = {id(p): p.requires_grad for p in model.parameters()}
-    chosen = {id(p) for p in wanted}
-    for parameter in model.parameters():
-        parameter.requires_grad_(id(parameter) in chosen)
-    try:
-        with modes_kept(model):
-            yield
-    finally:
-        model.zero_grad(set_to_none=True)
-        for parameter in model.parameters():
-            parameter.requires_grad_(former.get(id(parameter), True))
-
-
-@contextmanager
-def _in_float32(model) -> Iterator[None]:
-    """Hold half-precision parameters as float32; restore their own dtype on leaving."""
-    half = [(p, p.dtype) for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16)]
-    for parameter, _ in half:
+    """Put the model in training mode with only these parameters trainable, half-precision ones held as float32; restore modes
+    and dtypes on leaving."""
+    former = [(p, p.requires_grad) for p in model.parameters()]
+    half = [(p, p.dtype) for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16) and not under_fsdp()]
+    model.requires_grad_(False)
+    for parameter in wanted:
+        parameter.requires_grad_(True)
+    for parameter, _ in half:  # FSDP does it shard by shard
         parameter.data = parameter.data.float()
     try:
-        yield
+        with temporarily(model.modules(), "training", True):
+            yield
     finally:
+        model.zero_grad()
         for parameter, dtype in half:
             parameter.data = parameter.data.to(dtype)
+        for parameter, trainable in former:
+            parameter.requires_grad_(trainable)
 
 
 def _trainer(model, tokens: torch.Tensor, options: dict, loss: Callable):
@@ -262,15 +247,12 @@ def _trainer(model, tokens: torch.Tensor, options: dict, loss: Callable):
         def on_train_end(self, *_, **__):
             self.bar.close()
 
-    class Recovery(Trainer):
-        def compute_loss(self, model, inputs, **_):
-            return loss(model, inputs)
-
     quiet = {"save_strategy": "no", "report_to": "none", "logging_steps": 1, "disable_tqdm": True, "log_level": "error"}
     quiet |= {"dataloader_pin_memory": torch.cuda.is_available(), "ddp_find_unused_parameters": False}
     rows = [{"input_ids": row} for row in tokens]
-    trainer = Recovery(model, TrainingArguments(**quiet | options), train_dataset=rows, callbacks=[Watch()])
+    trainer = Trainer(model, TrainingArguments(**quiet | options), train_dataset=rows, callbacks=[Watch()])
     trainer.remove_callback(PrinterCallback)
+    trainer.compute_loss = lambda model, inputs, **_: loss(model, inputs)
     trainer.model_accepts_loss_kwargs = False  # a mean over each batch, however many are accumulated
     return trainer
 
@@ -294,7 +276,7 @@ class _ExpertsLoss:
     def __init__(self, model, teacher, plan: PruningPlan | None):
         self.teacher, self.balance = teacher, None
         self.layers, self.theirs = moe_layers(model), moe_layers(teacher)
-        self.kept = plan.kept if plan else [list(range(layer.n)) for layer in self.theirs]
+        self.kept = plan.kept if plan else [range(layer.n) for layer in self.theirs]
 
     def __call__(self, model, inputs) -> torch.Tensor:
         with capture_expert_inputs(self.theirs) as before:
@@ -360,14 +342,13 @@ def recover_checkpoint(
     source: str | Path,
     destination: str | Path,
     *,
-    method: str = "tune",
-    teacher: str | None = None,
-    plan: str | Path | None = None,
-    corpus: str = "metamath",
-    sequences: int = 8192,
-    length: int = 2048,
-    seed: int = 42,
-    dtype: torch.dtype | str | None = None,
+    teacher: str | None,
+    plan: str | Path | None,
+    corpus: str,
+    sequences: int,
+    length: int,
+    seed: int,
+    dtype: torch.dtype | str | None,
     **options,
 ) -> dict:
     """`recover` a pruned folder and save the result in another; returns the report of `recover`.
@@ -383,13 +364,13 @@ def recover_checkpoint(
     model, tokenizer = load_model(source, dtype=dtype)
     full = load_model(teacher, dtype=dtype)[0] if teacher else None
     tokens = calibration_tokens(corpus, tokenizer, sequences=sequences, length=length, seed=seed)
-    report = recover(model, tokens, method, teacher=full, plan=plan and PruningPlan.load(plan), seed=seed, **options)
+    report = recover(model, tokens, teacher=full, plan=plan and PruningPlan.load(plan), seed=seed, **options)
     state = gathered(model)
     if is_first():
         if state is not None:
             model = load_model(source, dtype=dtype)[0]
             lacking, unknown = model.load_state_dict(state, strict=False)
             if unknown or set(lacking) - set(model.all_tied_weights_keys):
-                raise RuntimeError(f"What was trained does not fit the model: {[*unknown, *lacking][0]}. Nothing was saved.")
+                raise RuntimeError(f"Training renamed parameters, such as {[*unknown, *lacking][0]}: nothing was saved.")
         save_model(model, tokenizer, destination)
     return report

@@ -42,10 +42,10 @@ class NotebookFigure(Figure):
         display(picture | words, raw=True, metadata={"image/png": {"alt": self.alt}})
         display({"text/markdown": f"*{self.alt}*"} | words, raw=True)
 
-
-def canvas(width: float, height: float, rows: int = 1, columns: int = 1, **options):
-    figure = NotebookFigure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+    def panels(self, width: float, height: float, rows: int = 1, columns: int = 1, **options):
+        """Set the size in inches and return a grid of new axes, [rows][columns]."""
+        self.set_size_inches(width, height)
+        return self.subplots(rows, columns, squeeze=False, **options)
 
 
 def log_axis(axes) -> None:
@@ -56,9 +56,9 @@ def log_axis(axes) -> None:
     axes.yaxis.set_minor_formatter("")
 
 
-def of_the_paper(axes, title: str) -> None:
-    axes.set_facecolor(PAPER_GROUND)
-    axes.set_title(f"the paper: {title}")
+def of_the_paper(axes, title: str, **labels) -> None:
+    """Mark a panel as the paper's; labels: as for `axes.set`."""
+    axes.set(title=f"the paper: {title}", facecolor=PAPER_GROUND, **labels)
 
 
 def line_style(number: int) -> dict:

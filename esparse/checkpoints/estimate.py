@@ -2,18 +2,21 @@
 
 import os
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from math import prod
 from pathlib import Path
 
 import torch
+from huggingface_hub import HfApi, ModelInfo
 
 from ..files import local_folder
 from ..machine import seconds_of
 from ..moe.layers import decoder_layers, find_moe
-from .folder import named
-from .layout import Checkpoint, Layout, expert_counts, text_model, with_experts
+from .folder import DTYPES, named
+from .layout import Checkpoint, Layout, expert_counts
 from .models import read_dtype
-from .reader import DTYPES, FP8, CheckpointReader, described, model_from_hub, quantisation, read_config
+from .reader import FP8, CheckpointReader, described, model_from_hub, quantisation, read_config
 
 GB = 1e9
 
@@ -38,59 +41,60 @@ def preflight(
     written once at 1 GB/s; it suggests float32 where that is much faster, as on a CPU without bfloat16 instructions.
     Raises ValueError if r cannot be kept, the errors of `Checkpoint` for a folder, those of `load_model` for a hub id.
     """
-    local, dtype = local_folder(source) is not None, read_dtype(dtype)
-    folder = described(source, revision)
+    dtype, folder = read_dtype(dtype), described(source, revision)
     config = read_config(folder)
     quantised = quantisation(config).get("quant_method")
     n, k = expert_counts(config)
     r = max(k, n // 2) if r is None else r
     layout = Layout(config, r)
-    written, remark = _written(folder if local else str(source), revision, layout, config)
+    info = None if local_folder(source) else _info(str(source), revision)
+    written = _written_from_hub(info, layout) if info else Checkpoint(CheckpointReader(folder), layout).written()
+    remark = "" if written else " (as its config says)"
+    if not written:
+        usual = getattr(config, "dtype", None) or torch.bfloat16
+        written[usual] = _numel(layout.small) * usual.itemsize
     dtype = dtype or max(written, key=written.get)
-    sizes, result = _Sizes(with_experts(config, n), r, dtype.itemsize), sum(written.values())
-    tokens = sequences * length
+    sizes, result = _Sizes(layout.text, k, r, dtype.itemsize), written.total()
+    tokens, streams = sequences * length, 2 if method == "progressive" else 1
     gram = tokens * sizes.reach * (sizes.reach + 1) // 2 * 4
-    streams = (2 if method == "progressive" else 1) * 2 * tokens * sizes.hidden * sizes.itemsize
+    states = streams * 2 * tokens * sizes.hidden * dtype.itemsize
     chunk = batch_size * length * (sizes.hidden * 12 + sizes.inner * 4) * 4
     memory = sizes.rest + 1.4 * sizes.layer + gram + chunk + 0.6 * GB
-    flops = 2 * tokens * (sizes.active * (2 if method == "progressive" else 1))
+    flops = 2 * tokens * sizes.active * streams
     moved = result * (1 + 2 * _numel(layout.full) / _numel(layout.small))
+    path = Path(destination).resolve()
+    free = shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
     return {
         "memory": f"about {_bytes(memory)}: a layer has {_bytes(sizes.layer)}, its Gram {_bytes(gram)}",
         "disk": (
             f"{_bytes(result)} for the result in {_kinds(written)}{remark}"
             + (f", dequantised from {quantised}," if quantised else "")
-            + f" and {_bytes(streams)} while it works; {_bytes(shutil.disk_usage(_existing(Path(destination))).free)} are free"
+            + f" and {_bytes(states)} while it works; {_bytes(free)} are free"
         ),
-        "download": "nothing" if local else _download(str(source), folder, revision),
+        "download": _download(info, folder) if info else "nothing",
         "FLOPs": f"{flops:.1e} on {tokens} tokens, {sizes.reach} of {n} experts each",
         "time": _time(flops, moved, dtype),
-        "access": "a local folder" if local else _access(str(source), revision),
+        "access": _access(info, source) if info else "a local folder",
     }
 
 
 def _numel(shapes: Mapping[str, Sequence[int]]) -> int:
-    return sum(torch.Size(shape).numel() for shape in shapes.values())
+    return sum(map(prod, shapes.values()))
 
 
-def _written(source: Path | str, revision: str | None, layout: Layout, config) -> tuple[dict[torch.dtype, int], str]:
-    """The bytes of each dtype in the result, and a remark if only the config gives the dtype."""
-    written: dict[torch.dtype, float] = {}
-    if isinstance(source, Path):
-        for dtype, size in Checkpoint(CheckpointReader(source), layout).written():
-            written[dtype] = written.get(dtype, 0) + size
-        return written, ""
-    stored = getattr(_info(source, revision).safetensors, "parameters", None) or {}
-    counts = {DTYPES["BF16" if kind == FP8 else kind]: count for kind, count in stored.items() if kind in (FP8, *DTYPES)}
-    for dtype, count in counts.items():
-        written[dtype] = count / sum(counts.values()) * _numel(layout.small) * dtype.itemsize
-    dtype = getattr(config, "dtype", None) or torch.bfloat16
-    return (written, "") if written else ({dtype: _numel(layout.small) * dtype.itemsize}, " (as its config says)")
+def _written_from_hub(info: ModelInfo, layout: Layout) -> Counter[torch.dtype]:
+    """The bytes that will be written in each dtype, as far as the hub knows the dtypes."""
+    stored, written = getattr(info.safetensors, "parameters", None) or {}, Counter()
+    counts = {kind: count for kind, count in stored.items() if kind in (FP8, *DTYPES)}
+    for kind, count in counts.items():
+        dtype = DTYPES["BF16" if kind == FP8 else kind]
+        written[dtype] += count / sum(counts.values()) * _numel(layout.small) * dtype.itemsize
+    return written
 
 
-def _kinds(written: dict[torch.dtype, int]) -> str:
+def _kinds(written: Counter[torch.dtype]) -> str:
     """The names of the dtypes, most bytes first, with the bytes if there are several."""
-    names = {str(dtype).removeprefix("torch."): size for dtype, size in sorted(written.items(), key=lambda pair: -pair[1])}
+    names = {str(dtype).removeprefix("torch."): size for dtype, size in written.most_common()}
     return " and ".join(f"{name} ({_bytes(size)})" for name, size in names.items()) if len(names) > 1 else next(iter(names))
 
 
@@ -101,18 +105,16 @@ def _bytes(count: float) -> str:
 
 
 class _Sizes:
-    """Sizes of a model from its config: bytes of the largest layer and of the embeddings (rest), the experts a token can
-    reach, the width of an expert (inner), and the number of weights a token uses (active)."""
+    """Sizes of a model: bytes of the largest layer and of the embeddings (rest), the experts a token can reach, the widths of
+    the hidden states and of an expert (inner), and the number of weights a token uses (active)."""
 
-    def __init__(self, config, r: int, itemsize: int):
-        model = text_model(config)
+    def __init__(self, model, k: int, r: int, itemsize: int):
         layers = [(layer, find_moe(layer)) for layer in decoder_layers(model)]
         count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
-        self.itemsize, self.hidden = itemsize, config.get_text_config().hidden_size
+        self.hidden = model.config.get_text_config().hidden_size
         self.layer = max(count(layer) for layer, _ in layers) * itemsize
         self.rest = count(model.get_input_embeddings()) * itemsize
         moe = next(moe for _, moe in layers if moe is not None)
-        k = expert_counts(config)[1]
         self.reach = min(moe.n, k + moe.n - r)
         expert = count(moe.experts) // moe.n
         self.inner = expert // self.hidden
@@ -140,29 +142,23 @@ def flop_per_second(dtype: torch.dtype, size: int = 1024) -> float:
         side *= 2
 
 
-def _existing(path: Path) -> Path:
-    return path if path.exists() else _existing(path.resolve().parent)
-
-
 def _duration(seconds: float) -> str:
     minutes, hours = seconds / 60, seconds / 3600
     return f"{seconds:.0f} seconds" if seconds < 120 else f"{minutes:.0f} minutes" if minutes < 120 else f"{hours:.1f} hours"
 
 
-def _info(source: str, revision: str | None):
-    from huggingface_hub import HfApi
-
+def _info(source: str, revision: str | None) -> ModelInfo:
     return model_from_hub(lambda: HfApi().model_info(source, revision=revision, files_metadata=True), source)
 
 
-def _download(source: str, folder: Path, revision: str | None) -> str:
-    sizes = {file.rfilename: file.size or 0 for file in _info(source, revision).siblings}
+def _download(info: ModelInfo, folder: Path) -> str:
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings}
     names = named(folder, sizes)[0]
     return f"{_bytes(sum(sizes.get(name, 0) for name in names))} in {len(names)} files, less what is there already"
 
 
-def _access(source: str, revision: str | None) -> str:
-    if not _info(source, revision).gated:
+def _access(info: ModelInfo, source: str | Path) -> str:
+    if not info.gated:
         return "open"
     token = "HF_TOKEN is set" if os.environ.get("HF_TOKEN") else "then set HF_TOKEN"
     return f"gated: accept the terms at https://huggingface.co/{source}, {token}"

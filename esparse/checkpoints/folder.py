@@ -9,6 +9,9 @@ from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from transformers.dynamic_module_utils import get_relative_imports
 
 from ..files import read_json
@@ -32,24 +35,36 @@ OUTDATED = {PLAN: "of an earlier pruning", REPORT: "of an earlier pruning", SKIP
 # All other files are not copied either; these hold weights:
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
 
-# safetensors' dtypes.
+# The dtypes that are read, for weights and for tables from token ids to experts.
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+DTYPES |= {"I32": torch.int32, "I64": torch.int64}
+# The bits of each of safetensors' dtypes.
 BITS = dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8)
 BITS |= dict.fromkeys(("U16", "I16", "F16", "BF16"), 16) | dict.fromkeys(("U32", "I32", "F32"), 32)
 BITS |= dict.fromkeys(("U64", "I64", "F64", "C64"), 64) | {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 _LONGEST_HEADER = 100_000_000  # bytes, safetensors' own limit
 
 
-class Place(NamedTuple):
-    """A tensor's place: bytes `start` to `stop` of a file."""
+class Entry(NamedTuple):
+    """A tensor in bytes `start` to `stop` of a file. Shape and dtype are those after dequantisation, if it is quantised."""
 
     file: Path
     shape: tuple[int, ...]
-    dtype: str  # a key of BITS
+    dtype: torch.dtype | None  # None: not in DTYPES, such as bytes
+    stored: str  # safetensors' name of the dtype on disk, a key of BITS
     start: int
     stop: int
 
+    @property
+    def nbytes(self) -> int:
+        """The bytes that the tensor takes in memory."""
+        return prod(self.shape) * self.dtype.itemsize if self.dtype else self.stop - self.start
 
-# --- names --------------------------------------------------------------------------------------------------------------
+    def check(self, name: str, whole_numbers: bool) -> None:
+        """ValueError unless the dtype holds weights, or whole numbers."""
+        if self.dtype is None or self.dtype.is_floating_point == whole_numbers:
+            known = [kind for kind, dtype in DTYPES.items() if dtype.is_floating_point != whole_numbers]
+            raise ValueError(f"{self.file}: tensor {name} is of dtype {self.stored}; it must be {', '.join(known)}.")
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -74,9 +89,6 @@ def json_object(folder: Path, name: str, what: str) -> dict:
     if not isinstance(value, dict):
         raise ValueError(f"{folder / name} is no {what}: it holds no JSON object.")
     return value
-
-
-# --- weights ------------------------------------------------------------------------------------------------------------
 
 
 def refuse_adapter(folder: Path) -> None:
@@ -126,56 +138,51 @@ def _weight_map(folder: Path, name: str) -> dict[str, str]:
     return places
 
 
-def weight_files(folder: Path, names: Iterable[str] | None = None) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a folder's weights. Raises what `named` does, and ValueError where one is missing."""
-    paths = [inside(folder, name) for name in (named(folder)[0] if names is None else names)]
+    paths = [inside(folder, name) for name in named(folder)[0]]
     for path in paths:
         if not path.is_file():
             raise ValueError(f"The index of {folder} names {path.name}, which is not in it: download it again.")
     return paths
 
 
-def tensors(folder: Path) -> dict[str, Place]:
+def tensors(folder: Path) -> dict[str, Entry]:
     """Every tensor in a folder's weight files, by name. Like transformers, it ignores which file an index gives for a tensor.
 
     Raises what `weight_files` does, and ValueError naming the file and the tensor for an invalid header, a tensor of the
     index that no file has, and one that two files have.
     """
-    names, index = named(folder)
-    places: dict[str, Place] = {}
-    for path in weight_files(folder, names):
-        for name, place in header(path).items():
-            if name in places:
-                raise ValueError(
-                    f"{places[name].file} and {path} both have a tensor {name}: nothing says which of them counts."
-                )
-            places[name] = place
-    for name, file in index.items():
-        if name not in places:
+    entries: dict[str, Entry] = {}
+    for path in weight_files(folder):
+        found = header(path)
+        if both := sorted(found.keys() & entries.keys()):
+            other = entries[both[0]].file
+            raise ValueError(f"{other} and {path} both have a tensor {both[0]}: nothing says which of them counts.")
+        entries |= found
+    for name, file in named(folder)[1].items():
+        if name not in entries:
             raise ValueError(f"{folder / file} has no tensor {name}, which the index says it has: download it again.")
-    return places
+    return entries
 
 
-# --- headers ------------------------------------------------------------------------------------------------------------
-
-
-def header(path: Path) -> dict[str, Place]:
+def header(path: Path) -> dict[str, Entry]:
     """The tensors of a safetensors file. Raises ValueError naming the file and the tensor where the header is invalid, or the
     tensors overlap, leave a gap, or do not end with the file: https://huggingface.co/docs/safetensors/index#format."""
     with path.open("rb") as file:
         size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, _LONGEST_HEADER):
             raise _corrupt(path, f"its header claims {length} bytes, the file has {size}")
-        entries = _parsed(path, file.read(length))
+        told = _parsed(path, file.read(length))
     end, before = 8 + length, "the header"
-    places = {name: _place(path, name, entry, end, size) for name, entry in entries.items() if name != "__metadata__"}
-    for start, stop, name in sorted((place.start, place.stop, name) for name, place in places.items()):
+    entries = {name: _entry(path, name, value, end, size) for name, value in told.items() if name != "__metadata__"}
+    for start, stop, name in sorted((entry.start, entry.stop, name) for name, entry in entries.items()):
         if start != end:
             raise _corrupt(path, f"tensor {name} {'overlaps' if start < end else 'leaves a gap after'} {before}")
         end, before = stop, name
     if end != size:
         raise _corrupt(path, f"the last tensor, {before}, ends at byte {end}, the file at {size}")
-    return places
+    return entries
 
 
 def _corrupt(path: Path, what: str) -> ValueError:
@@ -201,10 +208,10 @@ def _unique(pairs: list[tuple]) -> dict:
     return dict(pairs)
 
 
-def _place(path: Path, name: str, entry: dict, start: int, size: int) -> Place:
-    """A tensor's place, from its entry in the header. start: the first byte after the header; size: the file's."""
+def _entry(path: Path, name: str, told: dict, start: int, size: int) -> Entry:
+    """A tensor's entry, from what the header tells. start: the first byte after the header; size: the file's."""
     try:
-        dtype, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        dtype, shape, (first, last) = told["dtype"], told["shape"], told["data_offsets"]
         whole = isinstance(dtype, str) and isinstance(shape, list) and {int}.issuperset(map(type, (*shape, first, last)))
         valid = whole and min(*shape, first, last) >= 0 and max(*shape, first, last) < 2**63
     except (KeyError, TypeError, ValueError):
@@ -217,10 +224,19 @@ def _place(path: Path, name: str, entry: dict, start: int, size: int) -> Place:
         raise _corrupt(path, f"tensor {name} ends at byte {start + last}, the file at {size}")
     if prod(shape) * BITS[dtype] != (last - first) * 8:
         raise _corrupt(path, f"tensor {name} of {dtype} {shape} has {last - first} bytes")
-    return Place(path, tuple(shape), dtype, start + first, start + last)
+    return Entry(path, tuple(shape), DTYPES.get(dtype), dtype, start + first, start + last)
 
 
-# --- beside the weights -------------------------------------------------------------------------------------------------
+def write_tensors(path: Path, state: dict[str, torch.Tensor]) -> None:
+    """Write a safetensors file under a temporary name, then rename it. Raises OSError where the disk is full."""
+    temporary = path.with_name(f".{path.name}")
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary, metadata={"format": "pt"})
+        os.replace(temporary, path)
+    except (SafetensorError, OSError) as error:
+        raise OSError(f"Could not write {path} ({error}): make room, then ask for the same again.") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def side_files(folder: Path, same_experts: bool) -> tuple[list[str], dict[str, str]]:
@@ -245,17 +261,15 @@ def side_files(folder: Path, same_experts: bool) -> tuple[list[str], dict[str, s
 
 def _code(folder: Path, configs: Iterable[str]) -> set[str]:
     """The Python files of the folder that the `auto_map` of a config names, and those that they import from it."""
-    references = [ref for name in configs for ref in _references(json_object(folder, name, "config"))]
-    waiting, code = [f"{ref.split('.')[0]}.py" for ref in references if "--" not in ref], set()
+    waiting, code = [], set()
+    for config in configs:
+        auto_map = json_object(folder, config, "config").get("auto_map")
+        for value in auto_map.values() if isinstance(auto_map, dict) else ():
+            references = [ref for ref in (value if isinstance(value, list) else [value]) if isinstance(ref, str)]
+            waiting += [f"{ref.split('.')[0]}.py" for ref in references if "--" not in ref]  # else of another repository
     while waiting:
         name = waiting.pop()
         if name not in code and inside(folder, name).is_file():
             code.add(name)
             waiting += [f"{module}.py" for module in get_relative_imports(folder / name)]
     return code
-
-
-def _references(config: dict) -> list[str]:
-    """Every `module.Class` in a config's auto_map, whose values may be lists of them."""
-    values = auto_map.values() if isinstance(auto_map := config.get("auto_map"), dict) else ()
-    return [ref for value in values for ref in (value if isinstance(value, list) else [value]) if isinstance(ref, str)]

@@ -1,8 +1,8 @@
 """Models larger than memory: traced and pruned from disk, one decoder layer at a time, resumable after every layer."""
 
-import os
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,16 +14,16 @@ from ..corpora import calibration_tokens
 from ..files import digest, refuse_existing, versions, write_json
 from ..machine import rank, ranks
 from ..moe.identity import gate_digest
-from ..moe.layers import find_moe
+from ..moe.layers import decoder_layers, find_moe
 from ..moe.running import check_tokens
 from ..pruning.plan import PruningPlan
 from ..pruning.search import check_method, make_plan, search_layer
-from ..pruning.weights import Sparsity, WeightPruner, check_model, check_options, summary
+from ..pruning.weights import Sparsity, WeightPruner
 from ..tracing.recorder import tokens_digest
 from ..tracing.statistics import median_ratios, nearly_top1
-from ..tracing.trace import LayerTrace, Trace, about_layer, check_experts, layer_file, save_layer, write_about
+from ..tracing.trace import LayerTrace, Trace, layer_file, save_layer, write_about
 from ..tracing.walk import BATCH
-from .folder import PLAN
+from .folder import PLAN, side_files
 from .layout import Checkpoint, Layout, count_experts, expert_counts
 from .models import load_tokenizer
 from .progress import ResumableJob
@@ -31,7 +31,8 @@ from .reader import CheckpointReader, fetch
 from .streaming import CheckpointWalk, Streamed
 from .writer import CheckpointWriter
 
-PRIVATE = ("streams", "gate", "n", "k")  # in a layer's record, but not in the report
+FORMAT = 2  # of unfinished work
+PRIVATE = ("gate", "n", "k")  # in a layer's record, but not in the report
 
 
 class _Job:
@@ -41,10 +42,11 @@ class _Job:
         """r: the experts to keep of each layer (None: all). Checks the source's headers and side files."""
         self.destination = refuse_existing(destination)
         reader = CheckpointReader(fetch(str(source), revision))
-        self.checkpoint = Checkpoint(reader, Layout(reader.config, count_experts(reader.config) if r is None else r))
-        self.origin = {"source": str(source), "revision": revision, "quantised": reader.method}
+        n = count_experts(reader.config)
+        self.checkpoint = Checkpoint(reader, Layout(reader.config, n if r is None else r))
+        self.copied, not_copied = side_files(reader.folder, same_experts=r in (None, n))
+        self.origin = {"source": str(source), "revision": revision, "quantised": reader.method, "not_copied": not_copied}
         self.origin |= {"left_out": self.checkpoint.left_out, "carried": len(self.checkpoint.carried)}
-        self.origin |= {"not_copied": self.checkpoint.side_files[1]}
         self.dtype, self.device = dtype, device
         self.about: dict = {}  # the inputs, for the report and for the check on resuming
 
@@ -66,13 +68,19 @@ class _Job:
     def start(self, check: Callable[[], None] | None = None, **inputs) -> None:
         """Begin, or resume unfinished work with the same source and inputs. `check` runs once, before anything is written."""
         started = time.perf_counter()
-        inputs = {"source": self.checkpoint.source.fingerprint, **self.about, **inputs}
+        inputs = {"format": FORMAT, "source": self.checkpoint.source.fingerprint, **self.about, **inputs}
         self.progress = ResumableJob(self.destination, inputs, check)
         self.origin["checking"] = time.perf_counter() - started
         self.writer = CheckpointWriter(self.checkpoint, self.progress.out)
 
-    def walk(self, **options) -> CheckpointWalk:
-        return CheckpointWalk(self.streamed, self.tokens, self.progress, **options)
+    def walk(self, check: Callable[[], None] | None = None, **options) -> CheckpointWalk:
+        """`start`, and a walk with these options."""
+        self.start(check, **options)
+        return CheckpointWalk(self.streamed.model, self.tokens, self.progress, **options)
+
+    def run(self, *steps: Callable) -> list[dict]:
+        """Visit and write every unfinished decoder layer; see `ResumableJob.run`."""
+        return self.progress.run(len(self.streamed), self.streamed.layer, *steps)
 
     def publish(self, report: dict, r: int, method: str, records: list[dict], plan: PruningPlan | None = None) -> dict:
         """Write the other files, move the folder to its destination, and return the report."""
@@ -85,7 +93,7 @@ class _Job:
                 write_json(self.progress.out / PLAN, asdict(plan))
             if "sequences" in report:
                 method += f", calibrated on {report['sequences']} x {report['length']} tokens of {report['calibration']}"
-            self.writer.finish(r, report, method)
+            self.writer.finish(r, report, method, self.copied)
         self.progress.finish()
         return report
 
@@ -112,20 +120,16 @@ def trace_checkpoint(
         raise ValueError("trace_checkpoint works on one process: use prune_checkpoint under torchrun.")
     job = _Job(source, folder, revision, None, dtype, device)
     job.calibrate(tokens)
-    options = {"batch_size": batch_size, "chunk_tokens": chunk_tokens}
-    job.start(keep=keep, **options)
-    out = job.progress.out
+    job.about["keep"] = keep
+    walk, out = job.walk(batch_size=batch_size, chunk_tokens=chunk_tokens), job.progress.out
+    of_moe = [number for number, decoder in enumerate(decoder_layers(job.checkpoint.layout.text)) if find_moe(decoder)]
 
     def save(number: int, traced: LayerTrace) -> dict:
-        save_layer(traced, out / f"of_decoder_layer_{number:05d}")
-        return {"about": about_layer(traced)}
+        return {"about": save_layer(traced, out / layer_file(of_moe.index(number)))}
 
-    walk = job.walk(**options)
-    records = {number: record for number, record in enumerate(walk.run(walk.tracing(keep, save))) if "about" in record}
-    for place, number in enumerate(records):
-        os.replace(out / f"of_decoder_layer_{number:05d}", out / layer_file(place))
-    model = digest([record["gate"] for record in records.values()])
-    write_about(out, model, job.about["calibration set"], [record["about"] for record in records.values()])
+    records = [record for record in job.run(walk.tracing(keep, save)) if "about" in record]
+    model = digest([record["gate"] for record in records])
+    write_about(out, model, job.about["calibration set"], [record["about"] for record in records])
     job.progress.finish()
     return Trace.load(folder)
 
@@ -171,10 +175,9 @@ def prune_checkpoint(
     job.calibrate(calibration, sequences, length, seed)
     job.about |= {"r": r, "method": method}
     options = {"batch_size": batch_size, "chunk_tokens": chunk_tokens, "progressive": method == "progressive"}
-    job.start(job.checkpoint.check_finite, **options)
-    walk = job.walk(**options)
+    walk = job.walk(job.checkpoint.check_finite, **options)
     choose = _chooser(r, method, seed, job.checkpoint.layout.layers)
-    records = walk.run(walk.tracing(r, choose), job.writer.write_layer)
+    records = job.run(walk.tracing(r, choose), job.writer.write_layer)
     pruned = [record for record in records if "kept" in record]
     chosen = [(record["kept"], record["loss"], record["runner_up"]) for record in pruned]
     plan = make_plan(method, r, chosen, digest([record["gate"] for record in pruned]), job.about["calibration set"])
@@ -185,26 +188,22 @@ def _prune_to_plan(source: str | Path, destination: str | Path, plan: PruningPla
     job = _Job(source, destination, revision, plan.r)
     planned = _planned_records(plan, Streamed(job.checkpoint))
     job.start(job.checkpoint.check_finite, plan=digest(asdict(plan)))
-    records = job.progress.run(len(planned), lambda number, _: planned[number], job.writer.write_layer)
+    records = job.progress.run(len(planned), nullcontext, lambda number, _: planned[number], job.writer.write_layer)
     report = {"method": plan.method, "r": plan.r, "calibration set": plan.tokens, **_counts(records)}
     return job.publish(report, plan.r, f"method: {plan.method}, r = {plan.r}, by a plan made before", records, plan)
 
 
 def _planned_records(plan: PruningPlan, streamed: Streamed) -> list[dict]:
     """Each decoder layer's record, from the plan. Raises ValueError for a plan of another model, before anything is written."""
-    records = []
+    records, layers = [], []
     for number in tqdm(range(len(streamed)), desc="checking the plan", unit="layer"):
         with streamed.layer(number) as decoder:
             layer = find_moe(decoder)
             records.append({"gate": gate_digest(layer), "n": layer.n, "k": layer.k} if layer else {})
-            if layer:
-                check_experts(plan.r, layer.n, layer.k, router=layer.router)
+            layers += [(layer.n, layer.k, layer.router)] if layer else []
     of_moe = [record for record in records if record]
-    if digest([record["gate"] for record in of_moe]) != plan.model or len(of_moe) != len(plan.kept):
-        raise ValueError("This pruning plan was made with another model: trace the model you want to use it with.")
+    plan.check(digest([record["gate"] for record in of_moe]), layers)
     for record, kept, loss in zip(of_moe, plan.kept, plan.losses, strict=True):
-        if sorted(set(kept)) != list(kept) or len(kept) != plan.r or not 0 <= kept[0] <= kept[-1] < record["n"]:
-            raise ValueError(f"The plan must keep {plan.r} different experts of a layer in rising order, got {kept}.")
         record |= {"kept": kept, "loss": loss}
     return records
 
@@ -254,28 +253,24 @@ def prune_weights_checkpoint(
     The destination has the source's tensors, with zeros in those in scope. Zeros are stored, so it is no smaller.
     Returns the report, which is also written. Raises what `prune_weights` and `prune_checkpoint` raise.
     """
-    check_options(method, scope)
-    share = Sparsity.read(sparsity)
+    pruner = WeightPruner(Sparsity.read(sparsity), method, scope, dense)
     job = _Job(source, destination, revision, None, dtype, device)
-    check_model(job.checkpoint.layout.text, share, scope)
+    pruner.check(job.checkpoint.layout.text)
     job.calibrate(calibration, sequences, length, seed)
-    options = {"method": method, "scope": scope, "dense": dense}
-    job.about |= {"sparsity": str(share), **options}
-    job.start(job.checkpoint.check_finite, batch_size=batch_size)
+    job.about |= {"sparsity": str(pruner.sparsity), "method": method, "scope": scope, "dense": dense}
     n, k = expert_counts(job.checkpoint.source.config)
-    walk = job.walk(batch_size=batch_size)
-    pruner = WeightPruner(walk.walk, share, **options)
+    walk = job.walk(job.checkpoint.check_finite, batch_size=batch_size)
 
     def visit(number: int, decoder: nn.Module) -> dict:
-        record = pruner.prune_layer(number)
+        record = pruner.prune_layer(walk, number)
         if rank() == 0:
             stored, pruned = job.checkpoint.pruned(number, range(n)), job.streamed.state(number)
             job.writer.write(number, {name: _zeroed(stored[name], tensor) for name, tensor in pruned.items()})
         return record
 
-    records = walk.run(visit)
-    report = {**summary(share, method, scope, records), "n": n, "k": k}
-    return job.publish(report, n, f"weights by {method}, sparsity {share} of {scope}", records)
+    records = job.run(visit)
+    report = pruner.summary(records) | {"n": n, "k": k}
+    return job.publish(report, n, f"weights by {method}, sparsity {pruner.sparsity} of {scope}", records)
 
 
 def _zeroed(stored: torch.Tensor, pruned: torch.Tensor) -> torch.Tensor:

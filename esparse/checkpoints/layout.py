@@ -8,12 +8,15 @@ So a folder may have any layout that transformers reads, and the result always h
 
 import copy
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from math import prod
 
 import torch
 import transformers
+from tqdm.auto import tqdm
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -23,33 +26,17 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
+from ..moe.gates import table
 from ..moe.layers import COUNT_NAMES, count_names, decoder_layers, is_known, moe_layers
-from ..moe.routers import pruned_table, table
+from ..moe.routers import pruned_table
 from ..pruning.mask import cut
 from ..tracing.trace import check_experts
-from .folder import side_files
 from .reader import CheckpointReader
 
 PREDICTING = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "mtp_num_layers")
 _NUMBERED = re.compile(r"(.*\.experts\.)(\d+)(\..*)")
 _AUTO = (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText, transformers.AutoModelForMultimodalLM)
-
-
-# --- models without weights -----------------------------------------------------------------------------------------
-
-
-def text_model(config) -> transformers.PreTrainedModel:
-    """The language model of a config, or of a composite's text part, on the meta device; with an output layer where
-    transformers has such a class."""
-    config = config.get_text_config()
-    with torch.device("meta"):
-        return _class_of(config, (transformers.AutoModelForCausalLM, transformers.AutoModel))(config)
-
-
-def stock_model(config) -> transformers.PreTrainedModel:
-    """The model that stock transformers loads from a whole checkpoint of this config, on the meta device."""
-    with torch.device("meta"):
-        return stock_class(config)(config)
+_TEXT = (transformers.AutoModelForCausalLM, transformers.AutoModel)  # of a composite's text part, if possible with an output
 
 
 def stock_class(config) -> type:
@@ -59,6 +46,12 @@ def stock_class(config) -> type:
     if config.get_text_config() is not config and getattr(named, "config_class", None) is type(config):
         return named
     return _class_of(config, _AUTO)
+
+
+def _on_meta(kind: type, config) -> transformers.PreTrainedModel:
+    """A model without weights, on the meta device."""
+    with torch.device("meta"):
+        return kind(config)
 
 
 def _class_of(config, autos: Sequence[type]) -> type:
@@ -123,9 +116,6 @@ def written_config(entries: dict, config, r: int, predicting: bool) -> tuple[dic
     return entries, changed
 
 
-# --- names ----------------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class Group:
     """Tensors that one of transformers' converters turns into one or more parameters, with a list of names for each of its
@@ -172,20 +162,22 @@ def grouped(model, names: Iterable[str]) -> dict[str, Group]:
 class Layout:
     """The tensors that stock transformers saves for a config, with all experts and with r of them.
 
-    composite: whether the text model is only a part of the stock model. full, small: shapes by published name with all
-    experts and with r; shapes: by parameter. Raises ValueError where there are no MoE layers, or they cannot keep r experts.
+    composite: whether the text model is only a part of the stock model. shapes, small_shapes: by parameter, with all experts
+    and with r; full, small: by published name. Raises ValueError where there are no MoE layers, or they cannot keep r experts.
     """
 
     def __init__(self, config, r: int):
-        self.n, self.composite = count_experts(config), config.get_text_config() is not config
-        self.model = stock_model(with_experts(config, self.n))
-        self.text = text_model(with_experts(config, self.n)) if self.composite else self.model
+        self.n, kind = count_experts(config), stock_class(config)
+        whole = with_experts(config, self.n)
+        text = whole.get_text_config()
+        self.model, self.composite = _on_meta(kind, whole), text is not whole
+        self.text = _on_meta(_class_of(text, _TEXT), text) if self.composite else self.model
         moe_layers(self.text)  # raises where there are none
         if r != self.n:
             check_experts(r, *expert_counts(config))
-        self.small_model = self.model if r == self.n else stock_model(with_experts(config, r))
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
-        self.full, self.small = _written(self.model), _written(self.small_model)
+        self.small_model = self.model if r == self.n else _on_meta(kind, with_experts(config, r))
+        self.shapes, self.full = _shapes(self.model)
+        self.small_shapes, self.small = _shapes(self.small_model)
         self.layers = len(decoder_layers(self.text))
         self.tied = dict(getattr(self.model, "all_tied_weights_keys", None) or {})
 
@@ -200,16 +192,21 @@ class Layout:
         place = next(name for name, module in self.model.named_modules() if type(module) is type(inner))
         return {f"{place}.{name.removeprefix(start)}" if name.startswith(start) else name: name for name in names}
 
-    def parameters(self, number: int | None) -> list[str]:
-        """The text model's parameters in one decoder layer, or outside all decoder layers (None)."""
-        return [name for name, layer in self._layer_of.items() if layer == number]
+    @cached_property
+    def stock_names(self) -> dict[str, str]:
+        """The inverse of `text_names`."""
+        return {text: name for name, text in self.text_names.items()}
 
     @cached_property
-    def _layer_of(self) -> dict[str, int | None]:
+    def parameters(self) -> dict[int | None, list[str]]:
+        """The text model's parameters in each decoder layer, and outside all decoder layers (None)."""
         layers = decoder_layers(self.text)
         start = next(name for name, module in self.text.named_modules() if module is layers)
-        inside = {name: re.match(rf"{re.escape(start)}\.(\d+)\.", text) for name, text in self.text_names.items()}
-        return {name: found and int(found[1]) for name, found in inside.items()}
+        parameters = {}
+        for name, text in self.text_names.items():
+            inside = re.match(rf"{re.escape(start)}\.(\d+)\.", text)
+            parameters.setdefault(inside and int(inside[1]), []).append(name)
+        return parameters
 
     @cached_property
     def published(self) -> dict[str, Group]:
@@ -217,18 +214,17 @@ class Layout:
         return grouped(self.model, self.full)
 
     def published_names(self, number: int | None) -> list[str]:
-        """The published names of `parameters(number)`."""
-        groups = [self.published[name] for name in self.parameters(number) if name in self.published]
-        return [name for group in groups for name in group.all]
+        """The published names of `parameters[number]`."""
+        parameters = [name for name in self.parameters[number] if name in self.published]
+        return [published for name in parameters for published in self.published[name].all]
 
-    def cut(self, name: str, kept: Sequence[int]) -> tuple[str | None, int | None]:
-        """A published name's new name when only `kept` stay (None: removed with its expert), and the axis of experts to cut
-        (None: there is none)."""
+    def renamed(self, name: str, kept: Sequence[int]) -> str | None:
+        """A published name's new name when only `kept` stay, or None where it is removed with its expert."""
         numbered = _NUMBERED.fullmatch(name)
-        if numbered and f"{numbered[1]}{self.n - 1}{numbered[3]}" in self.full:
-            expert = int(numbered[2])
-            return (f"{numbered[1]}{kept.index(expert)}{numbered[3]}", None) if expert in kept else (None, None)
-        return name, _other_axis(self.full[name], self.small[name])
+        if not (numbered and f"{numbered[1]}{self.n - 1}{numbered[3]}" in self.full):
+            return name
+        expert = int(numbered[2])
+        return f"{numbered[1]}{kept.index(expert)}{numbered[3]}" if expert in kept else None
 
     @cached_property
     def tables(self) -> set[str]:
@@ -237,23 +233,11 @@ class Layout:
         gates = [layer.gate for layer in moe_layers(self.model) if table(layer.gate)]
         return {f"{places[gate]}.{table(gate)}" for gate in gates}
 
-    @cached_property
-    def axes(self) -> dict[str, int | None]:
-        """The axis of each parameter that counts experts, or None."""
-        small = self.small_model.state_dict()
-        return {name: _other_axis(shape, small[name].shape) for name, shape in self.shapes.items()}
 
-
-def _other_axis(full: Sequence[int], small: Sequence[int]) -> int | None:
-    return next((axis for axis, (one, other) in enumerate(zip(full, small, strict=True)) if one != other), None)
-
-
-def _written(model) -> dict[str, tuple[int, ...]]:
-    state = revert_weight_conversion(model, dict(model.state_dict()))
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}
-
-
-# --- a folder, read as the model --------------------------------------------------------------------------------------
+def _shapes(model) -> list[dict[str, tuple[int, ...]]]:
+    """The shapes by parameter, and by published name."""
+    states = model.state_dict(), revert_weight_conversion(model, dict(model.state_dict()))
+    return [{name: tuple(tensor.shape) for name, tensor in state.items()} for state in states]
 
 
 class Checkpoint:
@@ -322,47 +306,43 @@ class Checkpoint:
             return []
         return [pair for pattern, names in group.names.items() for pair in zip(names, published.names[pattern], strict=True)]
 
-    @cached_property
-    def side_files(self) -> tuple[list[str], dict[str, str]]:
-        """See `folder.side_files`."""
-        return side_files(self.source.folder, same_experts=self.layout.small_model is self.layout.model)
-
     def stored(self, number: int | None) -> list[str]:
         """The stored names in one decoder layer, or outside all decoder layers (None)."""
-        return [name for group in self._groups(self.layout.parameters(number)) for name in group.all]
+        return [name for group in self._groups(number) for name in group.all]
 
-    def _groups(self, parameters: Iterable[str]) -> list[Group]:
-        return list({id(group): group for name in parameters if (group := self.of.get(name))}.values())
+    def _groups(self, number: int | None) -> list[Group]:
+        groups = [self.of[name] for name in self.layout.parameters[number] if name in self.of]
+        return list({id(group): group for group in groups}.values())
 
     def check_finite(self) -> None:
         """Read once every weight that will be written. Raises ValueError naming the first with a NaN or an infinity."""
-        self.source.check_finite([*self.used, *(name for name in self.carried if self.source.entries[name].dtype)])
+        weights = [*self.used, *(name for name in self.carried if self.source.entries[name].dtype)]
+        for name in tqdm(weights, desc="checking weights", unit="tensor"):
+            tensor = self.source.read(name)
+            if not (torch.isfinite(tensor.sum()) or torch.isfinite(tensor).all()):  # the sum is twenty times as fast
+                raise ValueError(f"{self.source.entries[name].file}: tensor {name} holds NaN or infinite weights.")
 
-    def read(self, parameter: str) -> torch.Tensor:
-        """One parameter of the text model, in its stored dtype."""
+    def read(self, name: str) -> torch.Tensor:
+        """One parameter of the text model, in its stored dtype, by its name in the stock model or in the text model."""
+        parameter = self.layout.stock_names.get(name, name)
         if parameter not in self._made:
             self._made = self.of[parameter].make(self.layout.model, self.source.read)
         return self._made.pop(parameter)
 
-    def read_text(self, name: str) -> torch.Tensor:
-        """`read`, by the parameter's name in the text model."""
-        return self.read(next(parameter for parameter, text in self.layout.text_names.items() if text == name))
-
-    def dtype(self, parameter: str) -> torch.dtype:
-        return self.source.entries[self.of[parameter].all[0]].dtype
-
     def lazily(self, number: int | None) -> dict[str, "_Lazy"]:
         """A decoder layer's (None: the rest's) state dict by the text model's names; tensors are read when indexed."""
-        names = self.layout.text_names
-        return {names[name]: _Lazy(self, name) for name in self.layout.parameters(number) if name in self.of}
+        names = [self.layout.text_names[name] for name in self.layout.parameters[number] if name in self.of]
+        return {name: _Lazy(partial(self.read, name)) for name in names}
 
-    def written(self) -> Iterator[tuple[torch.dtype, float]]:
-        """The dtype and bytes of each tensor that will be written."""
-        small = self.layout.small_model.state_dict()
-        for name in self.of:
-            yield self.dtype(name), small[name].numel() * self.dtype(name).itemsize
-        for name in self.carried:
-            yield self.source.entries[name].dtype or torch.int64, self.source.nbytes(name)
+    def written(self) -> Counter[torch.dtype]:
+        """The bytes that will be written in each dtype."""
+        sizes = Counter()
+        for name, group in self.of.items():
+            dtype = self.source.entries[group.all[0]].dtype
+            sizes[dtype] += prod(self.layout.small_shapes[name]) * dtype.itemsize
+        for entry in map(self.source.entries.get, self.carried):
+            sizes[entry.dtype or torch.uint8] += entry.nbytes
+        return sizes
 
     def pruned(self, number: int | None, kept: Sequence[int]) -> dict[str, torch.Tensor]:
         """A decoder layer (None: the rest) with only the kept experts: tensors by published name, in their stored dtype.
@@ -371,41 +351,31 @@ class Checkpoint:
         experts or transposed ones under the same names, the parameters are made, cut and converted back.
         """
         state, others = {}, {}
-        for group in self._groups(self.layout.parameters(number)):
+        for group in self._groups(number):
             pairs = self._counterparts(group)
             if pairs and all(self.source.entries[name].shape == self.layout.full[published] for name, published in pairs):
                 for name, published in pairs:
-                    new, axis = self.layout.cut(published, kept)
-                    if new is not None:
-                        state[new] = self._cut(self.source.read(name), group, axis, kept)
+                    if new := self.layout.renamed(published, kept):
+                        state[new] = self._cut(self.source.read(name), group, self.layout.small[new], kept)
             else:
                 made = group.make(self.layout.model, self.source.read)
-                others |= {name: self._cut(tensor, group, self.layout.axes[name], kept) for name, tensor in made.items()}
+                shapes = self.layout.small_shapes
+                others |= {name: self._cut(tensor, group, shapes[name], kept) for name, tensor in made.items()}
         return state | revert_weight_conversion(self.layout.small_model, others)
 
-    def _cut(self, tensor: torch.Tensor, group: Group, axis: int | None, kept: Sequence[int]) -> torch.Tensor:
+    def _cut(self, tensor: torch.Tensor, group: Group, shape: Sequence[int], kept: Sequence[int]) -> torch.Tensor:
+        """A tensor without the experts that are removed, which then has this shape."""
         if group.parameter in self.layout.tables and kept:
             tensor = pruned_table(tensor, kept, self.layout.n)
+        axis = next((axis for axis, size in enumerate(shape) if size != tensor.shape[axis]), None)
         return tensor if axis is None else cut(tensor, axis, kept, self.layout.n)
 
 
 @dataclass
 class _Lazy:
-    """A stand-in for a stored tensor that transformers accepts; the tensor is read when indexed."""
+    """Stands for a tensor, which is read when transformers indexes it."""
 
-    checkpoint: Checkpoint
-    parameter: str
+    read: Callable[[], torch.Tensor]
 
     def __getitem__(self, _) -> torch.Tensor:
-        return self.checkpoint.read(self.parameter)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.checkpoint.layout.shapes[self.parameter]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.checkpoint.dtype(self.parameter)
-
-    def get_shape(self) -> list[int]:
-        return list(self.shape)
+        return self.read()

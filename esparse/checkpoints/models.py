@@ -1,6 +1,7 @@
 """Loading models and tokenizers, and saving pruned models so that stock transformers loads them."""
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -18,12 +19,9 @@ from .folder import CONFIG, PLAN, SKIPPING_FILE, tensors
 from .layout import Checkpoint, Layout, count_experts, stock_class, written_config
 from .reader import CheckpointReader, described, fetch, model_from_hub, read_config
 
-_DTYPES = {
-    torch.bfloat16: ("bfloat16", "bf16"),
-    torch.float16: ("float16", "fp16", "half"),
-    torch.float32: ("float32", "fp32", "float"),
-    torch.float64: ("float64", "fp64", "double"),
-}
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
+_ALIASES = {"bf16": torch.bfloat16, "half": torch.float16, "float": torch.float32, "double": torch.float64}
+_ALIASES |= {"fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64, "none": None, "auto": None}
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "tekken.json")
 
 
@@ -33,11 +31,9 @@ def read_dtype(name: torch.dtype | str | None, *, eight_bits: bool = False) -> t
     eight_bits: whether to allow "int8", which is returned as it is. Raises ValueError for any other name.
     """
     word = str(name).removeprefix("torch.").lower()
-    dtypes = {alias: dtype for dtype, aliases in _DTYPES.items() for alias in aliases} | {"none": None, "auto": None}
-    dtypes |= {"int8": "int8"} if eight_bits else {}
+    dtypes = _DTYPES | _ALIASES | ({"int8": "int8"} if eight_bits else {})
     if word not in dtypes:
-        known = ", ".join(names[0] for names in _DTYPES.values()) + ", auto" + ", int8" * eight_bits
-        raise ValueError(f"Unknown dtype {name!r}: take one of {known}.")
+        raise ValueError(f"Unknown dtype {name!r}: take one of {', '.join(_DTYPES)}, auto{', int8' * eight_bits}.")
     return dtypes[word]
 
 
@@ -113,7 +109,7 @@ def _remember_gates(model, source: str, revision: str | None) -> None:
     if {entry.dtype for entry in reader.entries.values()} <= {*gates, None}:
         return
     stored = Checkpoint(reader, Layout(reader.config, count_experts(reader.config)))
-    remember_stored(model, moe_blocks(model), stored.read if type(model) is type(stored.layout.model) else stored.read_text)
+    remember_stored(model, moe_blocks(model), stored.read)
 
 
 def read_betas(path: str | Path) -> list[float]:
@@ -196,19 +192,11 @@ def _tokenizer_fault(source: str, line: str) -> str:
     return line
 
 
-_CARD = """\
----
-library_name: transformers
-tags: [esparse, mixture-of-experts, pruned]
----
-A {architecture} with {experts} experts per layer, of which {k} are used per token.{more}
-"""
-
-
 def card(config, experts: int, k: int, more: str) -> str:
     """The model card of a pruned model; `more` is the text after its first sentence."""
     architecture = (config.architectures or [type(config).__name__])[0]
-    return _CARD.format(architecture=architecture, experts=experts, k=k, more=more)
+    head = "---\nlibrary_name: transformers\ntags: [esparse, mixture-of-experts, pruned]\n---\n"
+    return head + f"A {architecture} with {experts} experts per layer, of which {k} are used per token.{more}\n"
 
 
 def save_model(model, tokenizer, folder: str | Path, plan: PruningPlan | None = None) -> None:
@@ -217,38 +205,30 @@ def save_model(model, tokenizer, folder: str | Path, plan: PruningPlan | None = 
     The betas of a skipping model are saved with it: `load_model` restores them, stock transformers ignores them.
     Raises FileExistsError if `folder` exists; after an error, nothing is left behind.
     """
-    betas, layer, more = skipping_betas(model), moe_layers(model)[0], ""
-    if plan:
-        more += f" Pruned by esparse (method: {plan.method}, r = {plan.r}); the kept experts are in `plan.json`."
-    if betas:
-        more += " Made for dynamic skipping: `esparse.load_model` turns it on, stock transformers runs every expert."
-    with new_folder(folder) as temporary:
-        if betas:
+    layer, more = moe_layers(model)[0], ""
+    with new_folder(folder) as temporary, ExitStack() as stack:
+        if plan:
+            more += f" Pruned by esparse (method: {plan.method}, r = {plan.r}); the kept experts are in `plan.json`."
+            plan.save(temporary / PLAN)
+        if betas := skipping_betas(model):
+            more += " Made for dynamic skipping: `esparse.load_model` turns it on, stock transformers runs every expert."
+            write_json(temporary / SKIPPING_FILE, {"betas": betas})
             disable_skipping(model)
-        try:
-            _save_published(model, temporary)
-        finally:
-            if betas:
-                enable_skipping(model, betas)
+            stack.callback(enable_skipping, model, betas)
+        _save_published(model, temporary)
         tokenizer.save_pretrained(temporary)
         write_text(temporary / "README.md", card(model.config, layer.n, layer.k, more))
-        if betas:
-            write_json(temporary / SKIPPING_FILE, {"betas": betas})
-        if plan:
-            plan.save(temporary / PLAN)
 
 
 def _save_published(model, folder: Path) -> None:
     """Save the weights in the published layout, whatever layout they were read from, with a config that describes them.
     transformers decides on the layout of a quantised model."""
     quantised = getattr(model.config, "quantization_config", None) is not None
-    # With these conversions transformers writes the layout that was read; without them, the published one.
-    conversions = None if quantised else vars(model).pop("_weight_conversions", None)
-    try:
+    with ExitStack() as stack:
+        if not quantised and "_weight_conversions" in vars(model):
+            # With these conversions transformers writes the layout that was read; without them, the published one.
+            stack.callback(setattr, model, "_weight_conversions", vars(model).pop("_weight_conversions"))
         model.save_pretrained(folder)
-    finally:
-        if conversions is not None:
-            model._weight_conversions = conversions
     entries = read_json(folder / CONFIG, "model config")
     config, _ = written_config(entries, model.config, count_experts(model.config), predicting=False)
     write_json(folder / CONFIG, config | ({"quantization_config": entries["quantization_config"]} if quantised else {}))

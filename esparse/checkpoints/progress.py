@@ -5,14 +5,14 @@ import resource
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
 
-from ..files import read_json, refuse_existing, write_json
+from ..files import read_json, write_json
 from ..machine import rank, together
 
 
@@ -20,11 +20,9 @@ class ResumableJob:
     """Builds a folder in a hidden folder beside it, which holds the inputs, a record of each finished layer, and the output so
     far. The destination does not exist until `finish`; then it is complete."""
 
-    def __init__(self, destination: str | Path, inputs: dict, check: Callable[[], None] | None = None):
-        """check: runs once, before anything is written. Raises FileExistsError if the destination exists, ValueError if the
-        work began with other inputs."""
-        self.destination = refuse_existing(destination)
-        self.folder = self.destination.parent / f".{self.destination.name}.partial"
+    def __init__(self, destination: Path, inputs: dict, check: Callable[[], None] | None = None):
+        """check: runs once, before anything is written. Raises ValueError if the work began with other inputs."""
+        self.destination, self.folder = destination, destination.with_name(f".{destination.name}.partial")
         self.out, self.streams = self.folder / "out", self.folder / "streams"
         path = self.folder / "job.json"
         if path.exists():
@@ -44,27 +42,20 @@ class ResumableJob:
 
     def records(self) -> list[dict]:
         """The records of the finished layers, in order."""
-        records = []
-        while (path := self._record(len(records))).exists():
-            records.append(read_json(path, "record of a finished layer"))
-        return records
+        return [read_json(path, "record of a finished layer") for path in sorted(self.folder.glob("layer_*.json"))]
 
-    def _record(self, number: int) -> Path:
-        return self.folder / f"layer_{number:05d}.json"
-
+    @torch.no_grad()
     def run(
         self,
         count: int,
+        weights: Callable[[int], AbstractContextManager],
         visit: Callable[[int, object], dict],
-        write: Callable[[int, dict], None],
-        *,
-        weights: Callable[[int], AbstractContextManager] = nullcontext,
-        streams: Callable[[], tuple[dict, list[Path]]] = lambda: ({}, []),
+        write: Callable[[int, dict], None] = lambda number, record: None,
     ) -> list[dict]:
         """Run every unfinished layer; returns the records of all layers.
 
         weights(number) holds a layer's weights while visit(number, layer) makes its record. Then write(number, record) writes
-        its output. streams() returns the record's entry on the streams, and their files.
+        its output. The layer is recorded once all ranks have finished it.
         """
         done = len(self.records())
         for number in tqdm(range(done, count), desc="layers", unit="layer", initial=done, total=count):
@@ -78,18 +69,11 @@ class ResumableJob:
             clock.append(time.perf_counter())
             (read, run, written), search = (b - a for a, b in pairwise(clock)), record.pop("search")
             record["seconds"] = {"read": read, "run": run - search, "write": written, "search": search}
-            self._finish_layer(number, record | {"peak_gb": peak_gb()}, *streams())
+            together()
+            if rank() == 0:
+                write_json(self.folder / f"layer_{number:05d}.json", record | {"peak_gb": peak_gb()})
+            together()
         return self.records()
-
-    def _finish_layer(self, number: int, record: dict, about: dict, needed: list[Path]) -> None:
-        """Record the layer once all ranks have finished it, and remove the streams that are no longer needed."""
-        together()
-        if rank() == 0:
-            write_json(self._record(number), record | {"streams": about})
-        together()
-        for path in self.streams.glob(f"*.{rank()}"):
-            if path not in needed:
-                path.unlink()
 
     def finish(self) -> None:
         """Move the output to the destination."""

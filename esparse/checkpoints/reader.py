@@ -1,40 +1,21 @@
 """Checkpoints read from folders of safetensors, one tensor at a time, and downloaded from the hub."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 
 import torch
 import transformers
 from safetensors import safe_open
-from tqdm.auto import tqdm
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from ..corpora import from_hub
 from ..files import digest, local_folder
-from .folder import ADAPTER, CARRIED, CONFIG, INDEX, SINGLE, json_object, named, refuse_adapter, tensors
+from .folder import ADAPTER, CARRIED, CONFIG, INDEX, SINGLE, Entry, json_object, named, refuse_adapter, tensors
 
-DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
-DTYPES |= {"I32": torch.int32, "I64": torch.int64}  # tables from token ids to experts
 FP8, FP8_SCALE = "F8_E4M3", "_scale_inv"  # block FP8: `weight` beside `weight_scale_inv`
 MXFP4, MXFP4_SCALE = "_blocks", "_scales"  # two 4-bit numbers a byte, and an exponent for 32 of them
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A tensor as it will be read: its shape and dtype after dequantisation."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: torch.dtype | None  # None: not in DTYPES, such as bytes
-    stored: str  # safetensors' name of the dtype on disk
-
-    def check(self, name: str, whole_numbers: bool) -> None:
-        """ValueError unless the dtype holds weights, or whole numbers."""
-        if self.dtype is None or self.dtype.is_floating_point == whole_numbers:
-            known = [kind for kind, dtype in DTYPES.items() if dtype.is_floating_point != whole_numbers]
-            raise ValueError(f"{self.file}: tensor {name} is of dtype {self.stored}; it must be {', '.join(known)}.")
 
 
 class CheckpointReader:
@@ -59,14 +40,15 @@ class CheckpointReader:
 
     def _entries(self) -> Iterator[tuple[str, Entry]]:
         scale = {"fp8": FP8_SCALE, "mxfp4": MXFP4_SCALE}.get(self.method)
-        for name, (path, shape, dtype, _, _) in self.stored.items():
-            if self.method == "mxfp4" and name.endswith(MXFP4) and len(shape) > 2:
-                *outer, rows, groups, half = shape
-                yield name.removesuffix(MXFP4), Entry(path, (*outer, groups * half * 2, rows), torch.bfloat16, dtype)
-            elif dtype == FP8 and self.method == "fp8":
-                yield name, Entry(path, shape, torch.bfloat16, dtype)
+        for name, entry in self.stored.items():
+            if self.method == "mxfp4" and name.endswith(MXFP4) and len(entry.shape) > 2:
+                *outer, rows, groups, half = entry.shape
+                shape = (*outer, groups * half * 2, rows)
+                yield name.removesuffix(MXFP4), entry._replace(shape=shape, dtype=torch.bfloat16)
+            elif self.method == "fp8" and entry.stored == FP8:
+                yield name, entry._replace(dtype=torch.bfloat16)
             elif scale is None or not name.endswith(scale):
-                yield name, Entry(path, shape, DTYPES.get(dtype), dtype)
+                yield name, entry
 
     @cached_property
     def fingerprint(self) -> str:
@@ -76,42 +58,28 @@ class CheckpointReader:
         shapes = [(name, entry.stored, entry.shape) for name, entry in sorted(self.entries.items())]
         return digest(sizes, shapes, self.config.to_dict())
 
-    def nbytes(self, name: str) -> int:
-        """The bytes that a tensor takes in memory."""
-        entry = self.entries[name]
-        return torch.Size(entry.shape).numel() * (entry.dtype or torch.int64).itemsize
-
     def announce(self, names: list[str]) -> None:
         """Ask the system to read these tensors into its cache in the background, if it supports that."""
-        places = [self.stored.get(name) or self.stored[name + MXFP4] for name in names]
-        for path in {place.file for place in places} if hasattr(os, "posix_fadvise") else ():
-            with path.open("rb") as file:
-                for place in places:
-                    if place.file == path:
-                        os.posix_fadvise(file.fileno(), place.start, place.stop - place.start, os.POSIX_FADV_WILLNEED)
+        for entry in [self.entries[name] for name in names] if hasattr(os, "posix_fadvise") else ():
+            with entry.file.open("rb") as file:
+                os.posix_fadvise(file.fileno(), entry.start, entry.stop - entry.start, os.POSIX_FADV_WILLNEED)
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, dequantised."""
-        if name + MXFP4 in self.stored and self.method == "mxfp4":
-            return _from_mxfp4(self._stored(name + MXFP4), self._stored(name + MXFP4_SCALE))
-        entry, tensor = self.entries[name], self._stored(name)
+        entry = self.entries[name]
+        if self.method == "mxfp4" and name + MXFP4 in self.stored:
+            blocks, scales = self._stored(name + MXFP4), self._stored(name + MXFP4_SCALE)
+            return convert_moe_packed_tensors(blocks, scales, rows_per_chunk=2**20)  # unpacking takes eight times the memory
         if not (entry.dtype and entry.stored == FP8):
-            return tensor
+            return self._stored(name)
         block = self.quantisation.get("weight_block_size", (128, 128))  # transformers' default
-        return _from_fp8(tensor, self._stored(name + FP8_SCALE), block and tuple(block))
+        return _from_fp8(self._stored(name), self._stored(name + FP8_SCALE), block and tuple(block))
 
     def _stored(self, name: str) -> torch.Tensor:
         if name not in self.stored:
             raise ValueError(f"{self.folder} has no tensor {name}: without it the weights cannot be dequantised.")
         with safe_open(self.stored[name].file, framework="pt") as file:  # closed at once: mapped pages would add up
             return file.get_tensor(name)
-
-    def check_finite(self, names: Iterable[str]) -> None:
-        """Read these tensors once. Raises ValueError naming the first with a NaN or an infinity."""
-        for name in tqdm(list(names), desc="checking weights", unit="tensor"):
-            tensor = self.read(name)
-            if not (torch.isfinite(tensor.sum()) or torch.isfinite(tensor).all()):  # the sum is twenty times as fast
-                raise ValueError(f"{self.entries[name].file}: tensor {name} holds NaN or infinite weights.")
 
 
 def _from_fp8(weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int] | None) -> torch.Tensor:
@@ -122,32 +90,14 @@ def _from_fp8(weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int] 
     """
     if scale.numel() == 1:
         return (weight.float() * scale.float().reshape(())).bfloat16()
-    sides = _block_sides(weight.shape[-2:], scale.shape[-2:], block) if scale.ndim == weight.ndim > 1 else None
-    if sides is None:
-        raise ValueError(f"FP8 scales of shape {list(scale.shape)} do not divide a weight of {list(weight.shape)}.")
-    for axis, side in zip((-2, -1), sides, strict=True):
-        scale = scale.repeat_interleave(side, axis).narrow(axis, 0, weight.shape[axis])
-    return (weight.float() * scale.float()).bfloat16()
-
-
-def _block_sides(shape: torch.Size, grid: torch.Size, block: tuple[int, int] | None) -> tuple[int, int] | None:
-    """The rows and columns of a block, for a weight of this shape with this grid of scales; None if none fit."""
-    if block and all(-(-length // side) == count for length, side, count in zip(shape, block, grid, strict=True)):
-        return block
-    equal = all(length % count == 0 for length, count in zip(shape, grid, strict=True))
-    return (shape[0] // grid[0], shape[1] // grid[1]) if equal else None
-
-
-def _from_mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """Blocks [n, rows, groups, 16] of two 4-bit floats in a byte, the lower half first, with exponents [n, rows, groups] of
-    bias 127, as bfloat16 [n, groups * 32, rows] (OCP Microscaling formats, E2M1)."""
-    magnitudes = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
-    values = torch.cat([magnitudes, -magnitudes])
-    parts = []
-    for block, scale in zip(blocks, scales, strict=True):  # one expert at a time: unpacking takes eight times the memory
-        pairs = torch.stack([block & 15, block >> 4], -1).flatten(-2).long()  # [rows, groups, 32]
-        parts.append(torch.ldexp(values[pairs], scale.int()[..., None] - 127).flatten(-2).T.bfloat16())
-    return torch.stack(parts)
+    shape, grid = weight.shape[-2:], scale.shape[-2:]
+    equal = [length // count for length, count in zip(shape, grid, strict=False)]
+    for sides in (block, equal) if scale.ndim == weight.ndim > 1 else ():
+        if sides and all(side and -(-length // side) == count for length, side, count in zip(shape, sides, grid, strict=True)):
+            for axis, side in zip((-2, -1), sides, strict=True):
+                scale = scale.repeat_interleave(side, axis).narrow(axis, 0, weight.shape[axis])
+            return (weight.float() * scale.float()).bfloat16()
+    raise ValueError(f"FP8 scales of shape {list(scale.shape)} do not divide a weight of {list(weight.shape)}.")
 
 
 def quantisation(config) -> dict:

@@ -3,24 +3,26 @@
 import copy
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch import nn
 from transformers.core_model_loading import revert_weight_conversion
 
-from ..machine import everyone, rank, ranks
+from ..machine import rank, ranks
 from ..moe.identity import gate_digest, remember_stored
 from ..moe.layers import decoder_layers, find_moe, moe_blocks
 from ..tracing.trace import LayerTrace
-from ..tracing.walk import Bypass, Walk
+from ..tracing.walk import Bypass, State, Walk
+from .folder import write_tensors
 from .layout import Checkpoint
 from .models import read_device, read_dtype
 from .progress import ResumableJob
-from .streams import FileStream
 
 
 @contextmanager
@@ -71,7 +73,7 @@ class Streamed:
             kind, state = _partial(type(layout.text), number), self.checkpoint.lazily(number)
             model, report = kind.from_pretrained(None, state_dict=state, **options)
         # The report lists other layers' parameters too: only the layer's own count.
-        if missing := report["missing_keys"] & {layout.text_names[name] for name in layout.parameters(number)}:
+        if missing := report["missing_keys"] & {layout.text_names[name] for name in layout.parameters[number]}:
             raise ValueError(f"{self.checkpoint.source.folder} lacks weights of the model: {', '.join(sorted(missing))}.")
         return model.eval().to(self.device)
 
@@ -81,7 +83,7 @@ class Streamed:
     def state(self, number: int) -> dict[str, torch.Tensor]:
         """The tensors of the decoder layer in memory, under their published names, in the dtype they are computed in."""
         layout, held = self.checkpoint.layout, self.model.state_dict()
-        state = {name: held[layout.text_names[name]] for name in layout.parameters(number)}
+        state = {name: held[layout.text_names[name]] for name in layout.parameters[number]}
         return {name: tensor.cpu() for name, tensor in revert_weight_conversion(layout.model, state).items()}
 
     @contextmanager
@@ -89,7 +91,7 @@ class Streamed:
         """The decoder layer, in its place and with its weights; the system reads the next one ahead."""
         layers = decoder_layers(self.model)
         bypass, layers[number] = layers[number], decoder_layers(self._load(number))[number]
-        remember_stored(self.model, moe_blocks(layers[number]), self.checkpoint.read_text)
+        remember_stored(self.model, moe_blocks(layers[number]), self.checkpoint.read)
         if number + 1 < len(self):
             self.checkpoint.source.announce(self.checkpoint.stored(number + 1))
         try:
@@ -100,58 +102,65 @@ class Streamed:
 
 def _usual_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """The dtype that most of the language model's weights are stored in."""
-    sizes: dict[torch.dtype, int] = {}
-    for name in checkpoint.used:
-        dtype = checkpoint.source.entries[name].dtype
-        if dtype.is_floating_point:
-            sizes[dtype] = sizes.get(dtype, 0) + checkpoint.source.nbytes(name)
-    return max(sizes, key=sizes.__getitem__)
+    sizes = Counter()
+    for entry in map(checkpoint.source.entries.get, checkpoint.used):
+        if entry.dtype.is_floating_point:
+            sizes[entry.dtype] += entry.nbytes
+    return max(sizes, key=sizes.get)
 
 
-class CheckpointWalk:
+class FileStream:
+    """A decoder layer's outputs, one file for each batch. A walk uses it as a list."""
+
+    def __init__(self, path: Path):
+        """path: of the files, to whose names the batch's number is added."""
+        self.path = path
+
+    def _file(self, batch: int) -> Path:
+        return self.path.with_name(f"{self.path.name}.{batch:05d}")
+
+    def __getitem__(self, batch: int) -> State:
+        stored = load_file(self._file(batch))
+        parts = [stored[str(j)] for j in range(len(stored))]
+        return tuple(part if part.numel() else None for part in parts)
+
+    def __setitem__(self, batch: int, value: State) -> None:
+        parts = [torch.empty(0) if part is None else part.cpu().clone() for part in value]  # cloned: some share memory
+        write_tensors(self._file(batch), {str(j): part for j, part in enumerate(parts)})
+        with self._file(batch).open("rb") as file:
+            os.fsync(file.fileno())
+
+
+class CheckpointWalk(Walk):
     """A walk through a source with its hidden states in files; it resumes after the last finished layer."""
 
-    def __init__(self, streamed: Streamed, tokens: torch.Tensor, job: ResumableJob, *, batch_size: int, **options):
-        self.streamed, self.job = streamed, job
-        own = tokens.tensor_split(ranks())[rank()]
-        self.sizes = [len(batch) for batch in own.split(batch_size)]
-        options |= {"batch_size": batch_size, "split": ranks() > 1, "new_stream": self._stream}
-        self.walk = Walk(streamed.model, own, **options)
-        if records := job.records():
-            for name, about in records[-1]["streams"].items():
-                self.walk.streams[name] = self._stream(name, len(records) - 1, about[rank()])
+    def __init__(self, model: nn.Module, tokens: torch.Tensor, job: ResumableJob, **options):
+        self.job, own = job, tokens.tensor_split(ranks())[rank()]
+        super().__init__(model, own, split=ranks() > 1, new_stream=self._stream, **options)
+        if done := len(job.records()):
+            names = ("original", "pruned") if self.progressive else ("original",)
+            self.streams = {name: self._stream(name, done - 1) for name in names}
 
-    def _stream(self, name: str, number: int, about: list | None = None) -> FileStream:
-        """The hidden states after a layer: in new files or, with `about`, in existing ones."""
-        return FileStream(self.job.streams / f"{name}_{number:05d}.{rank()}", self.sizes, about)
-
-    def _streams(self) -> tuple[dict, list[Path]]:
-        about = {name: everyone(stream.about()) for name, stream in self.walk.streams.items()}
-        return about, [path for stream in self.walk.streams.values() for path in stream.paths]
-
-    @torch.no_grad()
-    def run(
-        self, visit: Callable[[int, nn.Module], dict], write: Callable[[int, dict], None] = lambda number, record: None
-    ) -> list[dict]:
-        """Take the calibration set past every decoder layer that is not finished; see `ResumableJob.run`."""
-        return self.job.run(len(self.streamed), visit, write, weights=self.streamed.layer, streams=self._streams)
+    def _stream(self, name: str, number: int) -> FileStream:
+        """The hidden states after a layer. Files that no layer needs any more are removed."""
+        for path in self.job.streams.glob(f"*_{number - 2:05d}.{rank()}.*"):
+            path.unlink()
+        return FileStream(self.job.streams / f"{name}_{number:05d}.{rank()}")
 
     def tracing(self, keep: int | None, choose: Callable[[int, LayerTrace], dict]) -> Callable[[int, nn.Module], dict]:
         """A visit that traces. choose(number, trace) adds to an MoE layer's record; a progressive walk reads "kept" there."""
+        layers = decoder_layers(self.model)
+        prefix = next(name for name, module in self.model.named_modules() if module is layers)
 
         def visit(number: int, decoder: nn.Module) -> dict:
-            traced, started = self.walk.trace_layer(number, keep), time.perf_counter()
-            record = {} if traced is None else self._choose(number, decoder, traced, choose)
+            traced, started = self.trace_layer(number, keep), time.perf_counter()
+            if traced is None:
+                return {}
+            layer = find_moe(decoder)
+            traced.name = f"{prefix}.{number}.{layer.name}".removesuffix(".")
+            record = {"name": traced.name, "gate": gate_digest(layer), "n": layer.n, "k": layer.k, **choose(number, traced)}
+            if self.progressive:
+                self.follow(number, record["kept"])
             return record | {"search": time.perf_counter() - started}
 
         return visit
-
-    def _choose(self, number: int, decoder: nn.Module, traced: LayerTrace, choose) -> dict:
-        layer = find_moe(decoder)
-        layers = decoder_layers(self.streamed.model)
-        prefix = next(name for name, module in self.streamed.model.named_modules() if module is layers)
-        traced.name = f"{prefix}.{number}.{layer.name}".removesuffix(".")
-        record = {"name": traced.name, "gate": gate_digest(layer), "n": layer.n, "k": layer.k, **choose(number, traced)}
-        if self.walk.progressive:
-            self.walk.follow(number, record["kept"])
-        return record

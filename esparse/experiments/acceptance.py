@@ -12,7 +12,6 @@ from ..files import paper
 from ..tracing.statistics import median_betas
 from .run import Run
 
-MIB = 2**20
 BETA, SIZE = 0.02, 0.02  # allowed absolute error of a beta, relative error of a size
 
 
@@ -71,9 +70,8 @@ def compare_memory(sizes: Mapping[int, float]) -> list[dict]:
 
 
 def weights_mib(config, r: int) -> float:
-    """MiB of a model's 16-bit weights with r experts per layer, computed from its config."""
-    layout = Layout(with_experts(config, r), r)
-    return sum(math.prod(shape) for name, shape in layout.full.items() if name not in layout.tied) * 2 / MIB
+    """MiB of a model's 16-bit weights with r experts per layer, from its config alone."""
+    return Layout(with_experts(config, r), r).model.num_parameters() * 2 / 2**20
 
 
 def _row(what: str, printed: str, here: str, same: bool) -> dict:

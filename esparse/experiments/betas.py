@@ -1,10 +1,9 @@
 """Notebook 04: median betas (Section 3.3, A.7)."""
 
 import torch
-from matplotlib.figure import Figure
 
 from ..moe.routers import skip_ratios
-from ..style import COLOURS, canvas, legend_beside, line_style, of_the_paper
+from ..style import COLOURS, NotebookFigure, legend_beside, line_style, of_the_paper
 from ..tracing.statistics import median_betas
 from .figures import draws
 from .run import Run
@@ -25,10 +24,10 @@ def betas(run: Run, bins: int = 40) -> dict:
 
 
 @draws("04_ratios", "Section 3.3")
-def _ratios(data: dict) -> Figure:
+def _ratios(figure: NotebookFigure, data: dict) -> None:
     """Histograms of the ratio of the second to the first routing weight, layer by layer."""
     layers = len(next(iter(data["corpora"].values()))["betas"])
-    figure, [row] = canvas(1.45 * layers + 0.8, 2.3, 1, layers, sharey=True, sharex=True)
+    [row] = figure.panels(1.45 * layers + 0.8, 2.3, 1, layers, sharey=True, sharex=True)
     for number, axes in enumerate(row):
         for (name, corpus), colour in zip(data["corpora"].items(), COLOURS, strict=False):
             axes.stairs(corpus["density"][number], data["edges"], color=colour, label=name)
@@ -37,21 +36,18 @@ def _ratios(data: dict) -> Figure:
     row[0].set_ylabel("density")
     legend_beside(row[-1])
     figure.supxlabel("rho (k = 2: second routing weight over the first); dashed: the median, beta", fontsize=9)
-    return figure
 
 
 @draws("04_betas", "A.7")
-def _betas(data: dict) -> Figure:
+def _betas(figure: NotebookFigure, data: dict) -> None:
     """Median beta over layers for both corpora, with another draw dotted; the paper's 64 beside."""
-    figure, [row] = canvas(8, 2.7, 1, 2, sharey=True)
+    [(here, paper)] = figure.panels(8, 2.7, 1, 2, sharey=True)
     for i, (name, corpus) in enumerate(data["corpora"].items()):
-        row[0].plot(corpus["betas"], label=name, **line_style(i))
-        row[0].plot(corpus["again"], ls=":", alpha=0.5, label="the same, another draw", **line_style(i))
+        here.plot(corpus["betas"], label=name, **line_style(i))
+        here.plot(corpus["again"], ls=":", alpha=0.5, label="the same, another draw", **line_style(i))
     for i, (name, values) in enumerate(data["paper"].items()):
-        row[1].plot(values, ms=3, label=name, **line_style(i))
-    for axes in row:
-        axes.set_xlabel("layer")
-        axes.legend()
-    row[0].set(ylabel="median beta", title="this model")
-    of_the_paper(row[1], "Mixtral 8x7B (A.7)")
-    return figure
+        paper.plot(values, ms=3, label=name, **line_style(i))
+    here.set(xlabel="layer", ylabel="median beta", title="this model")
+    of_the_paper(paper, "Mixtral 8x7B (A.7)", xlabel="layer")
+    here.legend()
+    paper.legend()

@@ -3,10 +3,8 @@
 import math
 from operator import eq
 
-from matplotlib.figure import Figure
-
 from ..pruning.search import search_experts
-from ..style import COLOURS, canvas, legend_below, legend_beside
+from ..style import COLOURS, NotebookFigure, legend_below, legend_beside
 from ..tracing.statistics import routing_divergence
 from .figures import draws
 from .run import Run
@@ -18,18 +16,13 @@ def kept_experts(run: Run, r: int) -> dict:
     `again`: the number of layers that keep the same subset for two draws of the general corpus.
     """
     general, domain = run.plan(run.general, r), run.plan(run.domain, r)
-    n = run.trace(run.general).layers[0].n
     again, tokens = run.another_draw(run.general)
     model = run.model if run.method == "progressive" else None
     redrawn = search_experts(again, r, method=run.method, model=model, tokens=tokens, seed=run.seed).kept
-    return {
-        "r": r,
-        "n": n,
-        "kept": {run.label(run.general): general.kept, run.label(run.domain): domain.kept},
-        "identical": [i for i, same in enumerate(map(eq, general.kept, domain.kept)) if same],
-        "chance": len(general.kept) / math.comb(n, r),
-        "again": sum(map(eq, general.kept, redrawn)),
-    }
+    about = {"r": r, "n": run.experts, "kept": {run.label(run.general): general.kept, run.label(run.domain): domain.kept}}
+    about["identical"] = [i for i, same in enumerate(map(eq, general.kept, domain.kept)) if same]
+    chance = len(general.kept) / math.comb(run.experts, r)
+    return about | {"chance": chance, "again": sum(map(eq, general.kept, redrawn))}
 
 
 def divergence(run: Run) -> dict:
@@ -43,33 +36,30 @@ def divergence(run: Run) -> dict:
 
 
 @draws("02_kept_experts", "Fig. 4")
-def _kept(data: dict) -> Figure:
+def _kept(figure: NotebookFigure, data: dict) -> None:
     """A grid of experts over layers: which stay for both corpora, which for one only."""
-    (first, one), (second, other) = data["kept"].items()
-    layers, n = range(len(one)), data["n"]
-    figure, [[axes]] = canvas(7, 0.34 * n + 1.2)
-    points: dict = {"kept for both": [], f"only for {first}": [], f"only for {second}": []}
-    for layer, (a, b) in enumerate(zip(map(set, one), map(set, other), strict=True)):
-        for found, experts in zip(points.values(), (a & b, a - b, b - a), strict=True):
-            found += [(layer, expert) for expert in sorted(experts)]
+    first, second = data["kept"]
+    layers, n = range(len(data["kept"][first])), data["n"]
+    one, other = ({(layer, expert) for layer in layers for expert in kept[layer]} for kept in data["kept"].values())
+    points = {"kept for both": one & other, f"only for {first}": one - other, f"only for {second}": other - one}
+    [[axes]] = figure.panels(7, 0.34 * n + 1.2)
     for (label, found), marker, colour in zip(points.items(), "soD", ("0.45", *COLOURS[:2]), strict=True):
-        axes.scatter(*zip(*found, strict=True) if found else ([], []), marker=marker, color=colour, s=70, label=label)
+        places = zip(*sorted(found), strict=True) if found else ([], [])
+        axes.scatter(*places, marker=marker, color=colour, s=70, label=label)
     for layer in data["identical"]:
         axes.axvspan(layer - 0.45, layer + 0.45, color="0.9", zorder=0)
     axes.set(xlabel="layer (grey: the same subset)", ylabel="expert", xticks=layers, yticks=range(n), ylim=(-0.6, n - 0.4))
-    same = f"same subset in {len(data['identical'])} of {len(layers)} layers, {data['chance']:.2f} by chance"
-    axes.set_title(f"r = {data['r']}: {same}")
+    same = f"same subset in {len(data['identical'])} of {len(layers)} layers"
+    axes.set_title(f"r = {data['r']}: {same}, {data['chance']:.2f} by chance")
     legend_beside(axes)
-    return figure
 
 
 @draws("02_divergence", "Section 3.2, remark")
-def _divergence(data: dict) -> Figure:
+def _divergence(figure: NotebookFigure, data: dict) -> None:
     """Lines over layers: how far apart the routing of the two corpora is, and that of two draws of one corpus."""
-    figure, [[axes]] = canvas(5, 3)
+    [[axes]] = figure.panels(5, 3)
     layers = range(len(data["between"]))
     axes.plot(layers, data["between"], marker="o", color=COLOURS[0], label=" against ".join(data["labels"]))
     axes.plot(layers, data["within"], marker="s", ls="--", color="0.5", label=f"two draws of {data['labels'][0]}")
     axes.set(xlabel="layer", ylabel="total variation of the routing", xticks=layers, ylim=(0, None))
     legend_below(axes, 1)
-    return figure

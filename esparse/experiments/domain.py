@@ -1,15 +1,13 @@
 """Notebook 07: domain-specific pruning (Tables 3 and 8)."""
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-
-from matplotlib.figure import Figure
+from collections.abc import Iterator, Mapping, Sequence
 
 from ..pruning.plan import PruningPlan
 from ..tracing.statistics import median_betas
-from .figures import draws
+from .figures import register
 from .run import Run
-from .tables import GSM8K, MEASURES, line, measure_panel, panels, paper_panel, pick
+from .tables import measure_panels, panels, paper_panel, pick
 
 DRAWS = 3  # random plans for each r
 SHOWN = ("general", "domain", "exact match")  # measures shown in figures
@@ -18,7 +16,7 @@ SHOWN = ("general", "domain", "exact match")  # measures shown in figures
 def domain_rows(run: Run) -> Iterator[dict]:
     """Tables 3 and 8: calibration corpus x beta corpus x r x method x skipping, random draws included, and the full model
     with Wanda's and MoE-Pruner's weights at 2:4."""
-    n, corpora = run.experts, calibration_corpora(run)
+    n, corpora = run.experts, [run.general, run.domain, both(run)]
     yield from skipping_rows(run, None, {"r": n, "method": "none", "calibration": None}, corpora)
     for r in run.sizes:
         yield from pruned_rows(run, r, corpora)
@@ -35,14 +33,10 @@ def both(run: Run) -> str:
     return f"{run.general}+{run.domain}"
 
 
-def calibration_corpora(run: Run) -> list[str]:
-    """Each corpus, and both mixed."""
-    return [run.general, run.domain, both(run)]
-
-
 def pruned_rows(run: Run, r: int, beta_corpora: Sequence[str] = ()) -> Iterator[dict]:
     """METHOD and frequency at r, calibrated on each corpus, without skipping and with the betas of `beta_corpora`."""
-    for method, corpus in itertools.product(dict.fromkeys((run.method, "frequency")), calibration_corpora(run)):
+    methods, corpora = dict.fromkeys((run.method, "frequency")), [run.general, run.domain, both(run)]
+    for method, corpus in itertools.product(methods, corpora):
         about = {"r": r, "method": method, "calibration": corpus}
         yield from skipping_rows(run, run.plan(corpus, r, method), about, beta_corpora)
 
@@ -60,16 +54,17 @@ def domain_figure(run: Run, rows: Sequence[dict], paper: Sequence[dict]) -> dict
     corpora = filter(None, dict.fromkeys(row["calibration"] for row in rows))
     ours = [(run.label(corpus), {"method": run.method, "calibration": corpus}) for corpus in corpora]
     ours.insert(2, ("random", {"method": "random"}))  # third, as in the paper
-    theirs = [("C4", {"calibration": "C4"}), ("MATH", {"calibration": "MATH"}), ("random", {"method": "random"})]
-    about = {"xlabel": "experts kept, r", "falling": True}
+    theirs = {"C4": {"calibration": "C4"}, "MATH": {"calibration": "MATH"}, "random": {"method": "random"}}
+    about = {"x": "r", "xlabel": "experts kept, r", "falling": True}
+    measured = measure_panels(run, SHOWN, _from_full(rows, dict(ours)), **about)
+    return {"panels": [*measured, paper_panel("Table 3", 5, _from_full(paper, theirs), **about)]}
 
-    def lines(rows: Sequence[dict], kinds: Sequence[tuple[str, dict]], value: Callable) -> list[dict]:
-        full = pick(rows, method="none")
-        pruned = [row for row in rows if row["r"] < full[0]["r"]]
-        return [line(name, full + pick(pruned, **kind), "r", value) for name, kind in kinds]
 
-    measured = [measure_panel(run, key, lines=lines(rows, ours, MEASURES[key]), **about) for key in SHOWN]
-    return {"panels": [*measured, paper_panel("Table 3", 5, lines=lines(paper, theirs, GSM8K), **about)]}
+def _from_full(rows: Sequence[dict], kinds: Mapping[str, dict]) -> dict[str, list[dict]]:
+    """The full model's rows, followed by the pruned models' of each kind."""
+    full = pick(rows, method="none")
+    pruned = [row for row in rows if row["r"] < full[0]["r"]]
+    return {name: full + pick(pruned, **kind) for name, kind in kinds.items()}
 
 
 def beta_figure(run: Run, rows: Sequence[dict], paper: Sequence[dict]) -> dict:
@@ -79,29 +74,21 @@ def beta_figure(run: Run, rows: Sequence[dict], paper: Sequence[dict]) -> dict:
     sizes = sizes[::2] if len(sizes) > 3 else sizes
     pruned = {"calibration": run.domain, "method": run.method}
     shown = {f"r = {r}": pick(rows, r=r, **pruned) or pick(rows, r=r, method="none") for r in sizes}
-    betas = lambda row: _in_lines(run, row["betas"])  # noqa: E731
-    measured = [
-        measure_panel(run, key, "betas of", [line(name, some, betas, MEASURES[key]) for name, some in shown.items()])
-        for key in SHOWN
-    ]
-    skips, theirs = lambda row: "skipping" if row["skipping"] else "none", pick(paper, model="Mixtral 8x7B")
-    lines = [line(f"r = {r}", pick(theirs, r=r), skips, GSM8K) for r in (8, 6, 4)]
-    return {"panels": [*measured, paper_panel("Table 8", 5, "", lines)]}
+    theirs = {f"r = {r}": pick(paper, model="Mixtral 8x7B", r=r) for r in (8, 6, 4)}
+
+    def betas(row: dict) -> str:
+        """Whose betas, in lines narrow enough for an axis tick."""
+        return run.label(row["betas"]).replace(" (", "\n(").replace(" and ", "\nand ") if row["betas"] else "none"
+
+    measured = measure_panels(run, SHOWN, shown, betas, xlabel="betas of")
+    skips = lambda row: "skipping" if row["skipping"] else "none"  # noqa: E731
+    return {"panels": [*measured, paper_panel("Table 8", 5, theirs, skips, xlabel="")]}
 
 
-def _in_lines(run: Run, corpus: str | None) -> str:
-    """A corpus's name in lines narrow enough for an axis tick."""
-    return run.label(corpus).replace(" (", "\n(").replace(" and ", "\nand ") if corpus else "none"
-
-
-@draws("07_domain_specific", "Table 3")
-def _domain(data: dict) -> Figure:
-    """Perplexity on both corpora and exact match over the experts kept, a line for each calibration corpus with bars over
-    three seeds; the paper's GSM8K beside."""
-    return panels(data)
-
-
-@draws("07_betas", "Table 8")
-def _betas(data: dict) -> Figure:
-    """Quality by whose betas skipping uses, a line for each r; the paper's GSM8K beside."""
-    return panels(data)
+DOMAIN = (
+    "Perplexity on both corpora and exact match over the experts kept, a line for each calibration corpus with bars over three "
+    "seeds; the paper's GSM8K beside."
+)
+BETAS = "Quality by whose betas skipping uses, a line for each r; the paper's GSM8K beside."
+register("07_domain_specific", "Table 3", panels, DOMAIN)
+register("07_betas", "Table 8", panels, BETAS)

@@ -1,24 +1,24 @@
 """The registry of figures: a function draws each figure from its saved numbers and computes nothing else.
 
-An experiment registers the function that draws a figure with `draws`. The manifest, the gallery in `figures/README.md` and
-the command that redraws figures read the registry.
+The manifest, the gallery in `figures/README.md` and the command that redraws figures read the registry.
 """
 
+import itertools
 import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib.image
-from matplotlib.figure import Figure
 
 from ..files import checkout, read_json, write_json, write_text
-from ..style import STYLE
+from ..style import STYLE, NotebookFigure
 
-# The modules of this room that draw figures, in the order of their notebooks.
+# The modules of this room that draw figures.
 EXPERIMENTS = (
     *("quickstart", "selection", "divergence", "pruning", "betas", "skipping"),
     *("speed", "domain", "recovery", "weights", "many", "explorer"),
@@ -27,11 +27,13 @@ PAST = "past the paper"
 DIGITS = 4  # significant digits of a figure's numbers
 GALLERY = "| figure | notebook | in the paper |\n|---|---|---|\n"  # the gallery's text above this line is written by hand
 
+Drawing = Callable[[NotebookFigure, dict], None]  # draws numbers on an empty figure
+
 
 class Registered(NamedTuple):
     """A figure: the function that draws it, the paper's figure, table or section, and its text alternative."""
 
-    draw: Callable[[dict], Figure]
+    draw: Drawing
     paper: str
     shows: str
 
@@ -39,18 +41,19 @@ class Registered(NamedTuple):
 _registered: dict[str, Registered] = {}
 
 
-def draws(name: str, paper: str) -> Callable:
-    """Decorator: register a function that draws a figure from its numbers.
+def register(name: str, paper: str, draw: Drawing, shows: str = "") -> Drawing:
+    """Enter a figure in the registry, and return the function that draws it.
 
-    name: the notebook's number and a word. paper: the paper's figure, table or section (or `PAST`). The docstring of the
-    function becomes the figure's text alternative.
+    name: the notebook's number and a word. paper: the paper's figure, table or section (or `PAST`). shows: the text
+    alternative, if it is not the docstring of the function.
     """
+    _registered[name] = Registered(draw, paper, shows or " ".join(draw.__doc__.split()))
+    return draw
 
-    def register(draw: Callable[[dict], Figure]) -> Callable[[dict], Figure]:
-        _registered[name] = Registered(draw, paper, " ".join(draw.__doc__.split()))
-        return draw
 
-    return register
+def draws(name: str, paper: str) -> Callable[[Drawing], Drawing]:
+    """Decorator: `register` the function that draws this figure."""
+    return partial(register, name, paper)
 
 
 def figures() -> dict[str, Registered]:
@@ -60,30 +63,30 @@ def figures() -> dict[str, Registered]:
     return {name: _registered[name] for name in sorted(_registered, key=lambda name: name[:2])}
 
 
-def draw(name: str, data: dict) -> Figure:
+def draw(name: str, data: dict) -> NotebookFigure:
     """Draw a registered figure from its numbers. Raises ValueError for an unknown name."""
     if name not in figures():
         raise ValueError(f"There is no figure {name!r}: choose from {', '.join(figures())}.")
     with matplotlib.rc_context(STYLE):
-        figure = _registered[name].draw(data)
+        figure = NotebookFigure(layout="constrained")
+        _registered[name].draw(figure, data)
     figure.alt = _registered[name].shows
     return figure
 
 
 def rounded(data):
-    """A figure's numbers, in lists and dictionaries, rounded to `DIGITS` significant digits; large ones to whole numbers.
+    """A figure's numbers as JSON holds them, rounded to `DIGITS` significant digits; large ones to whole numbers.
 
     These digits are the same on every CPU that was tried (torch without vectors and with AVX2, MKL's kernels for any
     processor, one and two threads). The relative difference is 5e-8 for losses, 8e-7 for betas, 3e-6 for densities. It
     is larger where rounding sends a token to another expert; see `alike`.
     """
-    if isinstance(data, dict):
-        return {key: rounded(value) for key, value in data.items()}
-    if isinstance(data, list | tuple):
-        return [rounded(value) for value in data]
-    if not isinstance(data, float) or not data or not math.isfinite(data):
-        return data
-    return round(data, max(0, DIGITS - 1 - math.floor(math.log10(abs(data)))))
+
+    def shortened(text: str) -> float:
+        value = float(text)
+        return round(value, max(0, DIGITS - 1 - math.floor(math.log10(abs(value))))) if value else value
+
+    return json.loads(json.dumps(data), parse_float=shortened)
 
 
 def alike(one, other) -> bool:
@@ -101,7 +104,7 @@ def alike(one, other) -> bool:
     return type(one) is type(other) and one == other
 
 
-def save_figure(name: str, data: dict, folder: str | Path) -> Figure:
+def save_figure(name: str, data: dict, folder: str | Path) -> NotebookFigure:
     """Draw a figure and save NAME.png, NAME.pdf and its `rounded` numbers, NAME.json. The picture is the same every time."""
     folder, data = Path(folder), rounded(data)
     figure = draw(name, data)
@@ -117,19 +120,15 @@ def save_figure(name: str, data: dict, folder: str | Path) -> Figure:
 
 def publish(name: str, source: Path, folder: Path) -> bool:
     """Copy a figure and its numbers to another folder unless those there agree and look alike. Returns whether it did."""
-    places = [place / f"{name}.json" for place in (source, folder)]
-    if places[1].exists() and alike(*(read_json(path, "figure's numbers") for path in places)) and _look_alike(*places):
-        return False
+    files = {kind: [place / f"{name}.{kind}" for place in (source, folder)] for kind in ("png", "pdf", "json")}
+    if files["json"][1].exists() and alike(*(read_json(path, "figure's numbers") for path in files["json"])):
+        one, other = map(matplotlib.image.imread, files["png"])
+        if one.shape == other.shape and (abs(one - other) > 0.03).mean() < 1e-3:
+            return False  # a number's last digit can move the edge of a curve: a thousandth of the pixels may differ
     folder.mkdir(parents=True, exist_ok=True)
-    for kind in ("png", "pdf", "json"):
-        shutil.copyfile(source / f"{name}.{kind}", folder / f"{name}.{kind}")
+    for pair in files.values():
+        shutil.copyfile(*pair)
     return True
-
-
-def _look_alike(*places: Path) -> bool:
-    """Whether less than a thousandth of the pixels differ: a number's last digit can move the edge of a curve."""
-    one, other = (matplotlib.image.imread(path.with_suffix(".png")) for path in places)
-    return one.shape == other.shape and (abs(one - other) > 0.03).mean() < 1e-3
 
 
 def redraw(names: Sequence[str] = (), folder: Path | None = None) -> list[Path]:
@@ -156,13 +155,8 @@ def list_figures() -> None:
 def manifest() -> dict[str, dict[str, str]]:
     """For each figure its notebook, its place in the paper, its text alternative, its numbers and the command to redraw it."""
     return {
-        name: {
-            "notebook": _notebook(name).name,
-            "paper": figure.paper,
-            "shows": figure.shows,
-            "data": f"figures/{name}.json",
-            "command": f"python -m esparse figures {name}",
-        }
+        name: {"notebook": _notebook(name).name, "paper": figure.paper, "shows": figure.shows}
+        | {"data": f"figures/{name}.json", "command": f"python -m esparse figures {name}"}
         for name, figure in figures().items()
     }
 
@@ -171,13 +165,12 @@ def gallery() -> str:
     """The text of `figures/README.md`: its present introduction, a table of all figures, and the figures by notebook."""
     page = (checkout() / "figures" / "README.md").read_text(encoding="utf-8").partition(GALLERY)[0] + GALLERY
     page += "".join(f"| `{name}` | {name[:2]} | {figure.paper} |\n" for name, figure in figures().items())
-    shown = None
-    for name, figure in figures().items():
-        if (notebook := _notebook(name)) != shown:
-            title = "".join(json.loads(notebook.read_text(encoding="utf-8"))["cells"][0]["source"]).partition("\n")[0]
-            page += f"\n## [{title.removeprefix('# ')}](../notebooks/{notebook.name})\n"
-        page += f"\n**`{name}`** ({figure.paper}). {figure.shows}\n\n![{figure.shows}]({name}.png)\n"
-        shown = notebook
+    for notebook, names in itertools.groupby(figures(), _notebook):
+        title = "".join(json.loads(notebook.read_text(encoding="utf-8"))["cells"][0]["source"]).partition("\n")[0]
+        page += f"\n## [{title.removeprefix('# ')}](../notebooks/{notebook.name})\n"
+        for name in names:
+            figure = figures()[name]
+            page += f"\n**`{name}`** ({figure.paper}). {figure.shows}\n\n![{figure.shows}]({name}.png)\n"
     return page
 
 

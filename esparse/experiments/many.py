@@ -2,10 +2,8 @@
 
 import math
 
-from matplotlib.figure import Figure
-
 from ..measure.search_cost import compare, over
-from ..style import canvas, line_style
+from ..style import NotebookFigure, line_style
 from .figures import PAST, draws
 from .run import Run
 
@@ -42,11 +40,11 @@ def _enumeration(row: dict) -> float:
 
 
 @draws("10_searches", PAST)
-def _searches(data: dict) -> Figure:
+def _searches(figure: NotebookFigure, data: dict) -> None:
     """Points, a layer each: losses of the search methods over the best known, for several models."""
     panels = data["panels"]
     methods = [method for method in panels[-1]["ratios"] if method != "enumerate"]
-    figure, [row] = canvas(1.8 * len(panels) + 0.8, 2.8, 1, len(panels), sharey=True)
+    [row] = figure.panels(1.8 * len(panels) + 0.8, 2.8, 1, len(panels), sharey=True)
     for axes, panel in zip(row, panels, strict=True):
         for i, method in enumerate(methods):
             ratios = panel["ratios"][method]
@@ -56,13 +54,12 @@ def _searches(data: dict) -> Figure:
         axes.set(xticks=[1, 2, 4, 8], xticklabels=[1, 2, 4, 8], yticks=range(len(methods)), yticklabels=methods)
         axes.minorticks_off()
     row[0].invert_yaxis()
-    return figure
 
 
 @draws("10_search_costs", PAST)
-def _search_costs(data: dict) -> Figure:
+def _search_costs(figure: NotebookFigure, data: dict) -> None:
     """Seconds over the number of experts: trace, searches, and enumeration far above them."""
-    figure, [[axes]] = canvas(5.5, 3.4)
+    [[axes]] = figure.panels(5.5, 3.4)
     for i, (name, seconds) in enumerate(data["seconds"].items()):
         axes.plot(data["n"], seconds, label=name, **line_style(i))
     axes.plot(data["n"], data["enumeration"], "--", color="0.4", label="enumeration (arithmetic)")
@@ -70,4 +67,3 @@ def _search_costs(data: dict) -> Figure:
     axes.set(xticks=data["n"], xticklabels=data["n"], ylim=(0.05, 1e6))
     axes.minorticks_off()
     axes.legend()
-    return figure

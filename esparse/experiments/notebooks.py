@@ -1,22 +1,27 @@
 """Run copies of the numbered notebooks with parameters, in a run folder, continuing after the last finished one."""
 
 import ast
+import asyncio
 import json
+import os
 import re
 import time
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import pandas as pd
+import torch
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from tqdm.auto import tqdm
 
 from ..files import PACKAGE, checkout, digest, write_json, write_text
+from ..tiny_model.training import PRESETS
 from .figures import figures, list_figures, publish
 from .run import default_folder
 
@@ -175,14 +180,33 @@ def run_notebooks(
     target = Path(folder).resolve() if folder else default_folder(settings.get("MODEL", "tiny"))
     if folder:
         settings["RUN_DIR"] = str(target)
-    bar = tqdm(paths, desc="notebooks", unit="notebook")
-    results = []
-    for path in bar:
-        bar.set_postfix_str(path.stem)
-        results.append(_run_one(path, settings, target, update))
+    workers = min(4, torch.get_num_threads()) if settings.get("MODEL", "tiny") in PRESETS else 1
+    results = asyncio.run(_run_all(paths, partial(_run_one, settings=settings, target=target, update=update), workers))
     if update:
         list_figures()
     return pd.DataFrame(results)
+
+
+async def _run_all(paths: Sequence[Path], run_one: Callable, workers: int) -> list[Result]:
+    """The results of run_one(path, threads). The first notebook runs alone, since the others need its trace; of these,
+    `workers` run at a time and share the threads."""
+    bar, free = tqdm(total=len(paths), desc="notebooks", unit="notebook"), asyncio.Semaphore(workers)
+
+    async def waiting(path: Path) -> Result:
+        async with free:
+            result = await run_one(path, threads=torch.get_num_threads() // workers)
+        bar.update()
+        return result
+
+    first = await waiting(paths[0])
+    try:
+        async with asyncio.TaskGroup() as group:
+            rest = [group.create_task(waiting(path)) for path in paths[1:]]
+    except* Exception as failed:
+        raise failed.exceptions[0] from None
+    finally:
+        bar.close()
+    return [first, *(task.result() for task in rest)]
 
 
 def _state(path: Path, settings: Mapping[str, Any]) -> str:
@@ -193,7 +217,7 @@ def _state(path: Path, settings: Mapping[str, Any]) -> str:
     return digest([cell.source for cell in notebook.cells], _declared(notebook, settings), package)
 
 
-def _run_one(path: Path, settings: Mapping[str, Any], target: Path, update: bool) -> Result:
+async def _run_one(path: Path, threads: int, settings: Mapping[str, Any], target: Path, update: bool) -> Result:
     record = target / "notebooks" / f"{path.stem}.json"
     state = _state(path, settings)
     finished = pd.read_json(record, typ="series") if record.exists() else {}
@@ -201,7 +225,7 @@ def _run_one(path: Path, settings: Mapping[str, Any], target: Path, update: bool
         return Result(path.stem, finished["seconds"], finished["peak_mib"], int(finished["figures"]), reused=True)
     started = time.perf_counter()
     notebook = _with_settings(nbformat.read(path, as_version=4), settings)
-    peak = _execute(notebook, path)
+    peak = await _execute(notebook, path, threads)
     write_text(target / "notebooks" / path.name, nbformat.writes(strip(notebook)) + "\n")
     figures = len(list((target / "figures").glob(f"{path.stem[:2]}_*.png")))
     result = Result(path.stem, round(time.perf_counter() - started, 1), round(peak), figures)
@@ -240,20 +264,20 @@ def _words_and_numbers(outputs: Sequence) -> tuple[list[str], list[str]]:
     return parts[::2], parts[1::2]
 
 
-def _execute(notebook, path: Path) -> float:
-    """Run every cell in the folder of the notebook; returns the kernel's peak memory in MiB."""
+async def _execute(notebook, path: Path, threads: int) -> float:
+    """Run every cell in the folder of the notebook, with so many threads; returns the kernel's peak memory in MiB."""
     client = NotebookClient(
         notebook, timeout=None, kernel_name="python3", store_widget_state=False, extra_arguments=["--log-level=40"]
     )
     client.resources = {"metadata": {"path": str(path.parent)}}
     cells = [(i, cell) for i, cell in enumerate(notebook.cells) if cell.cell_type == "code"]
-    with client.setup_kernel():
+    async with client.async_setup_kernel(env=os.environ | {"OMP_NUM_THREADS": str(threads)}):
         try:
             for index, cell in tqdm(cells, desc=path.stem, unit="cell", leave=False):
-                client.execute_cell(cell, index)
+                await client.async_execute_cell(cell, index)
         except CellExecutionError as error:
             last = (error.evalue or error.ename).splitlines()[0]
             raise RuntimeError(f"{path.name} failed in cell {index + 1}: {error.ename}: {last}") from error
         notebook.cells.append(nbformat.v4.new_code_cell(_PEAK))
-        client.execute_cell(notebook.cells[-1], len(notebook.cells) - 1)
+        await client.async_execute_cell(notebook.cells[-1], len(notebook.cells) - 1)
     return float(notebook.cells.pop().outputs[0]["text"])

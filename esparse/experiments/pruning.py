@@ -2,13 +2,11 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
-import pandas as pd
 import torch
-from matplotlib.figure import Figure
 
 from ..measure.search_cost import over
 from ..pruning.search import best_subset, subset_losses
-from ..style import COLOURS, canvas, legend_below, legend_beside, line_style, log_axis, of_the_paper
+from ..style import COLOURS, NotebookFigure, legend_below, legend_beside, line_style, log_axis, of_the_paper
 from ..tracing.losses import output_norm, output_norms, reconstruction_loss
 from ..tracing.trace import part
 from .figures import draws
@@ -26,28 +24,20 @@ def landscape(run: Run, r: int) -> dict:
     layers = []
     for i, (layer, other) in enumerate(zip(calibration.layers, held_out.layers, strict=True)):
         subsets, losses = subset_losses(layer, r)
-        layers.append({
-            "losses": (losses / output_norm(layer)).tolist(),
-            "held_out": (subset_losses(other, r)[1] / output_norm(other)).tolist(),
-            "chosen": {method: subsets.index(tuple(kept[i])) for method, kept in plans.items()},
-        })  # fmt: skip
+        relative = {"losses": losses / output_norm(layer), "held_out": subset_losses(other, r)[1] / output_norm(other)}
+        chosen = {method: subsets.index(tuple(kept[i])) for method, kept in plans.items()}
+        layers.append({name: values.tolist() for name, values in relative.items()} | {"chosen": chosen})
     return {"r": r, "corpus": run.label(run.general), "layers": layers}
-
-
-def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
-    """Spearman's correlation of two lists."""
-    return float(pd.Series(one).corr(pd.Series(other), method="spearman"))
 
 
 def methods(run: Run, r_random: int, draws: int = 10) -> dict:
     """Tables 2 and 6: every method at every r, and `draws` random plans at one r, calibrated on the general corpus."""
+    cases = [(r, method, 0) for r in run.sizes for method in ("enumerate", "progressive", "frequency")]
+    cases += [(r_random, "random", draw) for draw in range(draws)]
     rows = [{"method": "none", "r": run.experts, **run.quality()}]
-    for r in run.sizes:
-        for method in ("enumerate", "progressive", "frequency"):
-            rows.append({"method": method, "r": r, **run.quality(run.plan(run.general, r, method))})
-    for draw in range(draws):
-        plan = run.plan(run.general, r_random, "random", seed=run.seed + draw)
-        rows.append({"method": "random", "r": r_random, **run.quality(plan)})
+    for r, method, draw in cases:
+        plan = run.plan(run.general, r, method, seed=run.seed + draw)
+        rows.append({"method": method, "r": r, **run.quality(plan)})
     return {"corpora": [run.label(run.general), run.label(run.domain)], "rows": rows}
 
 
@@ -76,10 +66,10 @@ def calibration_size(run: Run, r: int, draws: int = 5) -> dict:
 
 
 @draws("03_loss_landscape", "Eq. 3")
-def _landscape(data: dict) -> Figure:
+def _landscape(figure: NotebookFigure, data: dict) -> None:
     """For each layer the losses of all subsets, rising, with the choices of three methods."""
     layers = data["layers"]
-    figure, [row] = canvas(1.5 * len(layers) + 1, 2.8, 1, len(layers), sharey=True)
+    [row] = figure.panels(1.5 * len(layers) + 1, 2.8, 1, len(layers), sharey=True)
     for number, (axes, layer) in enumerate(zip(row, layers, strict=True)):
         order = sorted(range(len(layer["losses"])), key=layer["losses"].__getitem__)
         axes.plot([layer["losses"][i] for i in order], color="0.6", lw=1.5)
@@ -89,13 +79,12 @@ def _landscape(data: dict) -> Figure:
     row[0].set_ylabel("loss / norm of the output")
     legend_beside(row[-1])
     figure.supxlabel(f"all subsets of {data['r']} experts, best first; calibrated on {data['corpus']}", fontsize=9)
-    return figure
 
 
 @draws("03_held_out", "Eq. 3")
-def _held_out(data: dict) -> Figure:
+def _held_out(figure: NotebookFigure, data: dict) -> None:
     """Points: each subset's loss on calibration and on held-out tokens, layer by layer."""
-    figure, [[axes]] = canvas(4, 3.2)
+    [[axes]] = figure.panels(4, 3.2)
     for number, layer in enumerate(data["layers"]):
         axes.plot(layer["losses"], layer["held_out"], ls="none", ms=3, label=f"layer {number}", **line_style(number))
     top = max(max(layer["losses"] + layer["held_out"]) for layer in data["layers"])
@@ -103,16 +92,15 @@ def _held_out(data: dict) -> Figure:
     axes.set(xlabel="relative loss, calibration tokens", ylabel="relative loss, held-out tokens")
     axes.set_title(f"every subset, r = {data['r']}")
     legend_beside(axes)
-    return figure
 
 
 @draws("03_methods", "Tables 2, 6")
-def _methods(data: dict) -> Figure:
+def _methods(figure: NotebookFigure, data: dict) -> None:
     """Perplexity and task scores over the experts kept, a line a method; the paper's beside."""
-    figure, [(perplexity, tasks, paper)] = canvas(9, 2.9, 1, 3)
+    [(perplexity, tasks, paper)] = figure.panels(9, 2.9, 1, 3)
     numbers, random = {"enumerate": 0, "progressive": 1, "frequency": 2}, pick(data["rows"], method="random")
-    for axes, value, bars in ((perplexity, MEASURES["general"], None), (tasks, MEASURES["average"], lambda row: row["stderr"])):
-        _method_lines(axes, data["rows"], numbers, value, bars)
+    for axes, value in ((perplexity, MEASURES["general"]), (tasks, MEASURES["average"])):
+        _method_lines(axes, data["rows"], numbers, value, errors=axes is tasks)
         at, label = [row["r"] + 0.12 for row in random], f"random ({len(random)} draws)"
         axes.plot(at, list(map(value, random)), "x", color="0.4", label=label)
     perplexity.set(ylabel=f"perplexity, {data['corpora'][0]}", title="held-out perplexity")
@@ -120,32 +108,28 @@ def _methods(data: dict) -> Figure:
     tasks.set(ylabel="average of the tasks, %", title="tasks (bars: standard error)")
     legend_below(tasks, 4)
     _method_lines(paper, pick(data["paper"], model="Mixtral 8x7B"), numbers | {"random": 7}, MEASURES["average"])
-    paper.set_ylabel("average of 8 zero-shot tasks, %")
+    of_the_paper(paper, "Mixtral 8x7B (Tables 2, 6)", ylabel="average of 8 zero-shot tasks, %")
     paper.legend()
-    of_the_paper(paper, "Mixtral 8x7B (Tables 2, 6)")
-    return figure
 
 
-def _method_lines(axes, rows: Sequence[dict], numbers: Mapping[str, int], value: Callable, bars: Callable | None = None):
+def _method_lines(axes, rows: Sequence[dict], numbers: Mapping[str, int], value: Callable, errors: bool = False) -> None:
     """A line for each method over the experts kept, starting at the full model. numbers: the methods' line styles."""
     for method, number in numbers.items():
         points = sorted(pick(rows, method="none")[:1] + pick(rows, method=method), key=lambda row: -row["r"])
-        errors = bars and list(map(bars, points))
+        bars = [row["stderr"] for row in points] if errors else None
         at = [row["r"] for row in points]
-        axes.errorbar(at, list(map(value, points)), errors, capsize=2, label=method, **line_style(number))
+        axes.errorbar(at, list(map(value, points)), bars, capsize=2, label=method, **line_style(number))
     axes.invert_xaxis()
     axes.set_xlabel("experts kept, r")
 
 
 @draws("03_calibration_size", "Table 7")
-def _calibration_size(data: dict) -> Figure:
+def _calibration_size(figure: NotebookFigure, data: dict) -> None:
     """Held-out loss over the optimum's against the size of the calibration set; the paper's averages beside."""
-    figure, [(here, paper)] = canvas(7, 2.7, 1, 2)
+    [(here, paper)] = figure.panels(7, 2.7, 1, 2)
     here.plot([r["sequences"] for r in data["rows"]], [100 * (r["excess"] - 1) for r in data["rows"]], "o", color=COLOURS[0])
     here.set(ylabel="loss above the held-out best, %", title=f"r = {data['r']}, {data['corpus']}")
     paper.plot([r["sequences"] for r in data["paper"]], [r["average"] for r in data["paper"]], "s-", color=COLOURS[7])
-    paper.set_ylabel("average of 8 tasks, %")
-    of_the_paper(paper, "r = 6 (Table 7)")
+    of_the_paper(paper, "r = 6 (Table 7)", ylabel="average of 8 tasks, %")
     for axes, length in ((here, data["length"]), (paper, 2048)):
         axes.set(xscale="log", xlabel=f"calibration sequences of {length} tokens")
-    return figure

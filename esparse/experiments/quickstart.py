@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 
 import torch
-from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from ..pruning.scores import ranked
 from ..pruning.search import search_layer, subset_losses
-from ..style import COLOURS, canvas, grouped_bars
+from ..style import COLOURS, NotebookFigure, grouped_bars
 from ..tracing.losses import output_norm
 from ..tracing.statistics import median_betas
 from ..tracing.trace import LayerTrace, Trace
@@ -54,9 +53,9 @@ def _candidates(layer: LayerTrace, r: int, method: str) -> list[tuple[Sequence[i
 
 
 @draws("00_moe_layer", "Fig. 2")
-def _moe_layer(data: dict) -> Figure:
+def _moe_layer(figure: NotebookFigure, data: dict) -> None:
     """One token in an MoE layer: bars of its routing weights for all experts; the best run."""
-    figure, [[axes]] = canvas(7, 2.6)
+    [[axes]] = figure.panels(7, 2.6)
     n, chosen = len(data["weights"]), dict(zip(data["chosen"], data["normalised"], strict=True))
     for expert, weight in enumerate(data["weights"]):
         colour = COLOURS[0] if expert in chosen else "0.8"
@@ -73,45 +72,41 @@ def _moe_layer(data: dict) -> Figure:
     axes.set(xlim=(-1.6, n), ylim=(-0.75, 2.9))
     axes.set_axis_off()
     figure.supxlabel(f"a token of layer {data['layer']}: the best {len(chosen)} of {n}, renormalised", fontsize=9)
-    return figure
 
 
 @draws("00_method", "Fig. 3")
-def _method(data: dict) -> Figure:
+def _method(figure: NotebookFigure, data: dict) -> None:
     """Left, three subsets of experts with their losses, the best one in colour; right, tokens as bars of their two routing
     weights, the second hatched where it is skipped."""
-    figure, [(left, right)] = canvas(8, 2.9, 1, 2)
+    [(left, right)] = figure.panels(8, 2.9, 1, 2)
     n, candidates, tokens, beta = (data[key] for key in ("n", "candidates", "tokens", "beta"))
     for row, candidate in enumerate(candidates):
         for expert in range(n):
             style = {"facecolor": "0.6" if row else COLOURS[0]} if expert in candidate["kept"] else NOT_COMPUTED
             left.add_patch(Rectangle((expert + 0.08, -row + 0.1), 0.84, 0.7, edgecolor="0.4", lw=0.6, **style))
         left.text(n + 0.2, -row + 0.45, f"loss {candidate['loss']:.2f}", va="center")
-    left.set(xlim=(0, n + 2.4), ylim=(-len(candidates) + 0.9, 1))
-    left.set_title(f"pruning: of the subsets of {data['r']}, the best stays")
+    title = f"pruning: of the subsets of {data['r']}, the best stays"
+    left.set(xlim=(0, n + 2.4), ylim=(-len(candidates) + 0.9, 1), title=title)
     for row, (first, second) in enumerate(tokens):
         dropped = second < beta * first
         style = NOT_COMPUTED if dropped else {"facecolor": COLOURS[1]}
         right.add_patch(Rectangle((0, -row + 0.1), first, 0.7, facecolor=COLOURS[0], edgecolor="0.4"))
         right.add_patch(Rectangle((first, -row + 0.1), second, 0.7, edgecolor="0.4", lw=0.6, **style))
         right.text(1.03, -row + 0.45, f"{second / first:.2f}" + (", skipped" if dropped else ""), va="center")
-    right.set(xlim=(0, 1.5), ylim=(-len(tokens) + 0.9, 1))
     behind = "a second expert" if data["k"] == 2 else "experts behind the first, together"
-    right.set_title(f"skipping: {behind} below {beta:.2f} of the first")
+    right.set(xlim=(0, 1.5), ylim=(-len(tokens) + 0.9, 1), title=f"skipping: {behind} below {beta:.2f} of the first")
     for axes in (left, right):
         axes.set_axis_off()
     below = f"layer {data['layer']}; hatched: not computed; on the right, the ratio of the routing weights"
     figure.supxlabel(below, fontsize=9)
-    return figure
 
 
 @draws("00_quickstart", PAST)
-def _quickstart(data: dict) -> Figure:
+def _quickstart(figure: NotebookFigure, data: dict) -> None:
     """Bars of held-out perplexity on both corpora: all experts, pruned, pruned and skipping."""
-    figure, [[axes]] = canvas(5, 2.6)
+    [[axes]] = figure.panels(5, 2.6)
     values = dict(zip(data["corpora"], zip(*data["perplexity"].values(), strict=True), strict=True))
     for bars in grouped_bars(axes, list(data["perplexity"]), values, 0.35, 0.33):
         axes.bar_label(bars, fmt="%.2f", padding=1, fontsize=8)
     axes.set(ylabel="perplexity, held-out (lower is better)", ylim=(1, None))
     axes.legend()
-    return figure

@@ -22,7 +22,7 @@ from ..checkpoints.layout import expert_counts
 from ..checkpoints.models import load_model, load_tokenizer, read_dtype
 from ..checkpoints.reader import CheckpointReader, fetch, read_config
 from ..corpora import calibration_tokens, is_local, parts
-from ..files import checkout, digest, read_json, write_json
+from ..files import checkout, digest, made_once, read_json, write_json
 from ..machine import free_memory
 from ..measure.evaluation import evaluate, is_group, perplexity, resolve_tasks, task_names, task_version
 from ..moe.identity import fingerprint
@@ -69,7 +69,7 @@ class Run:
     tasks: Sequence[str] | str | None = None
     limit: int | None = None
     folder: str | Path | None = None
-    batch_size: int | None = None  # task items per batch: 64 for the tiny models, 8 for others
+    batch_size: int | None = None  # task items per batch: 128 for the tiny models, 8 for others
 
     def __post_init__(self):
         self.model_name = str(self.model_name)
@@ -86,7 +86,7 @@ class Run:
         self.length = self.length or (256 if tiny else 2048)
         self.tasks = tuple(task_names(("tiny" if tiny else "paper") if self.tasks is None else self.tasks))
         self.limit = self.limit or (100 if tiny else None)
-        self.batch_size = self.batch_size or (64 if tiny else 8)
+        self.batch_size = self.batch_size or (128 if tiny else 8)
         self.folder = Path(self.folder) if self.folder else default_folder(self.model_name)
         if self.folder.is_file():
             raise NotADirectoryError(f"{self.folder} is a file: give a folder for traces and results.")
@@ -179,7 +179,7 @@ class Run:
         sizes = sorted(set(self.keep or [max(k, n * part // 8) for part in (7, 6, 5, 4)]), reverse=True)
         if sizes == [n]:
             least = "fewer cannot be kept, since a token is routed to all" if n == k else "KEEP asks for no other size"
-            warnings.warn(f"Nothing is pruned here: {least}. Whatever shows r = {n} shows the full model.", stacklevel=2)
+            warnings.warn(f"Nothing is pruned here: {least}. Results for r = {n} are those of the full model.", stacklevel=2)
         return sizes
 
     @property
@@ -212,13 +212,15 @@ class Run:
         tokens = self.tokens(corpus) if tokens is None else tokens
         keep = min(self.sizes)
         key = digest(FORMAT, self.model_key, tokens_digest(tokens), list(tokens.shape), self.seed, keep)
-        folder = self.folder / "traces" / key
-        if not folder.exists() and self.streamed:
-            device = "cuda" if torch.cuda.is_available() else None
-            trace_checkpoint(self.source, tokens, folder, keep=keep, dtype=self._from_disk, device=device)
-        elif not folder.exists():
-            trace(self.model, tokens, keep=keep).save(folder)
-        return Trace.load(folder)
+
+        def make(folder: Path) -> None:
+            if self.streamed:
+                device = "cuda" if torch.cuda.is_available() else None
+                trace_checkpoint(self.source, tokens, folder, keep=keep, dtype=self._from_disk, device=device)
+            else:
+                trace(self.model, tokens, keep=keep).save(folder)
+
+        return Trace.load(made_once(self.folder / "traces" / key, make))
 
     def explorer(self) -> "Explorer":
         """Both corpora's traces as an `Explorer`, with everything on its grid computed once. The estimate for a real model
@@ -236,11 +238,12 @@ class Run:
         method, seed = method or self.method, self.seed if seed is None else seed
         tokens = self.tokens(corpus)
         key = digest(self.model_key, tokens_digest(tokens), r, method, seed, min(self.sizes))
-        path = self.folder / "plans" / f"{key}.json"
-        if not path.exists():
+
+        def make(path: Path) -> None:
             model = self.model if method == "progressive" else None
             search_experts(self.trace(corpus), r, method=method, model=model, tokens=tokens, seed=seed).save(path)
-        return PruningPlan.load(path)
+
+        return PruningPlan.load(made_once(self.folder / "plans" / f"{key}.json", make))
 
     def scores(self, plan: PruningPlan | None = None, betas: Sequence[float] | None = None) -> "pd.DataFrame":
         """TASKS on the model, masked to a plan and skipping with betas if given; see `evaluation.evaluate`. Each task is stored
@@ -314,9 +317,7 @@ class Run:
 
     def cached(self, compute: Callable[[], Any], *key: Any) -> Any:
         """A value that JSON can hold, computed the first time, then read from the run folder."""
-        path = self._path(*key)
-        if not path.exists():
-            write_json(path, compute())
+        path = made_once(self._path(*key), lambda path: write_json(path, compute()))
         return read_json(path, "result")
 
     def _path(self, *key: Any) -> Path:
@@ -330,17 +331,17 @@ class Run:
     def sparse(self, corpus: str, sparsity: float | str, method: str, *, scope: str = "experts", dense: bool = False) -> "Run":
         """A run of the model with pruned weights, calibrated on a corpus; made once, on disk. See `weights.prune_weights`."""
         tokens, options = self.tokens(corpus), {"method": method, "scope": scope, "dense": dense}
-        folder = self.folder / "sparse" / digest(self.model_key, tokens_digest(tokens), str(sparsity), options)
-        if not folder.exists():
-            # The tiny models are stored in bfloat16, which masks do not change, and computed in float32.
-            dtype = torch.float32 if self.model_name in PRESETS else self._from_disk
-            device = "cuda" if torch.cuda.is_available() else None
+        key = digest(self.model_key, tokens_digest(tokens), str(sparsity), options)
+        # The tiny models are stored in bfloat16, which masks do not change, and computed in float32.
+        options["dtype"] = torch.float32 if self.model_name in PRESETS else self._from_disk
+        options["device"] = "cuda" if torch.cuda.is_available() else None
+
+        def make(folder: Path) -> None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # the report names experts without tokens
-                prune_weights_checkpoint(
-                    self.source, folder, sparsity, calibration=tokens, dtype=dtype, device=device, **options
-                )
-        return self.on_checkpoint(folder)
+                prune_weights_checkpoint(self.source, folder, sparsity, calibration=tokens, **options)
+
+        return self.on_checkpoint(made_once(self.folder / "sparse" / key, make))
 
     def label(self, corpus: str) -> str:
         """A corpus's name in figures: synthetic ones are never called C4 or MATH."""
@@ -380,7 +381,7 @@ def _of_each(corpus: str, split: Callable[[str], str | None]) -> str:
     for name, weight in parts(corpus):
         part = split(name)
         if part and is_local(name) and (Path(name) / part).exists():
-            raise ValueError(f"{name} holds {part!r} itself, by which a run calls what it parts the folder into: rename that.")
+            raise ValueError(f"{name} holds {part!r}, but a run uses this name for a part of its documents: rename it.")
         words.append((f"{name}/{part}" if part else name) + f"*{weight}" * (weight > 1))
     return "+".join(words)
 

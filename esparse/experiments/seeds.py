@@ -17,7 +17,7 @@ from ..files import measured, write_json
 from ..machine import machine
 from ..measure.timing import aligned
 from ..tiny_model.build import trained_folder
-from ..tiny_model.recipe import TINY, Recipe
+from ..tiny_model.training import TINY, Recipe
 from .domain import both, domain_rows
 from .recovery import STEPS, study_rows, tuned_rows
 from .run import Run

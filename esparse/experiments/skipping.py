@@ -1,15 +1,15 @@
 """Notebook 05: dynamic expert skipping (Table 5, A.2)."""
 
 from collections.abc import Sequence
+from operator import itemgetter
 from statistics import fmean
 
 import torch
-from matplotlib.figure import Figure
 
 from ..moe.routers import skip_ratios
 from ..pruning.mask import masked
 from ..pruning.skipping import skipped_shares
-from ..style import COLOURS, canvas, grouped_bars, legend_below, legend_beside, line_style, log_axis, of_the_paper
+from ..style import COLOURS, NotebookFigure, grouped_bars, legend_below, legend_beside, line_style, log_axis, of_the_paper
 from ..tiny_model.training import preset_model
 from ..tracing.losses import expert_distances, output_norm, reconstruction_loss
 from ..tracing.recorder import trace
@@ -17,7 +17,7 @@ from ..tracing.statistics import betas_of_shares, dropped_share, median_betas
 from ..tracing.trace import LayerTrace
 from .figures import draws
 from .run import Run
-from .tables import pick
+from .tables import MEASURES, pick
 
 SKIPPING = {"none": "no skipping", "median": "median beta", "top-1": "top-1 (control)"}
 
@@ -28,26 +28,23 @@ def trade_off(run: Run, shares: Sequence[float] = (0, 0.25, 0.5, 0.75, 1)) -> di
     Each point: the share of pairs dropped on the trace and on held-out text, the relative reconstruction loss from the
     trace, perplexity on both corpora. A share of 1 is top-1 routing, the control.
     """
-    layers, rows = run.trace(run.general).layers, []
-    held_out = run.held_out(run.general)
+    layers, rows, held_out = run.trace(run.general).layers, [], run.held_out(run.general)
     for r in sorted({run.experts, *run.sizes}, reverse=True):
         plan = run.plan(run.general, r) if r < run.experts else None
+        subsets = plan.kept if plan else [None] * len(layers)
         for share in shares:
-            chosen = quantile_betas(layers, share, plan and plan.kept)
-            rows.append({
-                "r": r,
-                "share": share,
-                "seen": run.evaluate_variant(plan, chosen, ["share"], lambda: fmean(skipped_shares(run.model, held_out))),
-                "loss": fmean(relative_loss(layer, plan and plan.kept[i], chosen[i]) for i, layer in enumerate(layers)),
-                "perplexity": [run.perplexity(corpus, plan, chosen) for corpus in (run.general, run.domain)],
-            })  # fmt: skip
+            chosen = quantile_betas(layers, share, subsets)
+            seen = run.evaluate_variant(plan, chosen, ["share"], lambda: fmean(skipped_shares(run.model, held_out)))
+            loss = fmean(map(relative_loss, layers, subsets, chosen))
+            perplexities = [run.perplexity(corpus, plan, chosen) for corpus in (run.general, run.domain)]
+            rows.append({"r": r, "share": share, "seen": seen, "loss": loss, "perplexity": perplexities})
     return {"corpora": [run.label(run.general), run.label(run.domain)], "rows": rows}
 
 
-def quantile_betas(layers: Sequence[LayerTrace], share: float, kept: Sequence[Sequence[int]] | None = None) -> list[float]:
-    """Betas that drop a share of the droppable pairs on the trace: 0.5 gives the medians, 1 drops all of them."""
-    subsets = kept or [None] * len(layers)
-    ratios = [skip_ratios(layer.routing(one)[1]).flatten().double() for layer, one in zip(layers, subsets, strict=True)]
+def quantile_betas(layers: Sequence[LayerTrace], share: float, subsets: Sequence[Sequence[int] | None]) -> list[float]:
+    """Betas that drop a share of the droppable pairs on the trace: 0.5 gives the medians, 1 drops all of them. subsets: the
+    experts that each layer keeps, or None."""
+    ratios = [skip_ratios(layer.routing(kept)[1]).flatten().double() for layer, kept in zip(layers, subsets, strict=True)]
     return [betas_of_shares(some.sort().values, [share])[0] for some in ratios]
 
 
@@ -58,10 +55,8 @@ def relative_loss(layer: LayerTrace, kept: Sequence[int] | None, beta: float | N
 
 def skipping_layers(run: Run, r: int, beta: float) -> dict:
     """The share dropped and the relative loss in each layer of the model pruned to r experts, with one beta for all."""
-    layers = [
-        {"dropped": dropped_share(layer, beta, subset), "loss": relative_loss(layer, subset, beta)}
-        for layer, subset in zip(run.trace(run.general).layers, run.plan(run.general, r).kept, strict=True)
-    ]
+    pairs = zip(run.trace(run.general).layers, run.plan(run.general, r).kept, strict=True)
+    layers = [{"dropped": dropped_share(one, beta, kept), "loss": relative_loss(one, kept, beta)} for one, kept in pairs]
     return {"beta": beta, "r": r, "layers": layers}
 
 
@@ -70,7 +65,7 @@ def skipping_scores(run: Run, sizes: Sequence[int]) -> dict:
     traced, rows = run.trace(run.general), []
     for r in sizes:
         plan = run.plan(run.general, r) if r < run.experts else None
-        kept = plan and plan.kept
+        kept = plan.kept if plan else [None] * len(traced.layers)
         variants = {"none": None, "median": median_betas(traced, kept), "top-1": quantile_betas(traced.layers, 1, kept)}
         rows += [{"r": r, "skipping": name, **run.quality(plan, chosen)} for name, chosen in variants.items()]
     return {"corpora": [run.label(run.general), run.label(run.domain)], "rows": rows}
@@ -120,13 +115,13 @@ def tail_rule(n: int = 32, k: int = 8, points: int = 21) -> dict:
 
 
 @draws("05_trade_off", "Table 5")
-def _trade_off(data: dict) -> Figure:
+def _trade_off(figure: NotebookFigure, data: dict) -> None:
     """Loss and perplexity over the share of second experts dropped, a line for each r."""
-    figure, [row] = canvas(9, 2.9, 1, 3)
+    [row] = figure.panels(9, 2.9, 1, 3)
     for i, r in enumerate(sorted({point["r"] for point in data["rows"]}, reverse=True)):
         points = pick(data["rows"], r=r)
-        for axes, values in zip(row, zip(*((p["loss"], *p["perplexity"]) for p in points), strict=True), strict=True):
-            axes.plot([100 * p["seen"] for p in points], values, label=f"r = {r}", **line_style(i))
+        for axes, value in zip(row, (itemgetter("loss"), MEASURES["general"], MEASURES["domain"]), strict=True):
+            axes.plot([100 * p["seen"] for p in points], list(map(value, points)), label=f"r = {r}", **line_style(i))
     row[0].set(ylabel="relative reconstruction loss", title=f"calibrated on {data['corpora'][0]}")
     for axes, name in zip(row[1:], data["corpora"], strict=True):
         axes.set(ylabel="perplexity, held-out", title=name)
@@ -134,25 +129,24 @@ def _trade_off(data: dict) -> Figure:
     for axes in row:
         axes.set_xlabel("second experts dropped, % (100: top-1)")
     legend_beside(row[2])
-    return figure
 
 
 @draws("05_layers", "Section 3.3")
-def _layers(data: dict) -> Figure:
+def _layers(figure: NotebookFigure, data: dict) -> None:
     """Bars over layers: the share of second experts dropped, and the loss that causes."""
-    figure, [(dropped, loss)] = canvas(7, 2.5, 1, 2)
+    [(dropped, loss)] = figure.panels(7, 2.5, 1, 2)
     dropped.bar(range(len(data["layers"])), [100 * layer["dropped"] for layer in data["layers"]], color=COLOURS[0])
-    dropped.set(xlabel="layer", ylabel="second experts dropped, %", ylim=(0, 100))
-    dropped.set_title(f"beta = {data['beta']:.2f}, r = {data['r']}")
+    dropped.set(
+        xlabel="layer", ylabel="second experts dropped, %", ylim=(0, 100), title=f"beta = {data['beta']:.2f}, r = {data['r']}"
+    )
     loss.bar(range(len(data["layers"])), [layer["loss"] for layer in data["layers"]], color=COLOURS[1])
     loss.set(xlabel="layer", ylabel="loss / norm of the output", ylim=(0, 1))
-    return figure
 
 
 @draws("05_scores", "Table 5")
-def _scores(data: dict) -> Figure:
+def _scores(figure: NotebookFigure, data: dict) -> None:
     """Bars of task scores without skipping, at the median beta and for top-1; the paper's beside."""
-    figure, [(here, paper)] = canvas(8, 2.8, 1, 2)
+    [(here, paper)] = figure.panels(8, 2.8, 1, 2)
     sizes = sorted({row["r"] for row in data["rows"]}, reverse=True)
     points = {name: [pick(data["rows"], r=r, skipping=kind)[0] for r in sizes] for kind, name in SKIPPING.items()}
     values, errors = ({name: [p[key] for p in some] for name, some in points.items()} for key in ("average", "stderr"))
@@ -161,16 +155,14 @@ def _scores(data: dict) -> Figure:
     rows, sizes = pick(data["paper"], model="Mixtral 8x7B"), (8, 6, 4)
     theirs = {kind: [pick(rows, r=r, skipping=kind)[0]["average"] for r in sizes] for kind in (False, True)}
     grouped_bars(paper, [f"r = {r}" for r in sizes], theirs, 0.25, 0.23, slots=3)  # the paper has no top-1 routing
-    paper.set(ylabel="average of 8 tasks, %", ylim=(50, 70))
-    of_the_paper(paper, "Mixtral 8x7B (Table 5)")
+    of_the_paper(paper, "Mixtral 8x7B (Table 5)", ylabel="average of 8 tasks, %", ylim=(50, 70))
     legend_below(here, 3)
-    return figure
 
 
 @draws("05_betas_of_pruned", "Section 4.3")
-def _betas_of_pruned(data: dict) -> Figure:
+def _betas_of_pruned(figure: NotebookFigure, data: dict) -> None:
     """Lines over layers: betas of three origins for a pruned model, and what each drops."""
-    figure, [(betas, dropped)] = canvas(8, 2.7, 1, 2)
+    [(betas, dropped)] = figure.panels(8, 2.7, 1, 2)
     for i, (name, found) in enumerate(data["rows"].items()):
         betas.plot(found["betas"], label=f"{name}: perplexity {found['perplexity']:.4g}", **line_style(i))
         dropped.plot([100 * share for share in found["shares"]], **line_style(i))
@@ -178,28 +170,25 @@ def _betas_of_pruned(data: dict) -> Figure:
     betas.set(xlabel="layer", ylabel="median beta", title=f"r = {data['r']}, {data['corpus']}")
     dropped.set(xlabel="layer", ylabel="second experts dropped, %", title="seen on held-out text")
     legend_below(betas, 1)
-    return figure
 
 
 @draws("05_expert_distances", "A.2")
-def _distances(data: dict) -> Figure:
+def _distances(figure: NotebookFigure, data: dict) -> None:
     """Histograms of the distance between two experts' outputs over its mean, layer by layer."""
-    figure, [[axes]] = canvas(5, 2.8)
+    [[axes]] = figure.panels(5, 2.8)
     for i, layer in enumerate(data["layers"]):
         label = f"layer {i}: mean {layer['mean']:.2f}, deviation {100 * layer['variation']:.0f}%"
         axes.stairs(layer["density"], data["edges"], color=COLOURS[i % len(COLOURS)], label=label)
     axes.set(xlabel="||f_1 - f_2|| over its mean in the layer", ylabel="density", title=data["corpus"])
     legend_beside(axes)
-    return figure
 
 
 @draws("05_tail_rule", "A.2")
-def _tail_rule(data: dict) -> Figure:
+def _tail_rule(figure: NotebookFigure, data: dict) -> None:
     """A falling curve: experts a token runs over beta, for more than two experts a token."""
-    figure, [[axes]] = canvas(4.5, 2.6)
+    [[axes]] = figure.panels(4.5, 2.6)
     axes.plot(data["beta"], data["left"], marker="o", ms=3, color=COLOURS[0])
     axes.axvline(data["median"], color="0.5", ls="--", label=f"median rho, {data['median']:.2f}")
     axes.set(xlabel="beta", ylabel="experts a token runs, mean", ylim=(0, data["k"] + 0.5))
     axes.set_title(f"tail rule, {data['k']} of {data['n']} experts, random weights")
     axes.legend()
-    return figure

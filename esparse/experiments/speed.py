@@ -2,9 +2,7 @@
 
 from collections.abc import Sequence
 
-from matplotlib.figure import Figure
-
-from ..style import COLOURS, canvas, grouped_bars, line_style, of_the_paper
+from ..style import COLOURS, NotebookFigure, grouped_bars, line_style, of_the_paper
 from .figures import PAST, draws
 from .tables import pick
 
@@ -61,9 +59,9 @@ def explanations(result: dict, paper: Sequence[dict]) -> list[dict]:
 
 
 @draws("06_memory_and_speed", "Fig. 1, Tables 1, 5, 9")
-def _memory_and_speed(data: dict) -> Figure:
+def _memory_and_speed(figure: NotebookFigure, data: dict) -> None:
     """Six panels of bars and lines: memory, tokens per second and gains measured here, and the paper's on grey."""
-    figure, [(memory, speed, protocol), (paper_memory, gains, paper_speed)] = canvas(9.6, 6, 2, 3)
+    [(memory, speed, protocol), (paper_memory, gains, paper_speed)] = figure.panels(9.6, 6, 2, 3)
     rows, first, paper = data["rows"], data["rows"][0], pick(data["paper_speed"], model="Mixtral 8x7B")
     names, runs = [f"r = {row['r']}" for row in rows], {"no skipping": "stock", "skipping": "skipping"}
     on_gpu = first["memory"]["peak_mib"] is not None
@@ -84,7 +82,6 @@ def _memory_and_speed(data: dict) -> Figure:
     _speed_bars(paper_speed, PAPER_NAMES, theirs, "%.2fx")
     paper_speed.set_ylabel("speed-up")
     of_the_paper(paper_speed, "speed (Table 5)")
-    return figure
 
 
 def _memory_bars(axes, names: Sequence[str], mib: Sequence[float]) -> None:
@@ -113,9 +110,9 @@ def _gains(axes, rows: Sequence[dict]) -> None:
 
 
 @draws("06_roofline", PAST)
-def _roofline(data: dict) -> Figure:
+def _roofline(figure: NotebookFigure, data: dict) -> None:
     """Arithmetic per second over arithmetic per byte, points below the roof of memory and arithmetic."""
-    figure, [[axes]] = canvas(7, 4.2)
+    [[axes]] = figure.panels(7, 4.2)
     points, bandwidth = data["points"], data["bandwidth"]
     intensities = [point["intensity"] for point in points]
     for (dtype, peak), style in zip(data["peaks"].items(), ("-", "--"), strict=False):
@@ -132,4 +129,3 @@ def _roofline(data: dict) -> Figure:
     axes.set(xscale="log", yscale="log", xlabel="FLOP per byte that must be read", ylabel="GFLOP per second")
     axes.set_title(f"r = 8, {data['device']}")
     axes.legend(fontsize=7, loc="lower right")
-    return figure

@@ -2,14 +2,13 @@
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
-from ..style import canvas, legend_below, line_style, log_axis, of_the_paper
+from ..style import NotebookFigure, legend_below, line_style, log_axis, of_the_paper
 from .run import Run
 
 EXACT = ("arithmetic_problems", "gsm8k")  # tasks scored by exact match; models without them show none
@@ -19,8 +18,10 @@ MEASURES = {
     "exact match": lambda row: next((row["tasks"][task] for task in EXACT if task in row["tasks"]), math.nan),
     "average": lambda row: math.nan if row["average"] is None else row["average"],  # no tasks were scored
 }
-GSM8K = itemgetter("gsm8k")  # for the paper's rows
 RATIOS = ["general", "domain"]  # the measures that are perplexities
+
+Groups = Mapping[str, Sequence[dict]]  # rows by the label of their line
+Place = str | Callable[[dict], object]  # of a row on the x axis: a key, or a function
 
 
 def pick(rows: Sequence[dict], **wanted) -> list[dict]:
@@ -29,14 +30,10 @@ def pick(rows: Sequence[dict], **wanted) -> list[dict]:
 
 
 def means(rows: Sequence[dict], by: Sequence[str]) -> pd.DataFrame:
-    """Mean and standard deviation of each of `MEASURES` over rows that agree in `by` (seeds or draws), as text."""
-    groups = _measures(rows, by).groupby(level=by, sort=False)
-    return groups.agg(lambda values: "{:.2f} ± {:.2f}".format(*spread(values)))
-
-
-def spread(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard deviation, which is 0 for a single value; NaN where a value is NaN."""
-    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    """Mean and standard deviation (0 for a single row) of each of `MEASURES` over rows that agree in `by` (seeds or draws),
+    as text."""
+    text = lambda values: f"{values.mean():.2f} ± {values.std() if len(values) > 1 else 0:.2f}"  # noqa: E731
+    return _measures(rows, by).groupby(level=by, sort=False).agg(text)
 
 
 def compared(rows: Sequence[dict], one: dict, other: dict, by: Sequence[str]) -> pd.DataFrame:
@@ -72,7 +69,7 @@ def by_size(found: pd.DataFrame, measure: str, digits: int = 2) -> pd.DataFrame:
     return wide.reindex(index=cells.index.droplevel("r").unique(), columns=cells.index.unique("r"))
 
 
-def line(label: str, rows: Sequence[dict], x: str | Callable[[dict], object], value: Callable[[dict], float]) -> dict:
+def line(label: str, rows: Sequence[dict], x: Place, value: Callable[[dict], float]) -> dict:
     """One line of a panel: at every x the mean, least and most over rows (seeds or draws)."""
     groups: dict = {}
     for row in rows:
@@ -81,26 +78,32 @@ def line(label: str, rows: Sequence[dict], x: str | Callable[[dict], object], va
     return {"label": label, "x": list(groups)} | {name: [end(group) for group in groups.values()] for name, end in ends.items()}
 
 
-def measure_panel(run: Run, key: str, xlabel: str, lines: Sequence[dict], **more) -> dict:
-    """A panel that shows one of `MEASURES` of a run."""
-    names = {"general": run.label(run.general), "domain": run.label(run.domain)}
-    about = {"title": names.get(key, "tasks"), "ylabel": "perplexity, held-out" if key in names else f"{key}, %"}
-    return about | {"log": key in names, "xlabel": xlabel, "lines": lines} | more
+def measure_panels(run: Run, keys: Sequence[str], groups: Groups, x: Place, **about) -> list[dict]:
+    """A panel for each of these `MEASURES` of a run, with a line for each group of rows; about: more of a panel's keys."""
+    names, made = {"general": run.label(run.general), "domain": run.label(run.domain)}, []
+    for key in keys:
+        own = {"title": names.get(key, "tasks"), "ylabel": "perplexity, held-out" if key in names else f"{key}, %"}
+        lines = [line(name, rows, x, MEASURES[key]) for name, rows in groups.items()]
+        made.append(own | {"log": key in names, "lines": lines} | about)
+    return made
 
 
-def paper_panel(table: str, shots: int, xlabel: str, lines: Sequence[dict], **more) -> dict:
-    """A panel that shows GSM8K of Mixtral 8x7B as one of the paper's tables prints it."""
-    about = {"title": f"Mixtral 8x7B ({table})", "ylabel": f"GSM8K, {shots}-shot, %", "paper": True}
-    return about | {"xlabel": xlabel, "lines": lines} | more
+def paper_panel(table: str, shots: int, groups: Groups, x: Place, **about) -> dict:
+    """A panel of GSM8K of Mixtral 8x7B as one of the paper's tables prints it, with lines as in `measure_panels`."""
+    own = {"title": f"Mixtral 8x7B ({table})", "ylabel": f"GSM8K, {shots}-shot, %", "paper": True}
+    return own | {"lines": [line(name, rows, x, itemgetter("gsm8k")) for name, rows in groups.items()]} | about
 
 
-def panels(data: dict) -> Figure:
-    """Panels of lines with bars from the least to the most over seeds, or of points; the first panel's legend below all."""
-    panels = data["panels"]
-    columns = 2 if len(panels) == 4 else len(panels)
-    rows = len(panels) // columns
-    figure, grid = canvas(3.2 * columns, 2.7 * rows + 0.3, rows, columns)
-    for axes, panel in zip(grid.flatten(), panels, strict=True):
+def panels(figure: NotebookFigure, data: dict) -> None:
+    """Draw panels of lines with bars from the least to the most over seeds, or of points; the first panel's legend below all.
+
+    A panel is a dictionary: title, xlabel, ylabel, `lines` or `points`, and where they apply `log`, `falling`, `paper`.
+    """
+    count = len(data["panels"])
+    columns = 2 if count == 4 else count
+    rows = count // columns
+    grid = figure.panels(3.2 * columns, 2.7 * rows + 0.3, rows, columns)
+    for axes, panel in zip(grid.flatten(), data["panels"], strict=True):
         for i, one in enumerate(panel.get("lines", ())):
             _draw_line(axes, i, one)
         for i, points in enumerate(panel.get("points", ())):
@@ -115,7 +118,6 @@ def panels(data: dict) -> Figure:
             of_the_paper(axes, panel["title"])
             axes.legend(fontsize=7)
     legend_below(grid[0, 0], 5)
-    return figure
 
 
 def _draw_line(axes, i: int, line: dict) -> None:

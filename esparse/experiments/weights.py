@@ -4,14 +4,12 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from matplotlib.figure import Figure
-
 from ..checkpoints.models import weight_bytes
 from ..pruning.weights import SCOPES, WEIGHT_SCORES, equal_share
-from .figures import PAST, draws
+from .figures import PAST, register
 from .recovery import recovered
 from .run import Run
-from .tables import MEASURES, line, measure_panel, panels, pick
+from .tables import RATIOS, measure_panels, panels, pick
 
 
 def sparsity_rows(run: Run, shares: Sequence[float | str] = (0.5, 0.6, 0.7, 0.8, "2:4", "4:8")) -> Iterator[dict]:
@@ -50,33 +48,25 @@ def quantised_rows(run: Run) -> Iterator[dict]:
 
 def sparsity_figure(run: Run, rows: Sequence[dict]) -> dict:
     """Perplexity over the share of the experts' weights that are zero, by score."""
-    panels, xlabels = [], {float: "sparsity", str: "zeros of each group"}
-    for key, kind in itertools.product(("general", "domain"), xlabels):
+    made, xlabels = [], {float: "sparsity", str: "zeros of each group"}
+    for key, kind in itertools.product(RATIOS, xlabels):
         some = [{**row, "x": kind(row["sparsity"])} for row in rows if (":" in row["sparsity"]) is (kind is str)]
-        lines = [line(method, pick(some, method=method), "x", MEASURES[key]) for method in WEIGHT_SCORES]
-        panels.append(measure_panel(run, key, xlabels[kind], lines))
-    return {"panels": panels}
+        groups = {method: pick(some, method=method) for method in WEIGHT_SCORES}
+        made += measure_panels(run, [key], groups, "x", xlabel=xlabels[kind])
+    return {"panels": made}
 
 
 def equal_bytes_figure(run: Run, rows: Sequence[dict], full: Sequence[dict]) -> dict:
     """Experts against weights: quality over the bytes of the experts that are left."""
-    whole, panels = [{**row, "r": run.experts} for row in full], []
-    left = lambda row: 100 * row["r"] / run.experts  # noqa: E731
     names = {run.method: f"experts, {run.method}", "frequency": "experts, frequency"}
     names |= {"wanda": "weights, Wanda", "moe-pruner": "weights, MoE-Pruner"}
-    for key in ("general", "domain", "average"):
-        lines = [line(name, whole + pick(rows, method=method), left, MEASURES[key]) for method, name in names.items()]
-        panels.append(measure_panel(run, key, "bytes of the experts, %", lines, falling=True))
-    return {"panels": panels}
+    whole = [{**row, "r": run.experts} for row in full]
+    groups = {name: whole + pick(rows, method=method) for method, name in names.items()}
+    about = {"x": lambda row: 100 * row["r"] / run.experts, "xlabel": "bytes of the experts, %", "falling": True}
+    return {"panels": measure_panels(run, ("general", "domain", "average"), groups, **about)}
 
 
-@draws("09_weight_pruning", "Table 1")
-def _sparsity(data: dict) -> Figure:
-    """Perplexity on both corpora over the sparsity of the experts' weights, a line a score."""
-    return panels(data)
-
-
-@draws("09_equal_bytes", PAST)
-def _equal_bytes(data: dict) -> Figure:
-    """Quality over the bytes left of the experts, for pruned experts and for pruned weights."""
-    return panels(data)
+SPARSITY = "Perplexity on both corpora over the sparsity of the experts' weights, a line a score."
+EQUAL_BYTES = "Quality over the bytes left of the experts, for pruned experts and for pruned weights."
+register("09_weight_pruning", "Table 1", panels, SPARSITY)
+register("09_equal_bytes", PAST, panels, EQUAL_BYTES)

@@ -2,7 +2,7 @@
 
 import struct
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import matplotlib
@@ -17,7 +17,6 @@ from ..style import COLOURS, MARKERS, STYLE
 DPI = 100
 SMALL = 32  # cells per side: up to this a mesh is faster, beyond it an image
 DROPPED = {2: "second experts dropped, %"}  # by k
-KEPT = ("removed", "kept", "kept for both", "only for {}", "only for {}")
 
 Update = Callable[[dict], list]  # sets a view's data and returns the artists that changed
 
@@ -40,28 +39,24 @@ def _legend(figure, handles: list) -> None:
 
 def _kept(figure, frame: dict) -> Update:
     """The experts that stay: a grid of experts over layers, coloured by the corpus they are kept for."""
-    [[axes]] = figure.subplots(1, 1, squeeze=False)
-    colours = [(1, 1, 1), (0.45, 0.45, 0.45), (0.45, 0.45, 0.45), COLOURS[0], COLOURS[1]]
-    cells = _cells(axes, frame["n"], frame["layers"], cmap=ListedColormap(colours), vmin=0, vmax=4)
+    axes, corpora, colours = figure.subplots(), frame["corpora"], {"removed": "1", "kept": "0.45"}
+    if len(corpora) == 2:  # a cell's number is 1 for the first corpus, 2 for the second, and their sum for both
+        only = {f"only for {name}": colour for name, colour in zip(corpora, COLOURS, strict=False)}
+        colours = {"removed": "1", **only, "kept for both": "0.45"}
+    cells = _cells(axes, frame["n"], frame["layers"], cmap=ListedColormap([*colours.values()]), vmin=0, vmax=len(colours) - 1)
     axes.set(xlabel="layer", ylabel="expert", xticks=_ticks(frame["layers"]), yticks=_ticks(frame["n"]))
-    shown = (0, 1) if len(frame["corpora"]) == 1 else (0, 2, 3, 4)
-    names = [KEPT[i].format(frame["corpora"][i - 3] if i > 2 else "") for i in shown]
-    _legend(figure, [Patch(facecolor=colours[i], edgecolor="0.6", label=name) for i, name in zip(shown, names, strict=True)])
+    patches = [Patch(facecolor=colour, edgecolor="0.6", label=name) for name, colour in colours.items()]
+    _legend(figure, [patches[0], patches[-1], *patches[1:-1]])
 
     def update(data: dict) -> list:
-        layers = list(zip(*data["kept"].values(), strict=True))
-        cells.set_array([[_state(expert, subsets) for subsets in layers] for expert in range(frame["n"])])
+        numbers = np.zeros((frame["n"], frame["layers"]))
+        for number, subsets in enumerate(data["kept"].values(), 1):
+            for layer, subset in enumerate(subsets):
+                numbers[subset, layer] += number
+        cells.set_array(numbers)
         return [cells]
 
     return update
-
-
-def _state(expert: int, subsets: Sequence[Sequence[int]]) -> int:
-    """The index in `KEPT` of an expert in a layer, given each corpus's subset."""
-    inside = [expert in subset for subset in subsets]
-    if len(set(inside)) == 1:
-        return len(inside) if inside[0] else 0
-    return 3 if inside[0] else 4
 
 
 def _co_selection(figure, frame: dict) -> Update:
@@ -76,25 +71,26 @@ def _co_selection(figure, frame: dict) -> Update:
 
     def update(data: dict) -> list:
         for grid, table in zip(grids, data["tables"].values(), strict=True):
-            grid.set_array([[100 * value for value in line] for line in table])
+            grid.set_array(100 * np.array(table))
         return grids
 
     return update
 
 
-def _curves(figure, axes, frame: dict, what: str, curve: Callable, point: Callable) -> Update:
-    """For each corpus a line and a point, from its data: `curve` gives the line's x and y, `point` the point's."""
-    lines, points = [], []
+def _curves(figure, frame: dict, what: str, places: Callable, **labels) -> Update:
+    """For each corpus a line and a point. places: from the corpus's data, the line's x and y, then the point's x and y."""
+    axes, lines, points = figure.subplots(), [], []
+    axes.set(**labels)
     for i, name in enumerate(frame["corpora"]):
         lines += axes.plot([], [], color=COLOURS[i], lw=1.5)
         points += axes.plot([], [], MARKERS[i], color=COLOURS[i], ms=9, mec="black", label=f"{what}, {name}")
     _legend(figure, points)
 
     def update(data: dict) -> list:
-        for line, mark, one in zip(lines, points, data["corpora"].values(), strict=True):
-            line.set_data(*curve(one))
-            x, y = point(one)
-            mark.set_data([x], [y])
+        for line, point, one in zip(lines, points, data["corpora"].values(), strict=True):
+            xs, ys, x, y = places(one)
+            line.set_data(xs, ys)
+            point.set_data([x], [y])
         return [*lines, *points]
 
     return update
@@ -102,33 +98,28 @@ def _curves(figure, axes, frame: dict, what: str, curve: Callable, point: Callab
 
 def _landscape(figure, frame: dict) -> Update:
     """The losses of all subsets, best first, and the chosen subset among them."""
-    [[axes]] = figure.subplots(1, 1, squeeze=False)
-    axes.set(xlabel="all subsets, best first, %", ylabel="loss / norm of the output")
-    axes.set(xlim=(-3, 103), ylim=(0, 1.05 * frame["landscape"] or 1))
 
-    def curve(one: dict) -> tuple:
-        return [100 * i / max(1, len(one["losses"]) - 1) for i in range(len(one["losses"]))], one["losses"]
+    def places(one: dict) -> tuple:
+        return np.linspace(0, 100, len(one["losses"])), one["losses"], 100 * one["better"] / max(1, one["others"]), one["loss"]
 
-    return _curves(figure, axes, frame, "chosen", curve, lambda one: (100 * one["better"] / max(1, one["others"]), one["loss"]))
+    labels = {"xlabel": "all subsets, best first, %", "ylabel": "loss / norm of the output"}
+    return _curves(figure, frame, "chosen", places, xlim=(-3, 103), ylim=(0, 1.05 * frame["landscape"] or 1), **labels)
 
 
 def _skipping(figure, frame: dict) -> Update:
     """Over layers the share of droppable pairs that is skipped, and the loss of pruning and skipping together."""
-    [row] = figure.subplots(1, 2, squeeze=False)
-    layers, lines = range(frame["layers"]), {}
-    for axes, key in zip(row, ("dropped", "loss"), strict=True):
+    row, layers, lines = figure.subplots(1, 2), range(frame["layers"]), {"dropped": [], "loss": []}
+    for axes, some in zip(row, lines.values(), strict=True):
         axes.set(xlabel="layer", xticks=_ticks(frame["layers"]), xlim=(-0.5, frame["layers"] - 0.5))
-        lines[key] = [
-            axes.plot(layers, [0] * len(layers), f"-{MARKERS[i]}", color=COLOURS[i], label=name)[0]
-            for i, name in enumerate(frame["corpora"])
-        ]
+        for i, name in enumerate(frame["corpora"]):
+            some += axes.plot(layers, [0] * len(layers), f"-{MARKERS[i]}", color=COLOURS[i], label=name)
     row[0].set(ylabel=DROPPED.get(frame["k"], "pairs dropped, %"), ylim=(-4, 104))
     row[1].set(ylabel="loss / norm of the output", ylim=(0, 1.05 * frame["loss"] or 1))
     _legend(figure, lines["dropped"])
 
     def update(data: dict) -> list:
         for i, one in enumerate(data["corpora"].values()):
-            lines["dropped"][i].set_ydata([100 * value for value in one["dropped"]])
+            lines["dropped"][i].set_ydata(100 * np.array(one["dropped"]))
             lines["loss"][i].set_ydata(one["loss"])
         return [*lines["dropped"], *lines["loss"]]
 
@@ -137,30 +128,30 @@ def _skipping(figure, frame: dict) -> Update:
 
 def _trade_off(figure, frame: dict) -> Update:
     """The mean loss over layers against the share that is skipped, and the place of the controls."""
-    [[axes]] = figure.subplots(1, 1, squeeze=False)
-    axes.set(xlabel=DROPPED.get(frame["k"], "pairs dropped, %"), xlim=(-4, 104))
-    axes.set(ylabel="mean loss / norm of the output", ylim=(0, 1.05 * frame["loss"] or 1))
 
-    def curve(one: dict) -> tuple:
-        return [100 * value for value in one.get("dropped", [])], one.get("loss", [])
+    def places(one: dict) -> tuple:
+        return 100 * np.array(one["dropped"]), one["loss"], 100 * one["now"][0], one["now"][1]
 
-    return _curves(figure, axes, frame, "now", curve, lambda one: (100 * one["now"][0], one["now"][1]))
+    labels = {"xlabel": DROPPED.get(frame["k"], "pairs dropped, %"), "ylabel": "mean loss / norm of the output"}
+    return _curves(figure, frame, "now", places, xlim=(-4, 104), ylim=(0, 1.05 * frame["loss"] or 1), **labels)
 
 
 class View(NamedTuple):
-    """A view: its size in inches, the function that draws it on a figure, and the parts of a choice that change it."""
+    """A view: its size in inches, the function that draws it on a figure, the parts of a choice that change it, and the
+    beginning of its title."""
 
     size: tuple[float, float]
     draw: Callable[[Figure, dict], Update]
     parts: tuple[str, ...]
+    title: str
 
 
 VIEWS = {
-    "kept": View((3.6, 3.1), _kept, ("r", "method")),
-    "co_selection": View((4.8, 3.1), _co_selection, ("layer",)),
-    "landscape": View((3.6, 3.1), _landscape, ("r", "method", "layer")),
-    "skipping": View((4.8, 3.1), _skipping, ("r", "method", "skip")),
-    "trade_off": View((3.6, 3.1), _trade_off, ("r", "method", "skip")),
+    "kept": View((3.6, 3.1), _kept, ("r", "method"), "experts kept"),
+    "co_selection": View((4.8, 3.1), _co_selection, ("layer",), "experts chosen together"),
+    "landscape": View((3.6, 3.1), _landscape, ("r", "method", "layer"), "loss of all subsets"),
+    "skipping": View((4.8, 3.1), _skipping, ("r", "method", "skip"), "layer by layer"),
+    "trade_off": View((3.6, 3.1), _trade_off, ("r", "method", "skip"), "mean loss"),
 }
 
 

@@ -10,11 +10,12 @@ import html
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 
 import ipywidgets
+from traitlets import Any
 
 from .grid import MIXTRAL, SHARES, Choice, Explorer
 from .views import DPI, VIEWS, Stage
@@ -27,8 +28,10 @@ AHEAD = 0.1  # seconds after a step before drawing ahead: longer than the repeat
 _NAMED = {"style": {"description_width": "10em"}, "layout": ipywidgets.Layout(width="21em")}
 
 
-class Slider:
+class Slider(ipywidgets.HBox):
     """A slider and a labelled number field. `value` is one of `values`, which are evenly spaced."""
+
+    value = Any()
 
     def __init__(self, label: str, values: Sequence[float], value: float):
         self.values, step = list(values), values[1] - values[0] if len(values) > 1 else 1
@@ -37,27 +40,13 @@ class Slider:
         self.number = getattr(ipywidgets, f"Bounded{kind}Text")(description=label, **ends, **_NAMED)
         self.slider = getattr(ipywidgets, f"{kind}Slider")(readout=False, **ends)
         ipywidgets.jslink((self.slider, "value"), (self.number, "value"))
-        self.box = ipywidgets.HBox([self.number, self.slider])
+        super().__init__([self.number, self.slider], value=value)
+        self.slider.observe(self._show, "value")
+        self.observe(self._show, "value")
 
-    @property
-    def value(self) -> float:
-        return min(self.values, key=lambda value: abs(value - self.slider.value))
-
-    @value.setter
-    def value(self, value: float) -> None:
-        self.slider.value = value
-
-    def observe(self, call: Callable, _name: str = "value") -> None:
-        def changed(change) -> None:
-            if abs(self.slider.value - self.value) > 1e-9:  # a number typed between two values: show the nearest value
-                self.slider.value = self.value
-            else:
-                call(change)
-
-        self.slider.observe(changed, "value")
-
-    def show(self, shown: bool) -> None:
-        self.box.layout.display = None if shown else "none"
+    def _show(self, change: Mapping) -> None:
+        """Show, of a number typed between two values, the nearest value."""
+        self.value = self.slider.value = min(self.values, key=lambda value: abs(value - change["new"]))
 
 
 def _buttons(label: str, options: Sequence[str]) -> ipywidgets.ToggleButtons:
@@ -73,34 +62,29 @@ class Dashboard:
     """
 
     def __init__(self, explorer: Explorer, views: Sequence[str] = tuple(VIEWS), controls: Sequence[str] = CONTROLS):
-        self.explorer, start, skips = explorer, explorer.default, explorer.k > 1
-        self.controls = [name for name in controls if name != "skip" or skips]
+        self.explorer = explorer
+        self.controls = [name for name in controls if name != "skip" or explorer.k > 1]
         self.betas = [0.5] * explorer.layers
-        self.r = Slider("experts kept, r", explorer.sizes, start.r)
+        self.r = Slider("experts kept, r", explorer.sizes, explorer.default.r)
         self.method = _buttons("method", explorer.methods)
         self.layer = Slider("layer", range(explorer.layers), 0)
         self.mode = _buttons("skip by", SKIPPING if "layer" in self.controls else SKIPPING[:2])
         self.share = Slider("share skipped, %", [round(100 * share) for share in SHARES], 50 if "skip" in self.controls else 0)
-        self.beta = Slider("beta", explorer.betas if skips else [0.0], 0.5 if skips else 0.0)
+        self.beta = Slider("beta", explorer.betas, min(0.5, explorer.betas[-1]))
         self.message, self.readout = ipywidgets.HTML(), ipywidgets.HTML()
         self.stages = {name: Stage(name, explorer.frame) for name in views}
         # One widget for all views that change together: each widget costs a message, which takes the server milliseconds.
         self.pictures = {VIEWS[name].parts: ipywidgets.HTML() for name in views}
-        self.seen: dict[tuple, Choice] = {}
-        self.last, self.moved, self.turn = start, [], 0
+        self.moved, self.turn = "", 0  # the part of the choice that changed last; the number of changes
         self._image = lru_cache(maxsize=1024)(self._draw)
-        for control in (self.r, self.method, self.layer, self.mode, self.share, self.beta):
-            control.observe(self._guarded(partial(self._change, control)), "value")
-        boxes = {"r": [self.r.box], "method": [self.method], "layer": [self.layer.box]}
-        boxes["skip"] = [self.mode, self.share.box, self.beta.box]
-        wrapped = ipywidgets.Layout(display="flex", flex_flow="row wrap")
-        self.widget = ipywidgets.VBox([
-            *(box for name in self.controls for box in boxes[name]),
-            self.message,
-            ipywidgets.HBox(list(self.pictures.values()), layout=wrapped),
-            self.readout,
-        ])  # fmt: skip
-        self._change(self.mode)
+        boxes = {"r": [self.r], "method": [self.method], "layer": [self.layer], "skip": [self.mode, self.share, self.beta]}
+        for part, controls_of_part in boxes.items():
+            for control in controls_of_part:
+                control.observe(self._guarded(partial(self._change, part, control)), "value")
+        shown = [box for part in self.controls for box in boxes[part]]
+        pictures = ipywidgets.HBox([*self.pictures.values()], layout=ipywidgets.Layout(display="flex", flex_flow="row wrap"))
+        self.widget = ipywidgets.VBox([*shown, self.message, pictures, self.readout])
+        self._change()
 
     def _guarded(self, call: Callable[[], None]) -> Callable:
         def changed(_change=None) -> None:
@@ -108,59 +92,56 @@ class Dashboard:
                 try:
                     call()
                 except Exception as error:  # any: nobody would see an error of a callback
-                    self.say(f"{type(error).__name__}: {error}")
+                    self.message.value = _alert(f"{type(error).__name__}: {error}")
 
         return changed
 
-    def say(self, sentence: str) -> None:
-        self.message.value = _alert(sentence) if sentence else ""
-
     @property
     def choice(self) -> Choice:
-        by_share = self.mode.value == SKIPPING[0]
-        skip = ("share", self.share.value / 100) if by_share else ("betas", tuple(self.betas))
+        skip = ("share", self.share.value / 100) if self.mode.value == SKIPPING[0] else ("betas", tuple(self.betas))
         return Choice(self.r.value, self.method.value, self.layer.value, skip)
 
-    def _change(self, control) -> None:
-        """Synchronise the beta slider with `betas`: it sets the beta of all layers, or of the layer that is shown."""
-        self.share.show(self.mode.value == SKIPPING[0])
-        self.beta.show(self.mode.value != SKIPPING[0])
-        if self.mode.value == SKIPPING[1]:
+    def _change(self, part: str = "", control=None) -> None:
+        """Synchronise the beta slider with `betas`: it sets the beta of all layers, or of the layer that is shown.
+
+        part: of the choice, which the control changes.
+        """
+        mode = SKIPPING.index(self.mode.value)
+        self.share.layout.display = "none" if mode else None
+        self.beta.layout.display = None if mode else "none"
+        if mode == 1:
             self.betas = [self.beta.value] * self.explorer.layers
-        elif self.mode.value == SKIPPING[2] and control is self.beta:
+        elif mode == 2 and control is self.beta:
             self.betas[self.layer.value] = self.beta.value
-        elif self.mode.value == SKIPPING[2]:
+        elif mode == 2:
             self.beta.value = self.betas[self.layer.value]
+        self.moved = part
         self.refresh()
 
     def refresh(self) -> None:
         """Update the text, and the pictures that depend on a changed part of the choice."""
         choice = self.choice
-        seen = {parts: self._part(choice, parts) for parts in self.pictures}
-        drawn = {parts: self._images(parts, part) for parts, part in seen.items() if self.seen.get(parts) != part}
-        for parts, images in drawn.items():  # together, so that the page is laid out and painted once
-            self.pictures[parts].value = images
-        self.seen = seen
+        shown = dict.fromkeys(self.pictures, "")
+        for name in self.stages:
+            shown[VIEWS[name].parts] += self.image(name, choice)
+        for parts, images in shown.items():  # together, so that the page is laid out and painted once
+            self.pictures[parts].value = f'<div style="display: flex; flex-flow: row wrap">{images}</div>'
         self.readout.value = _table(self.explorer.describe(choice), self.explorer.estimate(choice))
         everyone = f"r = {self.explorer.n} keeps every expert: nothing is pruned." if choice.r == self.explorer.n else ""
-        self.say(everyone or self.explorer.note)
+        self.message.value = _alert(everyone or self.explorer.note)
         self._draw_ahead(choice)
 
-    def _part(self, choice: Choice, parts: Sequence[str]) -> Choice:
-        """The default choice with only these parts replaced: choices that agree in these parts share a picture."""
-        return replace(self.explorer.default, **{part: getattr(choice, part) for part in parts})
-
-    def _images(self, parts: Sequence[str], part: Choice) -> str:
-        images = (self._image(name, part) for name in self.stages if VIEWS[name].parts == parts)
-        return f'<div style="display: flex; flex-flow: row wrap">{"".join(images)}</div>'
+    def image(self, name: str, choice: Choice) -> str:
+        """A view as HTML. Choices that agree in the parts that change the view share a picture."""
+        parts = {part: getattr(choice, part) for part in VIEWS[name].parts}
+        return self._image(name, replace(self.explorer.default, **parts))
 
     def _draw_ahead(self, choice: Choice) -> None:
         """While the kernel is idle, draw the pictures one step away, first for the control that moved last."""
-        self.moved, self.last = _moved(self.last, choice) or self.moved, choice
         layers = [choice.layer] if self.mode.value == SKIPPING[2] else range(self.explorer.layers)
-        near = [other for other in self.explorer.neighbours(choice, layers) if _moved(choice, other)[0] in self.controls]
-        near.sort(key=lambda other: _moved(choice, other) != self.moved)
-        views = ((name, self._part(other, VIEWS[name].parts)) for other in near for name in self.stages)
+        near = self.explorer.neighbours(choice, layers)
+        order = sorted(self.controls, key=lambda part: part != self.moved)
+        views = ((name, other) for part in order for other in near[part] for name in self.stages)
         self.turn += 1
         with suppress(RuntimeError):  # outside a notebook no event loop runs
             asyncio.get_running_loop().call_later(AHEAD, self._draw_next, views, self.turn)
@@ -170,7 +151,7 @@ class Dashboard:
         with LOCK:
             if turn == self.turn and (view := next(views, None)):
                 with suppress(Exception):  # the error is raised again when the user takes that step
-                    self._image(*view)
+                    self.image(*view)
                 asyncio.get_running_loop().call_later(0, self._draw_next, views, turn)
 
     def _draw(self, name: str, choice: Choice) -> str:
@@ -187,12 +168,8 @@ class Dashboard:
         return f'<figure style="margin: 0; text-align: center; line-height: 1.5">{title}{image}</figure>'
 
 
-def _moved(one: Choice, other: Choice) -> list[str]:
-    return [field.name for field in fields(Choice) if getattr(one, field.name) != getattr(other, field.name)]
-
-
 def _alert(sentence: str) -> str:
-    return f'<p role="alert"><b>{html.escape(sentence)}</b></p>'
+    return f'<p role="alert"><b>{html.escape(sentence)}</b></p>' if sentence else ""
 
 
 def _table(described: Mapping[str, Mapping[str, str]], estimate: Mapping[str, str]) -> str:
@@ -207,42 +184,14 @@ def _table(described: Mapping[str, Mapping[str, str]], estimate: Mapping[str, st
     return f'<table style="text-align: left; line-height: 1.3">{body}</table>'
 
 
-class _Export:
-    """A button that writes the chosen plan, fields for file name and corpus, and then the commands that use the file."""
-
-    def __init__(self, board: Dashboard):
-        self.board = board
-        self.path = ipywidgets.Text(value="plan.json", description="write plan to", **_NAMED)
-        self.corpus = _buttons("calibrated on", list(board.explorer.grids))
-        self.button = ipywidgets.Button(description="Export plan")
-        self.written = ipywidgets.HTML()
-        self.button.on_click(board._guarded(self.write))
-        self.widget = ipywidgets.VBox([self.corpus, ipywidgets.HBox([self.path, self.button]), self.written])
-
-    def write(self) -> None:
-        path, explorer = Path(self.path.value), self.board.explorer
-        plan = explorer.plan(self.corpus.value, self.board.choice)
-        try:
-            plan.save(path)
-        except FileExistsError:
-            raise ValueError(f"{path} already exists: choose another name.") from None
-        self.board.say("")
-        lines = "".join(f"<pre>{html.escape(command)}</pre>" for command in explorer.commands(path.resolve()))
-        self.written.value = f'<div role="status">{html.escape(str(path))} is written.{lines}</div>'
-
-
 class Page:
-    """The whole explorer: a field for the folders of other traces, a dashboard with every view, and an export."""
+    """The whole explorer: a field for the folders of other traces, a dashboard with every view, and fields to export a plan."""
 
     def __init__(self, traces: Explorer | Mapping, folder: str | Path | None = None):
         self.folder, self.shape = folder, traces.shape if isinstance(traces, Explorer) else MIXTRAL
-        self.path = ipywidgets.Text(
-            placeholder="a folder that Trace.save wrote, or two: one; other",
-            description="another trace",
-            continuous_update=False,
-            style={"description_width": "10em"},
-            layout=ipywidgets.Layout(width="38em"),
-        )
+        hint, wide = "a folder that Trace.save wrote, or two: one; other", {"layout": ipywidgets.Layout(width="38em")}
+        self.path = ipywidgets.Text(description="another trace", placeholder=hint, continuous_update=False, **_NAMED | wide)
+        self.plan_path = ipywidgets.Text(value="plan.json", description="write plan to", **_NAMED)
         self.message, self.body = ipywidgets.HTML(), ipywidgets.VBox()
         self.path.observe(lambda _change: self.open(self._typed()), "value")
         self.widget = ipywidgets.VBox([self.path, self.message, self.body])
@@ -261,16 +210,23 @@ class Page:
         try:
             explorer = traces if isinstance(traces, Explorer) else Explorer(traces, self.folder, shape=self.shape)
             self.dashboard = Dashboard(explorer)
-        except (ValueError, OSError) as error:
-            self.message.value = _alert(str(error))
-            return
         except Exception as error:  # any damage in a file: nobody would see an error of a callback
-            self.message.value = _alert(
-                f"This trace is damaged or of another version ({type(error).__name__}: {error}): trace again."
-            )
+            damaged = f"This trace is damaged or of another version ({type(error).__name__}: {error}): trace again."
+            self.message.value = _alert(str(error) if isinstance(error, ValueError | OSError) else damaged)
             return
-        self.export = _Export(self.dashboard)
-        self.body.children, self.message.value = (self.dashboard.widget, self.export.widget), ""
+        self.corpus, self.written = _buttons("calibrated on", list(explorer.grids)), ipywidgets.HTML()
+        self.button = ipywidgets.Button(description="Export plan")
+        self.button.on_click(self.dashboard._guarded(self.export))
+        fields = ipywidgets.VBox([self.corpus, ipywidgets.HBox([self.plan_path, self.button]), self.written])
+        self.body.children, self.message.value = (self.dashboard.widget, fields), ""
+
+    def export(self) -> None:
+        """Write the chosen plan, and show the commands that use the file."""
+        path, board = Path(self.plan_path.value), self.dashboard
+        board.explorer.plan(self.corpus.value, board.choice).save(path)
+        board.message.value = ""
+        lines = "".join(f"<pre>{html.escape(command)}</pre>" for command in board.explorer.commands(path.resolve()))
+        self.written.value = f'<div role="status">{html.escape(str(path))} is written.{lines}</div>'
 
 
 def panel(source, views: Sequence[str] = tuple(VIEWS), controls: Sequence[str] = CONTROLS) -> ipywidgets.Widget:

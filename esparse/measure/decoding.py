@@ -15,15 +15,16 @@ import torch
 from transformers import StaticCache
 
 from ..checkpoints.estimate import flop_per_second
-from ..files import data_folder, read_json
+from ..files import data_folder, measured
 from ..machine import seconds_of
 from ..moe.layers import moe_layers
 from ..moe.routers import skip_pairs, skip_ratios
 from ..pruning.skipping import dropped, record_routing, skipping
 from .search_cost import LAYERS, calibration
-from .timing import MIB, MIXTRAL_8X7B, Record, measure_generation, measure_memory, random_mixtral, report, rounds
+from .timing import MIB, MIXTRAL_8X7B, keep, measure_generation, measure_memory, median_ratio, random_mixtral, report, rounds
 
 BASELINES = ("stock", "nothing skipped")
+COMPILED = "1, compiled"  # batch 1, decoded by compiled code
 
 
 @dataclass(frozen=True)
@@ -57,20 +58,19 @@ def routed(model, betas: Sequence[float], **options) -> dict:
     the mean number of experts that a step reads per layer, and each layer's median rho."""
     with skipping(model, betas), record_routing(model) as calls:
         measure_generation(model, **options)
-    found: dict = {"shares": [], "medians": []}
-    read = []
+    shares, read, medians = [], [], []
     for layer, beta, (_prefill, *steps) in zip(moe_layers(model), betas, calls, strict=True):
+        shares.append(dropped(layer, beta, steps))
         kept = [chosen[skip_pairs(weights, beta, layer.router.normalises)[0]] for weights, chosen in steps]
         read += [experts.unique().numel() for experts in kept]
-        found["shares"].append(dropped(layer, beta, steps))
-        found["medians"].append(torch.cat([skip_ratios(weights) for weights, _ in steps]).double().quantile(0.5).item())
-    return found | {"read": statistics.mean(read)}
+        medians.append(torch.cat([skip_ratios(weights) for weights, _ in steps]).double().quantile(0.5).item())
+    return {"shares": shares, "read": statistics.mean(read), "medians": medians}
 
 
-def halving_betas(model, tries: int = 6, **options) -> list[float]:
+def halving_betas(model, **options) -> list[float]:
     """Betas that drop half of the second experts in this very run: medians, recomputed because skipping changes them."""
     betas = [0.0] * len(moe_layers(model))
-    for _ in range(tries):
+    for _ in range(6):
         seen = routed(model, betas, **options)
         if betas[0] and abs(statistics.mean(seen["shares"]) - 0.5) < 0.02:
             break
@@ -121,7 +121,7 @@ def decoding_dtype(device: str) -> torch.dtype:
 # --- the parts of a benchmark ---------------------------------------------------------------------------------------
 
 
-def decoding(model, batch: int, size: Size, bandwidth: float, compiled: bool = False) -> dict:
+def decoding(model, size: Size, bandwidth: float, batch: int, compiled: bool) -> dict:
     """Prefill and decoding at one batch size: stock transformers, esparse with nothing skipped, esparse with skipping. Medians
     over rounds in turn, and the limit from the bytes that must be read.
 
@@ -129,43 +129,38 @@ def decoding(model, batch: int, size: Size, bandwidth: float, compiled: bool = F
     """
     new_tokens = size.new_tokens if batch == 1 else min(size.new_tokens, 16)
     options = {"batch_size": batch, "prompt": size.prompt, "new_tokens": new_tokens}
-    nothing, betas = [0.0] * len(moe_layers(model)), halving_betas(model, **options)
-    runs = {"nothing skipped": routed(model, nothing, **options), "skipping": routed(model, betas, **options)}
-    contexts = {"stock": nullcontext, "nothing skipped": partial(skipping, model, nothing)}
-    contexts["skipping"] = partial(skipping, model, betas)
+    betas = {"nothing skipped": [0.0] * len(moe_layers(model)), "skipping": halving_betas(model, **options)}
+    routing = {name: routed(model, given, **options) for name, given in betas.items()}
     cache = StaticCache(model.config, max_cache_len=size.prompt + new_tokens) if compiled else None
 
-    def measure(context: Callable) -> dict:
-        with context():
+    def run(name: str) -> dict:
+        with skipping(model, betas[name]) if name in betas else nullcontext():
             return measure_generation(model, **options, cache=cache)
 
     repeats = size.repeats if batch == 1 else max(3, size.repeats // 4)
-    measured = rounds({name: partial(measure, context) for name, context in contexts.items()}, repeats)
-    speeds = {name: [turn["tokens_per_second"] for turn in turns] for name, turns in measured.items()}
-    prefills = {name: [turn["prefill_tokens_per_second"] for turn in turns] for name, turns in measured.items()}
+    turns = rounds({name: partial(run, name) for name in ("stock", *betas)}, repeats)
+    speeds = {name: [turn["tokens_per_second"] for turn in of] for name, of in turns.items()}
     medians = {name: statistics.median(values) for name, values in speeds.items()}
-    ratio = lambda one, other: statistics.median(a / b for a, b in zip(speeds[one], speeds[other], strict=True))  # noqa: E731
+    prefills = {name: statistics.median(turn["prefill_tokens_per_second"] for turn in of) for name, of in turns.items()}
     faster = max(BASELINES, key=medians.get)
-    read = {name: step_bytes(model, run["read"], size.prompt + new_tokens // 2, batch) for name, run in runs.items()}
-    share = statistics.mean(runs["skipping"]["shares"])
+    read = {name: step_bytes(model, of["read"], size.prompt + new_tokens // 2, batch) for name, of in routing.items()}
+    share = statistics.mean(routing["skipping"]["shares"])
+    used = {"nothing skipped": 2, "skipping": 2 - share}  # experts per token
     return {
         "batch": batch,
         "compiled": compiled,
         "repeats": repeats,
         "tokens_per_second": medians,
-        "prefill_tokens_per_second": {name: statistics.median(values) for name, values in prefills.items()},
+        "prefill_tokens_per_second": prefills,
         "planned": 0.5,
         "dropped": share,
-        "experts_read": {name: run["read"] for name, run in runs.items()},
+        "experts_read": {name: of["read"] for name, of in routing.items()},
         "step_bytes": read,
-        "step_flop": {
-            "nothing skipped": 2 * batch * weights_read(model, 2),
-            "skipping": 2 * batch * weights_read(model, 2 - share),
-        },
+        "step_flop": {name: 2 * batch * weights_read(model, experts) for name, experts in used.items()},
         "limit_tokens_per_second": {name: batch * bandwidth / value for name, value in read.items()},
         "baseline": faster,
-        "gain": ratio("skipping", faster),
-        "plain": ratio("nothing skipped", "stock"),
+        "gain": median_ratio(speeds["skipping"], speeds[faster]),
+        "plain": median_ratio(speeds["nothing skipped"], speeds["stock"]),
         "limit_gain": read["nothing skipped"] / read["skipping"],
     }
 
@@ -194,28 +189,29 @@ def host_seconds(size: Size, device: str, dtype: torch.dtype) -> float:
         return 1 / statistics.median(measure_generation(model, new_tokens=32)["tokens_per_second"] for _ in range(5))
 
 
-def memory(model, batch: int, context: int) -> dict:
-    """Weights, cache and GPU peak in a short generation, in MiB and MB, and the peak divided by weights plus cache."""
-    found, cache, peak = measure_memory(model), cache_bytes(model, context, batch) / MIB, None
+def memory(model, size: Size) -> dict:
+    """Weights, cache and GPU peak in a short generation at batch 1, in MiB and MB, and the peak over weights plus cache."""
+    context = size.prompt + size.new_tokens
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        measure_generation(model, batch_size=batch, prompt=8, new_tokens=context - 8)
-        peak = torch.cuda.max_memory_allocated() / MIB
-    found |= {"cache_mib": cache, "peak_mib": peak, "over_computed": peak and peak / (found["weights_mib"] + cache)}
+        measure_generation(model, prompt=8, new_tokens=context - 8)
+    found, cache = measure_memory(model), cache_bytes(model, context, 1) / MIB
+    peak = found["peak_mib"]
+    found |= {"cache_mib": cache, "over_computed": peak and peak / (found["weights_mib"] + cache)}
     return found | {f"{name}_mb": found[f"{name}_mib"] * MIB / 1e6 for name in ("weights", "experts")}
 
 
 # --- all of it ------------------------------------------------------------------------------------------------------
 
 
-def measure(size: Size, *, sizes: Sequence[int] = (8, 6, 4), out: Path | None = None) -> Record:
+def measure(size: Size, *, sizes: Sequence[int] = (8, 6, 4), out: Path | None = None) -> dict:
     """All parts for one size, with `sizes` experts; `out` is written after every part."""
     device, started = "cuda" if torch.cuda.is_available() else "cpu", time.perf_counter()
     dtype, bandwidth = decoding_dtype(device), read_bandwidth(device)
-    result = Record(out, weights="random", dtype=str(dtype).removeprefix("torch."), bandwidth=bandwidth)
-    result |= {"flop_per_second": flop_per_second(dtype, 8192 if device == "cuda" else 2048)}
     rows = {r: {"r": r, "decoding": {}} for r in sizes}
-    result |= {"shape": dict(size.shape), "rows": list(rows.values()), "left_out": []}
+    about = {"weights": "random", "dtype": str(dtype).removeprefix("torch."), "bandwidth": bandwidth}
+    about |= {"flop_per_second": flop_per_second(dtype, 8192 if device == "cuda" else 2048)}
+    result = keep(about | {"shape": dict(size.shape), "rows": list(rows.values()), "left_out": []}, out)
 
     def part(into: dict, key: str, name: str, compute: Callable[[], object]) -> None:
         if time.perf_counter() - started > 60 * size.minutes:
@@ -225,49 +221,43 @@ def measure(size: Size, *, sizes: Sequence[int] = (8, 6, 4), out: Path | None = 
                 into[key] = compute()
             except RuntimeError as error:  # without enough memory or a compiler the other parts can still be measured
                 result["left_out"].append(f"{name}: {str(error).strip().splitlines()[0]}")
-        result.keep()
+        keep(result, out)
 
     rate = torch.float32 if device == "cpu" else dtype  # a CPU multiplies many rows faster in float32
     part(result, "calibration", "calibration", lambda: calibration(size.shape, size.calibration, device, rate))
     part(result, "host_seconds", "the host's share", lambda: host_seconds(size, device, dtype))
-    for some, names in _stages(size, sizes, device):
-        for r in some:
-            parts = _parts(random_mixtral(size.shape, r, dtype, device), size, bandwidth)
-            for name in names:
-                alone = name in ("protocol", "memory")
-                into, label = (rows[r], name) if alone else (rows[r]["decoding"], f"batch {name}")
-                part(into, name, f"r = {r}, {label}", parts[name])
-            del parts
-            torch._dynamo.reset()  # compiled code holds the model, and two do not fit
-            gc.collect()
-            if device == "cuda":
-                torch.cuda.empty_cache()
+    batches = {str(batch): (batch, False) for batch in size.batches} | {COMPILED: (1, True)}
+    alone = {"protocol": protocol, "memory": memory}
+    for r, names in _stages(size, sizes, device):
+        model = random_mixtral(size.shape, r, dtype, device)
+        for name in names:
+            if name in alone:
+                part(rows[r], name, f"r = {r}, {name}", partial(alone[name], model, size))
+            else:
+                compute = partial(decoding, model, size, bandwidth, *batches[name])
+                part(rows[r]["decoding"], name, f"r = {r}, batch {name}", compute)
+        del model
+        torch._dynamo.reset()  # compiled code holds the model, and two do not fit
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
     return result
 
 
-def _stages(size: Size, sizes: Sequence[int], device: str) -> list[tuple[Sequence[int], list[str]]]:
-    """The models in the order in which they are made, with the parts measured on each. On a GPU time is short: the most
+def _stages(size: Size, sizes: Sequence[int], device: str) -> list[tuple[int, list[str]]]:
+    """The models (r) in the order in which they are made, with the parts measured on each. On a GPU time is short: the most
     important parts come first, and models are made again for the rest."""
     first, rest = ["protocol", "memory", "1"], [f"{batch}" for batch in size.batches if batch > 1]
     if device == "cpu":
-        return [(sizes, first + rest)]
-    return [(sizes, first), (sizes[:1], ["1, compiled"]), (sizes, rest), (sizes[1:], ["1, compiled"])]
-
-
-def _parts(model, size: Size, bandwidth: float) -> dict[str, Callable[[], dict]]:
-    """The parts that can be measured on a model, by name."""
-    batches = {str(batch): partial(decoding, model, batch, size, bandwidth) for batch in size.batches}
-    return batches | {
-        "protocol": partial(protocol, model, size),
-        "memory": partial(memory, model, 1, size.prompt + size.new_tokens),
-        "1, compiled": partial(decoding, model, 1, size, bandwidth, compiled=True),
-    }
+        return [(r, first + rest) for r in sizes]
+    stages = ((sizes, first), (sizes[:1], [COMPILED]), (sizes, rest), (sizes[1:], [COMPILED]))
+    return [(r, names) for some, names in stages for r in some]
 
 
 def results() -> dict[str, dict]:
     """The complete results that `data/results/` holds, by size."""
-    paths = {name: data_folder() / "results" / f"speed_{name}.json" for name in SIZES}
-    found = {name: read_json(path, "benchmark result") for name, path in paths.items() if path.exists()}
+    existing = [name for name in SIZES if (data_folder() / "results" / f"speed_{name}.json").exists()]
+    found = {name: measured(f"speed_{name}") for name in existing}
     return {name: result for name, result in found.items() if complete(result)}
 
 
@@ -278,6 +268,11 @@ def complete(result: Mapping) -> bool:
 
 
 # --- tables ---------------------------------------------------------------------------------------------------------
+
+
+def _decoded(result: Mapping) -> Iterator[tuple[dict, dict]]:
+    """The first two columns of a row, r and batch, and its measurements."""
+    return (({"r": row["r"], "batch": batch}, found) for row in result["rows"] for batch, found in row["decoding"].items())
 
 
 def decoding_rows(result: Mapping) -> list[dict]:
@@ -296,11 +291,6 @@ def prefill_rows(result: Mapping) -> list[dict]:
     return [about | found["prefill_tokens_per_second"] for about, found in _decoded(result)]
 
 
-def _decoded(result: Mapping) -> Iterator[tuple[dict, dict]]:
-    """The first two columns of a row, r and batch, and its measurements."""
-    return (({"r": row["r"], "batch": batch}, found) for row in result["rows"] for batch, found in row["decoding"].items())
-
-
 def memory_rows(result: Mapping) -> list[dict]:
     """Weights, cache and peak (on a GPU), in MiB and MB."""
     return [{"r": row["r"]} | row["memory"] for row in result["rows"] if "memory" in row]
@@ -310,9 +300,9 @@ def protocol_rows(result: Mapping) -> list[dict]:
     """The paper's protocol: tokens per second without and with skipping, and the speed-up over the largest size without
     skipping, in its second run, since only the first is cold."""
     runs = [(row["r"], row["protocol"]) for row in result["rows"] if "protocol" in row]
+    base = runs and runs[0][1]["again"]
     return [
-        {"r": r, "skipping": name == "skipping", "tokens/s": run["new_tokens"] / run[name]}
-        | {"speed-up": runs[0][1]["again"] / run[name]}
+        {"r": r, "skipping": name == "skipping", "tokens/s": run["new_tokens"] / run[name], "speed-up": base / run[name]}
         for (r, run), name in itertools.product(runs, ("stock", "skipping"))
     ]
 

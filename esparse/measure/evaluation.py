@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from tqdm.auto import tqdm
+from transformers import set_seed
 
 from ..files import data_folder, digest
-from ..machine import leave_ranks, of_first
+from ..machine import everyone, leave_ranks
 from ..moe.running import check_tokens, evaluating, input_device, router_logits_off
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ METRICS = ("acc,none", "exact_match,strict-match", "exact_match,none", "word_per
 
 
 @torch.no_grad()
-def perplexity(model, tokens: torch.Tensor, batch_size: int = 16) -> float:
+def perplexity(model, tokens: torch.Tensor, batch_size: int = 8) -> float:
     """exp of the mean next-token cross-entropy over tokens [sequences, length], as for WikiText in the literature."""
     check_tokens(model, tokens)
     total = 0.0
@@ -48,7 +49,7 @@ def evaluate(
     *,
     limit: int | None = None,
     num_fewshot: int | None = None,
-    batch_size: int = 64,
+    batch_size: int = 128,
     seed: int = 1234,
 ) -> "pd.DataFrame":
     """Score a model on lm-eval tasks: those shipped in `data/tasks/` and any of lm-eval's own, by name, or a suite.
@@ -67,19 +68,12 @@ def evaluate(
     import pandas as pd
 
     lm_eval, names = _lm_eval(), resolve_tasks(tasks)
-    with evaluating(model), router_logits_off(model):
-        results = lm_eval.simple_evaluate(
-            _language_model(model, tokenizer, batch_size),
-            tasks=[_task_config(task) if task in TINY_TASKS else task for task in names],
-            num_fewshot=num_fewshot,
-            limit=limit,
-            task_manager=_task_manager(not set(names) <= set(TINY_TASKS)),
-            bootstrap_iters=1000,
-            log_samples=False,
-            **{f"{name}_seed": seed for name in ("random", "numpy_random", "torch_random", "fewshot_random")},
-        )
+    set_seed(seed)
+    loaded, options = _load_tasks(names, num_fewshot, seed), {"limit": limit, "bootstrap_iters": 1000, "log_samples": False}
+    with evaluating(model), router_logits_off(model):  # also while it is wrapped, which puts it into evaluation mode
+        results = lm_eval.evaluate(_language_model(model, tokenizer, batch_size), loaded, **options)
     parts = results and {part: results[part] for part in ("results", "n-samples", "group_subtasks")}
-    found = of_first(parts)  # lm-eval returns results to the first process only
+    found = everyone(parts)[0]  # lm-eval returns results to the first process only
     return pd.DataFrame([row for name in names for row in _rows(found, name)]).drop_duplicates("task").set_index("task")
 
 
@@ -119,8 +113,7 @@ def _known(word: str) -> list[str]:
     _lm_eval()
     manager = _task_manager(True)
     if word in manager.all_tags:
-        entry = manager.task_index[word]
-        return sorted(entry["task"] if isinstance(entry, dict) else entry.tags)  # lm-eval's older and newer versions
+        return sorted(manager.task_index[word].tags)
     if word in manager.all_tasks:
         return [word]
     matching = fnmatch.filter([*TINY_TASKS, *manager.all_subtasks], word) or fnmatch.filter(manager.all_groups, word)
@@ -154,10 +147,22 @@ def _task_manager(everything: bool):
                 raise _not_ready(tasks, error) from error
             for name, task in loaded["tasks"].items():
                 if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
-                    raise ValueError(f"{name} runs code that the model writes, or shows it pictures: only text is scored here.")
+                    raise ValueError(f"{name} executes code written by the model, or needs images: esparse scores text only.")
             return loaded
 
     return Manager(include_defaults=everything)
+
+
+def _load_tasks(names: Sequence[str], num_fewshot: int | None, seed: int) -> dict:
+    """The tasks as lm-eval's `simple_evaluate` prepares them; that function also lists the machine's packages at each call."""
+    manager = _task_manager(not set(names) <= set(TINY_TASKS))
+    loaded = manager.load([_task_config(name) if name in TINY_TASKS else name for name in names])
+    for task in loaded["tasks"].values():
+        own = task.get_config("num_fewshot")
+        if own is None or (own and num_fewshot is not None):  # a task that fixes 0 keeps it
+            task.set_config("num_fewshot", num_fewshot or 0)
+        task.set_fewshot_seed(seed)
+    return loaded
 
 
 def _not_ready(tasks: Sequence[str | dict], error: Exception) -> Exception:

@@ -1,6 +1,5 @@
 """The cost of pruning a checkpoint from disk, compared with reading and writing it."""
 
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -9,36 +8,33 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from transformers import MixtralConfig
 
 from ..checkpoints.folder import INDEX, REPORT
 from ..checkpoints.layout import Checkpoint, Layout
+from ..checkpoints.models import load_tokenizer
 from ..checkpoints.reader import CheckpointReader
 from ..files import data_folder, read_json, write_json
 from ..machine import seconds_of
-from .timing import MIXTRAL_8X7B, Record, report
+from .timing import MIXTRAL_8X7B, keep, report
 
 
-def write_random_checkpoint(folder: Path, shape: Mapping[str, object], experts: int = 8) -> None:
+def write_random_checkpoint(folder: Path, shape: Mapping[str, object]) -> None:
     """Write a Mixtral with random bf16 weights in the hub's layout, with the tiny tokenizer, one layer in memory at a time."""
-    from transformers import MixtralConfig
-
-    folder.mkdir(parents=True)
-    config = MixtralConfig(**shape, num_local_experts=experts, num_experts_per_tok=2, dtype="bfloat16")
-    config.architectures = ["MixtralForCausalLM"]
-    layout, generator, places = Layout(config, experts), torch.Generator().manual_seed(0), {}
+    load_tokenizer(str(data_folder() / "tiny")).save_pretrained(folder)
+    about = {"num_local_experts": 8, "num_experts_per_tok": 2, "dtype": "bfloat16", "architectures": ["MixtralForCausalLM"]}
+    config = MixtralConfig(**shape, **about)
+    config.save_pretrained(folder)
+    layout, generator, places = Layout(config, 8), torch.Generator().manual_seed(0), {}
     for number in (None, *range(layout.layers)):
-        names = layout.published_names(number)
-        state = {name: torch.ones(layout.full[name], dtype=torch.bfloat16) for name in names}
-        for name in names:
+        state = {name: torch.ones(layout.full[name], dtype=torch.bfloat16) for name in layout.published_names(number)}
+        for name, tensor in state.items():
             if "norm" not in name:
-                state[name].normal_(0.0, 0.02, generator=generator)
+                tensor.normal_(0.0, 0.02, generator=generator)
         file = f"model-{0 if number is None else number + 1:05d}-of-{layout.layers:05d}.safetensors"
         save_file(state, folder / file, metadata={"format": "pt"})
-        places |= dict.fromkeys(names, file)
+        places |= dict.fromkeys(state, file)
     write_json(folder / INDEX, {"metadata": {}, "weight_map": places})
-    config.save_pretrained(folder)
-    for path in (data_folder() / "tiny").glob("tokenizer*"):
-        shutil.copyfile(path, folder / path.name)
 
 
 def stream_floor(folder: Path, r: int, tokens: int) -> dict[str, float]:
@@ -54,7 +50,7 @@ def stream_floor(folder: Path, r: int, tokens: int) -> dict[str, float]:
     seconds["reading"] += seconds_of(lambda: read(None))
     for number in range(layout.layers):
         seconds["reading"] += seconds_of(lambda: read(number))  # noqa: B023
-        stay = {name: tensor for name, tensor in state.items() if layout.cut(name, range(r))[0]}
+        stay = {name: tensor for name, tensor in state.items() if name in layout.small}
         seconds["writing"] += seconds_of(lambda: save_file(stay, folder / "written.tmp"))  # noqa: B023
         (folder / "written.tmp").unlink()
         for name, tensor in state.items():
@@ -80,13 +76,11 @@ def bench_stream(out: Path | None = None, shape: Mapping[str, object] | None = N
         seconds = seconds_of(lambda: subprocess.run(command, check=True, capture_output=True))
         done = read_json(pruned / REPORT, "pruning report")
         floor = stream_floor(source, 6, 4 * 256)
+    peak, checking, taken = done["peak_gb"], done["checking"], done["seconds"] + done["checking"]
     steps = {step: sum(layer["seconds"][step] for layer in done["layers"]) for step in done["layers"][0]["seconds"]}
-    result = Record(out, source_gb=size, peak_gb=done["peak_gb"], command=seconds, layers=done["seconds"], steps=steps)
-    result |= {"checking": done["checking"], "floor": floor, "shape": dict(shape), "weights": "random"}
-    taken = done["seconds"] + done["checking"]
-    result.keep(over_floor=taken / sum(floor.values()))
-    totals = {"GB on disk": size, "peak GB of memory": done["peak_gb"], "with starting up": seconds, "s": taken}
+    result = {"source_gb": size, "peak_gb": peak, "command": seconds, "layers": done["seconds"], "steps": steps}
+    result |= {"checking": checking, "floor": floor, "shape": dict(shape), "weights": "random"}
+    result = keep(result | {"over_floor": taken / sum(floor.values())}, out)
+    totals = {"GB on disk": size, "peak GB of memory": peak, "with starting up": seconds, "s": taken}
     totals["times the least"] = result["over_floor"]
-    return report(
-        {"pruning from disk": [totals], "its steps, s": [{"checking": done["checking"]} | steps], "the least, s": [floor]}
-    )
+    return report({"pruning from disk": [totals], "its steps, s": [{"checking": checking} | steps], "the least, s": [floor]})

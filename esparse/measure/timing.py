@@ -1,12 +1,12 @@
 """Memory and generation speed of a model; and the parts that benchmarks share: turns, records, tables, random weights."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from transformers import CompileConfig, DynamicCache, StaticCache
+from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache, MixtralConfig, StaticCache
 
 from ..files import write_json
 from ..machine import machine, seconds_of
@@ -26,29 +26,21 @@ MIXTRAL_8X7B = {
 }
 
 
-@contextmanager
-def peak_memory() -> Iterator[dict]:
-    """Yields a dict. On leaving, its `mib` is the peak extra memory: on the GPU, else resident (Linux), else None."""
-    found = {"mib": None}
+def rise_of_memory(call: Callable[[], object]) -> int:
+    """The bytes by which resident memory rises at most during a call; 0 where the system does not tell (not on Linux)."""
     try:
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the present memory
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the present memory
     except OSError:
-        yield found
-        return
-    before = _peak_mib()
-    yield found
-    found["mib"] = _peak_mib() - before
+        return 0
+    before = _peak()
+    call()
+    return _peak() - before
 
 
-def _peak_mib() -> float:
-    """The peak so far. getrusage's maximum is not used: it may include the process that started this one."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / MIB
+def _peak() -> int:
+    """Bytes. getrusage's maximum is not used: it may include the process that started this one."""
     lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines["VmHWM"].split()[0]) / 1024
+    return int(lines["VmHWM"].split()[0]) * 1024
 
 
 def measure_memory(model) -> dict:
@@ -109,19 +101,24 @@ def rounds(variants: Mapping[str, Callable[[], T]], repeats: int) -> dict[str, l
     return {name: [turn[name] for turn in turns[1:]] for name in names}
 
 
-class Record(dict):
-    """The result of a benchmark and its machine. `keep` adds parts and rewrites `out`, so that an interrupted benchmark
-    loses nothing."""
+def median_ratio(ones: Sequence[float], others: Sequence[float]) -> float:
+    """The median over rounds of one variant's value divided by another's."""
+    return statistics.median(one / other for one, other in zip(ones, others, strict=True))
 
-    def __init__(self, out: Path | None = None, **about):
-        super().__init__(machine() | about)
-        self.out = out
 
-    def keep(self, **parts) -> "Record":
-        self.update(parts)
-        if self.out:
-            write_json(self.out, self)
-        return self
+def keep(result: dict, out: Path | None) -> dict:
+    """A benchmark's result with its machine. Rewritten to `out` after each part, so that an interruption loses nothing."""
+    result = machine() | result
+    if out:
+        write_json(out, result)
+    return result
+
+
+def aligned(rows: Sequence[Mapping[str, object]]) -> str:
+    """Rows with equal columns as text, aligned to the right."""
+    table = [list(rows[0]), *(list(map(_cell, row.values())) for row in rows)] if rows else []
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return "\n".join("  ".join(map(str.rjust, line, widths)) for line in table)
 
 
 def _cell(value: object) -> str:
@@ -130,29 +127,14 @@ def _cell(value: object) -> str:
     return str(value)
 
 
-def aligned(rows: Sequence[Mapping[str, object]]) -> str:
-    """Rows with equal columns as text, aligned to the right."""
-    table = [list(rows[0]), *([_cell(value) for value in row.values()] for row in rows)] if rows else []
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in table)
-
-
 def report(tables: Mapping[str, Sequence[Mapping[str, object]]]) -> str:
     """Tables as text, by their titles."""
     return "\n\n".join(f"{title}\n{aligned(rows)}" for title, rows in tables.items())
 
 
-def random_mixtral(shape: Mapping[str, object], experts: int, dtype: torch.dtype, device: str, seed: int = 0):
+def random_mixtral(shape: Mapping[str, object], experts: int, dtype: torch.dtype, device: str):
     """A Mixtral with random weights and two experts per token, made on the device without passing through host memory."""
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    config = MixtralConfig(**shape, num_local_experts=experts, num_experts_per_tok=2)
-    with torch.device("meta"):
-        model = MixtralForCausalLM(config).to(dtype)
-    model = model.to_empty(device=device)
-    generator = torch.Generator(device).manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        parameter.data.fill_(1.0) if "norm" in name else parameter.data.normal_(0.0, 0.02, generator=generator)
+    torch.manual_seed(0)
     with torch.device(device):
-        model.model.rotary_emb = type(model.model.rotary_emb)(config)  # the rotary frequencies are not parameters
-    return model.eval()
+        config = MixtralConfig(**shape, num_local_experts=experts, num_experts_per_tok=2)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()

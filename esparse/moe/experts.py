@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 
 import torch
+from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .. import kernels
@@ -12,21 +13,17 @@ BLOCK = 2048  # rows per product of one expert on a CPU
 ACTIVATED = 256  # rows activated at a time, so that they stay in a core's cache
 FEW = 256  # up to so many pairs, reading weights takes a GPU's time, not arithmetic
 
-Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Product = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def run_experts(
-    experts: torch.nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-) -> torch.Tensor:
+def run_experts(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Runs the experts as stock transformers does, [tokens, d] -> [tokens, d], in any dtype a CPU or GPU computes in."""
     if hidden_states.device.type == "cpu":  # grouped products refuse float64 on a CPU
         return type(experts).forward.__wrapped__(experts, hidden_states, top_k_index, top_k_weights)
     return ALL_EXPERTS_FUNCTIONS["grouped_mm"](experts, hidden_states, top_k_index, top_k_weights)
 
 
-def weighted_sum(
-    outputs: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, ranks: torch.Tensor, implementation: str | None
-) -> torch.Tensor:
+def weighted_sum(outputs: Tensor, chosen: Tensor, weights: Tensor, ranks: Tensor, implementation: str | None) -> Tensor:
     """The sum [tokens, d] of experts' outputs [tokens, k, d] times weights [tokens, k], rounded as stock transformers does.
 
     In half precision, "eager" adds one by one in the order of expert numbers; others sum all at once in the order `ranks`.
@@ -45,13 +42,13 @@ class Scratch:
     """Buffers reused for every result: on a CPU, page faults of new buffers take up to a tenth of a trace's time."""
 
     def __init__(self):
-        self.held: dict[str, torch.Tensor] = {}
+        self.held: dict[str, Tensor] = {}
 
     @property
     def nbytes(self) -> int:
         return sum(held.nbytes for held in self.held.values())
 
-    def empty(self, name: str, like: torch.Tensor, *shape: int) -> torch.Tensor:
+    def empty(self, name: str, like: Tensor, *shape: int) -> Tensor:
         """An uninitialised tensor with dtype and device of `like`, valid until the next call with the same name."""
         size, held = math.prod(shape), self.held.get(name)
         if held is None or held.numel() < size or (held.dtype, held.device) != (like.dtype, like.device):
@@ -59,9 +56,7 @@ class Scratch:
         return held[:size].view(shape)
 
 
-def pair_outputs(
-    experts: torch.nn.Module, hidden_states: torch.Tensor, expert: torch.Tensor, scratch: Scratch | None = None
-) -> torch.Tensor:
+def pair_outputs(experts: nn.Module, hidden_states: Tensor, expert: Tensor, scratch: Scratch | None = None) -> Tensor:
     """The unweighted outputs [tokens, m, d] of m experts for each token of hidden_states [tokens, d].
 
     expert: int64 [tokens, m]; the number n (`num_experts`) marks a dropped pair, whose output is 0. A grouped product on a
@@ -73,7 +68,7 @@ def pair_outputs(
     return _grouped(experts, hidden_states, expert, product)
 
 
-def _product(experts: torch.nn.Module, hidden_states: torch.Tensor, pairs: int, scratch: bool) -> Product | None:
+def _product(experts: nn.Module, hidden_states: Tensor, pairs: int, scratch: bool) -> Product | None:
     """The fastest grouped product on this device; None where experts run faster one after another."""
     weight = experts.down_proj
     device, dtype = weight.device, weight.dtype
@@ -95,12 +90,12 @@ def _product(experts: torch.nn.Module, hidden_states: torch.Tensor, pairs: int, 
     return grouped_mm if hopper else None
 
 
-def grouped_mm(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+def grouped_mm(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """torch's own grouped product; rows after the last end are not initialised."""
     return torch.nn.functional.grouped_mm(rows, weight, offs=ends)
 
 
-def _grouped(experts, hidden_states: torch.Tensor, expert: torch.Tensor, product: Product) -> torch.Tensor:
+def _grouped(experts, hidden_states: Tensor, expert: Tensor, product: Product) -> Tensor:
     """`pair_outputs` as two products over all pairs, sorted by expert; dropped pairs come last."""
     flat = expert.flatten()
     order = flat.argsort(stable=True)
@@ -108,11 +103,11 @@ def _grouped(experts, hidden_states: torch.Tensor, expert: torch.Tensor, product
     ends = torch.searchsorted(of, torch.arange(experts.num_experts, device=of.device), right=True).int()
     dropped = of[:, None] == experts.num_experts
 
-    def zero_dropped(x: torch.Tensor) -> torch.Tensor:
+    def zero_dropped(x: Tensor) -> Tensor:
         # Rows after the last end are not initialised; they must not reach a result or a gradient.
         return x.masked_fill(dropped, 0) if torch.is_grad_enabled() else x
 
-    def linear(name: str, x: torch.Tensor) -> torch.Tensor:
+    def linear(name: str, x: Tensor) -> Tensor:
         weight = getattr(experts, name)
         x = product(x, weight if experts.is_transposed else weight.mT, ends)
         bias = getattr(experts, f"{name}_bias")[of.clamp(max=experts.num_experts - 1)] if experts.has_bias else None
@@ -123,7 +118,7 @@ def _grouped(experts, hidden_states: torch.Tensor, expert: torch.Tensor, product
     return torch.empty_like(sorted_outputs).index_copy(0, order, sorted_outputs).view(*expert.shape, -1)
 
 
-def _mlp(experts, linear: Callable[[str, torch.Tensor], torch.Tensor], x: torch.Tensor, rows: int = 0) -> torch.Tensor:
+def _mlp(experts, linear: Callable[[str, Tensor], Tensor], x: Tensor, rows: int = 0) -> Tensor:
     """The experts' MLP, [rows, d] -> [rows, d], from the attributes of the experts interface. rows: how many rows to activate
     in place at a time (0: all, not in place)."""
     up, activate = ("gate_up_proj", experts._apply_gate) if experts.has_gate else ("up_proj", experts.act_fn)
@@ -139,7 +134,7 @@ def _mlp(experts, linear: Callable[[str, torch.Tensor], torch.Tensor], x: torch.
     return experts.post_expert_norm(out) if getattr(experts, "has_post_expert_norm", False) else out
 
 
-def _one_after_another(experts, hidden_states: torch.Tensor, expert: torch.Tensor, scratch: Scratch | None) -> torch.Tensor:
+def _one_after_another(experts, hidden_states: Tensor, expert: Tensor, scratch: Scratch | None) -> Tensor:
     """`pair_outputs` with products that read each expert's weights in place."""
     flat, n = expert.flatten(), experts.num_experts
     shape = (len(flat), hidden_states.shape[1])
@@ -152,10 +147,10 @@ def _one_after_another(experts, hidden_states: torch.Tensor, expert: torch.Tenso
     return outputs.view(*expert.shape, -1)
 
 
-def one_expert(experts, number: int, x: torch.Tensor, scratch: Scratch | None = None, on_input=None) -> torch.Tensor:
+def one_expert(experts, number: int, x: Tensor, scratch: Scratch | None = None, on_input=None) -> Tensor:
     """One expert's outputs [rows, d] for x [rows, d]; on_input(name, x) gets each weight's name and its input."""
 
-    def linear(name: str, x: torch.Tensor) -> torch.Tensor:
+    def linear(name: str, x: Tensor) -> Tensor:
         if on_input:
             on_input(name, x)
         weight = getattr(experts, name)[number]

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .experts import run_experts
-from .routers import Router, device_of, identify, table
-from .running import evaluating
+from .gates import device_of, identify, table
+from .routers import Router
+from .running import evaluating, temporarily
 
 COUNT_NAMES = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
@@ -62,7 +63,7 @@ class MoELayer:
         return self._identified[1]
 
     @cached_property
-    def _output(self) -> tuple[bool, torch.Tensor | None]:
+    def _output(self) -> tuple[bool, Tensor | None]:
         return _find_output_map(self)
 
     @property
@@ -72,7 +73,7 @@ class MoELayer:
         return self._output[0]
 
     @property
-    def output_map(self) -> torch.Tensor | None:
+    def output_map(self) -> Tensor | None:
         """The linear map from that sum to the block's output: a factor [], a matrix [inner, d], or None for the identity."""
         return self._output[1]
 
@@ -84,10 +85,7 @@ class MoELayer:
 
 
 def moe_layers(model: nn.Module) -> list[MoELayer]:
-    """The MoE layers of a model, in order: every module with the experts interface and a gate.
-
-    Raises ValueError for a model without any.
-    """
+    """The MoE layers of a model, in order: every module with the experts interface and a gate. ValueError if it has none."""
     layers = list(moe_blocks(model))
     if not layers:
         raise ValueError(
@@ -113,35 +111,34 @@ def find_moe(decoder: nn.Module) -> MoELayer | None:
 
 
 @torch.no_grad()
-def _find_output_map(layer: MoELayer) -> tuple[bool, torch.Tensor | None]:
+def _find_output_map(layer: MoELayer) -> tuple[bool, Tensor | None]:
     """`output_is_linear` and `output_map`, found from the block's outputs when its experts return random sums."""
-    width = layer.experts.down_proj.shape[2 if layer.experts.is_transposed else 1]
-    like = next(p for p in layer.gate.parameters() if p.ndim == 2)
-    like = like.new_empty(like.shape, device=device_of(layer.gate, like))
-    given = torch.randn(8, width, generator=torch.Generator().manual_seed(0)).to(like.device, layer.experts.down_proj.dtype)
+    down, weight = layer.experts.down_proj, next(p for p in layer.gate.parameters() if p.ndim == 2)
+    given = torch.randn(8, down.shape[2 if layer.experts.is_transposed else 1], generator=torch.Generator().manual_seed(0))
+    given = given.to(device_of(layer.gate, weight), down.dtype)
+    output = partial(_block_output, layer, weight.shape[1])
     close = lambda one, other: torch.allclose(one, other, rtol=2e-2, atol=2e-2 * other.abs().max().item())  # noqa: E731
     try:
-        rest = _block_output(layer, torch.zeros_like(given), like)
-        mapped = _block_output(layer, given, like) - rest
+        rest = output(torch.zeros_like(given))
+        mapped = output(given) - rest
     except (TypeError, ValueError, AttributeError, RuntimeError):
         return False, None  # the block takes more than hidden states: it is a decoder layer
     if mapped.shape == given.shape:
         factor = (mapped / given).median()
         if close(mapped, factor * given):
             return True, None if abs(factor - 1) < 1e-2 else factor
-    matrix = _block_output(layer, torch.eye(width).to(given), like) - rest[:1]
+    matrix = output(torch.eye(given.shape[1]).to(given)) - rest[:1]
     return (True, matrix) if close(mapped, given @ matrix) else (False, None)
 
 
-def _block_output(layer: MoELayer, sums: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def _block_output(layer: MoELayer, d: int, sums: Tensor) -> Tensor:
     """The block's output [rows, d] for zero inputs when its experts return `sums` [rows, inner]."""
-    ids = {"input_ids": torch.zeros(1, len(sums), dtype=torch.long, device=like.device)} if table(layer.gate) else {}
+    ids = {"input_ids": torch.zeros(1, len(sums), dtype=torch.long, device=sums.device)} if table(layer.gate) else {}
     with experts_returning(layer, sums), evaluating(layer.block):
-        output = layer.block(like.new_zeros(1, len(sums), like.shape[1]).to(sums.dtype), **ids)
-    return flat_output(output)
+        return flat_output(layer.block(sums.new_zeros(1, len(sums), d), **ids))
 
 
-def flat_output(output) -> torch.Tensor:
+def flat_output(output) -> Tensor:
     """The hidden states [tokens, d] that a block returned, alone or first in a tuple."""
     return (output[0] if isinstance(output, tuple) else output).flatten(0, -2)
 
@@ -151,21 +148,12 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     return (model.base_model if hasattr(model.base_model, "layers") else model.get_decoder()).layers
 
 
-@contextmanager
-def experts_implementation(layers: Sequence[MoELayer], name: str) -> Iterator[None]:
-    """Runs the layers' model under another registered experts implementation, and restores the former one afterwards."""
-    configs = {id(layer.experts.config): layer.experts.config for layer in layers}.values()
-    former = [config._experts_implementation for config in configs]
-    try:
-        for config in configs:
-            config._experts_implementation = name
-        yield
-    finally:
-        for config, before in zip(configs, former, strict=True):
-            config._experts_implementation = before
+def experts_implementation(layers: Sequence[MoELayer], name: str):
+    """A context in which the layers' model runs under another registered experts implementation."""
+    return temporarily([layer.experts.config for layer in layers], "_experts_implementation", name)
 
 
-def _replaced_forward(experts: nn.Module, *arguments) -> torch.Tensor:
+def _replaced_forward(experts: nn.Module, *arguments) -> Tensor:
     return getattr(experts, "esparse_forward", run_experts)(experts, *arguments)  # other layers run as before
 
 
@@ -175,18 +163,12 @@ ALL_EXPERTS_FUNCTIONS.register("esparse_replaced", _replaced_forward)
 @contextmanager
 def replaced_experts(layers: Sequence[MoELayer], functions: Sequence[Callable]) -> Iterator[None]:
     """Calls a function of (experts, hidden_states, top_k_index, top_k_weights) in place of each layer's experts."""
-    with ExitStack() as stack:
-        stack.enter_context(experts_implementation(layers, "esparse_replaced"))
+    with ExitStack() as stack, experts_implementation(layers, "esparse_replaced"):
         for layer, function in zip(layers, functions, strict=True):
-            attributes = vars(layer.experts)
-            if "esparse_forward" in attributes:
-                stack.callback(setattr, layer.experts, "esparse_forward", attributes["esparse_forward"])
-            else:
-                stack.callback(delattr, layer.experts, "esparse_forward")
-            layer.experts.esparse_forward = function
+            stack.enter_context(temporarily([layer.experts], "esparse_forward", function))
         yield
 
 
-def experts_returning(layer: MoELayer, sums: torch.Tensor | None = None):
+def experts_returning(layer: MoELayer, sums: Tensor | None = None):
     """A context in which the layer's experts are not computed: they return `sums` [tokens, inner] (None: zeros)."""
     return replaced_experts([layer], [lambda _experts, x, *_: torch.zeros_like(x) if sums is None else sums])

@@ -5,8 +5,9 @@ from contextlib import contextmanager
 
 import torch
 
+from .gates import all_logits, unpack
 from .layers import MoELayer
-from .routers import all_logits, table_ranking, unpack
+from .routers import table_ranking
 
 
 @contextmanager
@@ -27,13 +28,9 @@ def masked_layer(layer: MoELayer, kept: Sequence[int]) -> Iterator[None]:
         if router.idle:
             weights, numbers = weights.masked_fill(numbers == n, 0), numbers.masked_fill(numbers == n, kept[0])
         more = (router.shared_weights(some, chosen),) if router.shared else output[3:]
-        removed = torch.ones(logits.shape[1], dtype=torch.bool, device=logits.device)
-        removed[columns[columns < logits.shape[1]]] = False
-        return logits.masked_fill(removed, float("-inf")), weights, numbers, *more
+        removed = torch.tensor([e for e in range(n) if e not in kept], dtype=torch.long, device=logits.device)
+        return logits.index_fill(1, removed, float("-inf")), weights, numbers, *more
 
     # Runs first, so that the gate's other hooks, such as transformers' recording of router logits, see the masked router.
-    handle = layer.gate.register_forward_hook(mask, prepend=True)
-    try:
+    with layer.gate.register_forward_hook(mask, prepend=True):
         yield
-    finally:
-        handle.remove()

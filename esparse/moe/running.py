@@ -4,12 +4,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from .routers import device_of
+from .gates import device_of
+
+_ABSENT = object()
 
 
-def check_tokens(model: nn.Module, tokens: torch.Tensor) -> None:
+def check_tokens(model: nn.Module, tokens: Tensor) -> None:
     """ValueError unless `tokens` is a non-empty [sequences, length] integer tensor of ids in the vocabulary."""
     if tokens.ndim != 2 or tokens.numel() == 0 or tokens.is_floating_point():
         raise ValueError(f"tokens must be integer ids of shape [sequences, length], got {list(tokens.shape)} {tokens.dtype}.")
@@ -20,40 +22,34 @@ def check_tokens(model: nn.Module, tokens: torch.Tensor) -> None:
 
 
 @contextmanager
-def router_logits_off(model: nn.Module) -> Iterator[None]:
-    """Turns `output_router_logits` off: with it, every forward pass computes a balance loss.
+def temporarily(holders: Iterable, name: str, value) -> Iterator[None]:
+    """Gives an attribute of these objects a value; each object's former value, or its absence, returns afterwards."""
+    former = [(holder, getattr(holder, name, _ABSENT)) for holder in holders]
+    try:
+        for holder, _ in former:
+            setattr(holder, name, value)
+        yield
+    finally:
+        for holder, before in former:
+            if before is _ABSENT:
+                delattr(holder, name)
+            else:
+                setattr(holder, name, before)
+
+
+def router_logits_off(model: nn.Module):
+    """A context with `output_router_logits` off: with it, every forward pass computes a balance loss.
 
     `generate` fails in that loss for a padded batch, since the mask covers the cached tokens and the router logits do not.
     """
-    configs = {id(config): config for config in (model.config, model.config.get_text_config())}.values()
-    former = [config for config in configs if getattr(config, "output_router_logits", False)]
-    for config in former:
-        config.output_router_logits = False
-    try:
-        yield
-    finally:
-        for config in former:
-            config.output_router_logits = True
+    configs = (model.config, model.config.get_text_config())
+    on = [config for config in configs if getattr(config, "output_router_logits", False)]
+    return temporarily(on, "output_router_logits", False)
 
 
-@contextmanager
-def modes_kept(*models: nn.Module) -> Iterator[None]:
-    """Restores the mode, training or evaluation, of every module afterwards."""
-    former = [(module, module.training) for model in models for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, mode in former:
-            module.training = mode
-
-
-@contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Evaluation mode, without dropout or a router's jitter; the former modes return afterwards."""
-    with modes_kept(*models):
-        for module in (module for model in models for module in model.modules()):
-            module.training = False
-        yield
+def evaluating(*models: nn.Module):
+    """A context of evaluation mode, without dropout or a router's jitter; each module's former mode returns afterwards."""
+    return temporarily([module for model in models for module in model.modules()], "training", False)
 
 
 def uncompiled():

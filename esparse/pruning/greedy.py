@@ -14,10 +14,8 @@ MAX_PAIRS = 28  # of removed experts, up to which two are exchanged at once
 
 
 def remove_greedily(layer: LayerTrace, r: int) -> list[int]:
-    """Remove the expert whose removal costs least, again and again, then swap a removed for a kept one while that helps.
-
-    Where few are removed, also exchange two for two, and start from the REAP scores as well.
-    """
+    """Remove the expert whose removal costs least, again and again, then swap a removed for a kept one while that helps. Where
+    few are removed, also exchange two for two, and start from the REAP scores as well."""
     router = layer.router
     if r == layer.n:
         return list(range(r))
@@ -27,18 +25,21 @@ def remove_greedily(layer: LayerTrace, r: int) -> list[int]:
     for _ in range(layer.n - r):
         state.remove(int(state.costs().argmin()))
     few = math.comb(layer.n - r, 2) <= MAX_PAIRS
-    found = _exchanged(state, few)
-    if not few:
-        return found[1]
-    state.restart(best_by_score(layer, r, expert_scores(layer, "reap")))
-    return min(found, _exchanged(state, few))[1]
+    found = [_exchanged(state, few)]
+    if few:
+        found.append(_exchanged(Removals(layer, best_by_score(layer, r, expert_scores(layer, "reap"))), few))
+    return min(found)[1]
 
 
 def _exchanged(state: Removals, pairs: bool) -> tuple[float, list[int]]:
     """The squared loss and the experts when no swap (and, if `pairs`, no exchange of two for two) helps any more."""
     for _ in range(SWEEPS):
-        if not (_swap(state) or (pairs and _swap_pair(state))):
+        if _swap(state):
+            continue
+        better = _swap_pair(state) if pairs else None
+        if better is None:
             break
+        state = better
     return state.loss(), state.kept.nonzero()[:, 0].tolist()
 
 
@@ -54,28 +55,23 @@ def _swap(state: Removals) -> bool:
     return changed
 
 
-def _swap_pair(state: Removals) -> bool:
-    """Exchange two removed experts for the two that then cost least: the first pair that helps. Returns whether any did."""
-    removed = (~state.kept).nonzero()[:, 0].tolist()
-    before = state.loss(), state.kept, state.places, state.losses
-    for pair in itertools.combinations(removed, 2):
-        state.kept, state.places, state.losses = (held.clone() for held in before[1:])
+def _swap_pair(state: Removals) -> Removals | None:
+    """The state after the first exchange of two removed experts, for the two that then cost least, that helps; else None."""
+    loss = state.loss()
+    for pair in itertools.combinations((~state.kept).nonzero()[:, 0].tolist(), 2):
+        trial = state.copy()
         for back in pair:
-            state.add(back)
+            trial.add(back)
         for _ in pair:
-            state.remove(int(state.costs().argmin()))
-        if state.loss() < before[0] * (1 - 1e-9):
-            return True
-    _, state.kept, state.places, state.losses = before
-    state.sums = None
-    return False
+            trial.remove(int(trial.costs().argmin()))
+        if trial.loss() < loss * (1 - 1e-9):
+            return trial
+    return None
 
 
 def remove_greedily_anew(layer: LayerTrace, r: int) -> list[int]:
-    """`remove_greedily` where removing an expert changes the ranking of the others: every candidate is routed again.
-
-    Groups must keep equally many experts: the search starts from the REAP scores and swaps within groups.
-    """
+    """`remove_greedily` where removing an expert changes the ranking of the others: every candidate is routed again. Groups
+    must keep equally many experts: the search starts from the REAP scores and swaps within groups."""
     groups, kept = expert_groups(layer), list(range(layer.n))
     if len(groups) > 1:
         kept = best_by_score(layer, r, expert_scores(layer, "reap"))

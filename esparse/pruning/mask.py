@@ -4,27 +4,22 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..moe.identity import check_fingerprint
+from ..moe.gates import per_expert, table
+from ..moe.identity import fingerprint
 from ..moe.layers import MoELayer, count_names, moe_layers
 from ..moe.masking import masked_layer
-from ..moe.routers import per_expert, pruned_table, table
+from ..moe.routers import pruned_table
 from ..moe.running import check_held, uncompiled
-from ..tracing.trace import check_experts
 from .plan import PruningPlan
 
 
-def _check_plan(model, plan: PruningPlan) -> list[MoELayer]:
+def _planned_layers(model, plan: PruningPlan) -> list[tuple[MoELayer, list[int]]]:
+    """The model's MoE layers, each with the experts that it keeps. Raises ValueError for a plan made with another model."""
     layers = moe_layers(model)
-    check_fingerprint(model, plan.model, "pruning plan")
-    if len(plan.kept) != len(layers):
-        raise ValueError(f"The pruning plan is for {len(plan.kept)} MoE layers, the model has {len(layers)}.")
-    for layer, kept in zip(layers, plan.kept, strict=True):
-        check_experts(len(kept), layer.n, layer.k, router=layer.router)
-        if len(kept) != plan.r or sorted(set(kept)) != list(kept) or kept[0] < 0 or kept[-1] >= layer.n:
-            raise ValueError(f"{layer.name}: the plan must keep {plan.r} different experts in rising order, got {kept}.")
-    return layers
+    plan.check(fingerprint(model), [(layer.n, layer.k, layer.router) for layer in layers])
+    return list(zip(layers, plan.kept, strict=True))
 
 
 @contextmanager
@@ -35,7 +30,7 @@ def masked(model, plan: PruningPlan) -> Iterator[None]:
     Raises ValueError for a plan made with another model.
     """
     with ExitStack() as stack, uncompiled():
-        for layer, kept in zip(_check_plan(model, plan), plan.kept, strict=True):
+        for layer, kept in _planned_layers(model, plan):
             stack.enter_context(masked_layer(layer, kept))
         yield
 
@@ -47,10 +42,11 @@ def prune(model, plan: PruningPlan):
     Raises ValueError, before anything changes, for a plan made with another model and for offloaded MoE layers.
     """
     check_held((layer.block for layer in moe_layers(model)), "prune from disk to disk, with prune_checkpoint")
-    layers = _check_plan(model, plan)
-    n, configs = layers[0].n, (model.config, model.config.get_text_config(), *(layer.experts.config for layer in layers))
-    for layer, kept in zip(layers, plan.kept, strict=True):
+    planned = _planned_layers(model, plan)
+    n, configs = planned[0][0].n, [model.config, model.config.get_text_config()]
+    for layer, kept in planned:
         prune_layer(layer, kept)
+        configs.append(layer.experts.config)
     for holder in (model, model.base_model, *configs):  # a stale count breaks the balance loss or a reload
         for name in count_names(holder, n):
             setattr(holder, name, plan.r)
@@ -75,11 +71,9 @@ def prune_layer(layer: MoELayer, kept: Sequence[int]) -> None:
             module.num_router_classes = len(kept) + extra
         if isinstance(module, nn.Linear) and module.weight.shape[0] == len(kept) + extra:  # the gate or part of it
             module.out_features = len(kept) + extra
-    for cached in ("_identified", "_output"):  # computed for the larger layer
-        vars(layer).pop(cached, None)
 
 
-def cut(tensor: torch.Tensor, axis: int, kept: Sequence[int], n: int) -> torch.Tensor:
+def cut(tensor: Tensor, axis: int, kept: Sequence[int], n: int) -> Tensor:
     """The entries of the kept experts along `axis`, and all entries after those of the n experts."""
     numbers = torch.tensor([*kept, *range(n, tensor.shape[axis])], device=tensor.device)
     return tensor.index_select(axis, numbers)

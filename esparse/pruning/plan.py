@@ -1,9 +1,12 @@
 """A pruning plan: the experts to keep in each MoE layer."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..files import read_json, refuse_existing, write_json
+from ..moe.routers import Router
+from ..tracing.trace import check_experts
 
 
 @dataclass
@@ -22,6 +25,18 @@ class PruningPlan:
     tokens: str
     runner_up: list[float] | None = None
     betas: list[float] | None = None
+
+    def check(self, model: str, layers: Sequence[tuple[int, int, Router]]) -> None:
+        """ValueError unless the plan was made with the model of this fingerprint and fits its MoE layers.
+
+        layers: each one's number of experts, number per token, and router.
+        """
+        if model != self.model or len(layers) != len(self.kept):
+            raise ValueError("This pruning plan was made with another model: trace the model you want to use it with.")
+        for kept, (n, k, router) in zip(self.kept, layers, strict=True):
+            check_experts(self.r, n, k, router=router)
+            if len(kept) != self.r or sorted(set(kept)) != list(kept) or not 0 <= kept[0] <= kept[-1] < n:
+                raise ValueError(f"The plan must keep {self.r} different experts of a layer in rising order, got {kept}.")
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON; raises FileExistsError if `path` exists."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from ..tracing.losses import full_gram
 from ..tracing.statistics import selection_frequency
@@ -16,7 +17,7 @@ def expert_groups(layer: LayerTrace) -> list[range]:
     return [range(start, start + size) for start in range(0, layer.n, size)]
 
 
-def ranked(losses: torch.Tensor) -> torch.Tensor:
+def ranked(losses: Tensor) -> Tensor:
     """The indices of a layer's losses [subsets] by rising loss. Losses that differ by rounding alone keep their order, so that
     every machine ranks them alike."""
     squares, order = losses.square().sort(stable=True)
@@ -24,7 +25,7 @@ def ranked(losses: torch.Tensor) -> torch.Tensor:
     return order[(apart.cumsum(0) * len(order) + order).argsort()]
 
 
-def expert_scores(layer: LayerTrace, kind: str) -> torch.Tensor:
+def expert_scores(layer: LayerTrace, kind: str) -> Tensor:
     """A score of each expert, float64 [n]; 0 for an expert without tokens. kind: one of `EXPERT_SCORES`, else ValueError.
 
     "frequency": the share of tokens that choose it (the paper's baseline). "reap": the mean of routing weight times
@@ -35,36 +36,32 @@ def expert_scores(layer: LayerTrace, kind: str) -> torch.Tensor:
     return EXPERT_SCORES[kind](layer)
 
 
-def _reap(layer: LayerTrace) -> torch.Tensor:
-    return _mean_over_tokens(layer, _output_norms(layer) * layer.weights.double())
+def _reap(layer: LayerTrace) -> Tensor:
+    return _mean_norm(layer, layer.weights.double())
 
 
-def _activation(layer: LayerTrace) -> torch.Tensor:
-    return _mean_over_tokens(layer, _output_norms(layer))
+def _activation(layer: LayerTrace) -> Tensor:
+    return _mean_norm(layer, 1.0)
+
+
+def _mean_norm(layer: LayerTrace, factors: Tensor | float) -> Tensor:
+    """The mean of ||f_i|| times factors [tokens, k] over the tokens that chose each expert, float64 [n]."""
+    values = full_gram(layer, layer.k).diagonal(dim1=1, dim2=2).double().clamp(min=0).sqrt() * factors
+    chosen = layer.order[:, : layer.k].flatten()
+    total = values.new_zeros(layer.n + 1).index_add_(0, chosen, values.flatten())
+    counts = torch.bincount(chosen, minlength=layer.n + 1)
+    return (layer.sum_over_ranks(total) / layer.sum_over_ranks(counts).clamp(min=1))[: layer.n]
 
 
 # A new score is a function here; the searches, the command line and the explorer take its name from this table.
-EXPERT_SCORES: dict[str, Callable[[LayerTrace], torch.Tensor]] = {
+EXPERT_SCORES: dict[str, Callable[[LayerTrace], Tensor]] = {
     "frequency": selection_frequency,
     "reap": _reap,
     "activation": _activation,
 }
 
 
-def _output_norms(layer: LayerTrace) -> torch.Tensor:
-    """||f_i|| of each token's chosen experts, float64 [tokens, k]."""
-    return full_gram(layer, layer.k).diagonal(dim1=1, dim2=2).double().clamp(min=0).sqrt()
-
-
-def _mean_over_tokens(layer: LayerTrace, values: torch.Tensor) -> torch.Tensor:
-    """The mean of values [tokens, k] over the tokens that chose each expert, float64 [n]."""
-    chosen = layer.order[:, : layer.k]
-    total = values.new_zeros(layer.n + 1).index_add_(0, chosen.flatten(), values.flatten())[: layer.n]
-    counts = torch.bincount(chosen.flatten(), minlength=layer.n)[: layer.n]
-    return layer.sum_over_ranks(total) / layer.sum_over_ranks(counts).clamp(min=1)
-
-
-def best_by_score(layer: LayerTrace, r: int, scores: torch.Tensor) -> list[int]:
+def best_by_score(layer: LayerTrace, r: int, scores: Tensor) -> list[int]:
     """The r experts with the highest scores, equally many from each group."""
     groups = expert_groups(layer)
     order = scores.argsort(descending=True, stable=True).tolist()

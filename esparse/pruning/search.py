@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..moe.identity import check_fingerprint
@@ -22,12 +23,12 @@ MAX_SUBSETS = 200_000
 MAX_ROUTINGS = 5e9  # subsets times tokens: about ten minutes a layer on two cores
 SEARCH_METHODS = ("enumerate", "greedy", *EXPERT_SCORES, "random", "progressive")
 
+Found = tuple[list[int], float, float | None]  # kept experts, their loss, and the runner-up's where all subsets were tried
+
 
 def all_subsets(layer: LayerTrace, r: int) -> list[tuple[int, ...]]:
-    """Every subset of r experts, equally many from each of the router's groups.
-
-    Raises ValueError where r is out of range, or the subsets are too many to enumerate on this many tokens.
-    """
+    """Every subset of r experts, equally many from each of the router's groups. Raises ValueError where r is out of range, or
+    the subsets are too many to enumerate on this many tokens."""
     layer.check_size(r)
     groups = expert_groups(layer)
     count = math.comb(len(groups[0]), r // len(groups)) ** len(groups)
@@ -40,16 +41,13 @@ def all_subsets(layer: LayerTrace, r: int) -> list[tuple[int, ...]]:
     return [tuple(itertools.chain(*parts)) for parts in itertools.product(*parts)]
 
 
-def subset_losses(layer: LayerTrace, r: int) -> tuple[list[tuple[int, ...]], torch.Tensor]:
-    """Every subset of r experts and its reconstruction loss (Eq. 3), float64 [subsets].
-
-    Raises ValueError where r is out of range, or the subsets are too many to enumerate.
-    """
+def subset_losses(layer: LayerTrace, r: int) -> tuple[list[tuple[int, ...]], Tensor]:
+    """Every subset of r experts and its reconstruction loss (Eq. 3), float64 [subsets]. Raises ValueError as `all_subsets`."""
     subsets = all_subsets(layer, r)
     return subsets, losses_from_choices(layer, subsets) if has_choice_table(layer) else losses_of(layer, subsets)
 
 
-def best_subset(layer: LayerTrace, r: int) -> tuple[list[int], float, float]:
+def best_subset(layer: LayerTrace, r: int) -> Found:
     """The subset of r experts with the smallest loss, that loss, and the runner-up's (the same loss if there is none)."""
     subsets, losses = subset_losses(layer, r)
     first = [subsets[i] for i in ranked(losses)[:2].tolist()]
@@ -57,13 +55,8 @@ def best_subset(layer: LayerTrace, r: int) -> tuple[list[int], float, float]:
     return list(first[0]), found[0], max(found)
 
 
-def search_layer(
-    layer: LayerTrace, r: int, method: str, generator: torch.Generator | None = None
-) -> tuple[list[int], float, float | None]:
-    """The r experts to keep in one layer, their loss, and the runner-up's where all subsets were tried.
-
-    Raises ValueError for r out of range and an unknown method.
-    """
+def search_layer(layer: LayerTrace, r: int, method: str, generator: torch.Generator | None = None) -> Found:
+    """The r experts to keep in one layer. Raises ValueError for r out of range and an unknown method."""
     check_method(method)
     layer.check_size(r)
     if method in ("enumerate", "progressive"):  # which differ in the hidden states that were traced
@@ -84,14 +77,14 @@ def check_method(method: str) -> None:
 
 
 def search_experts(
-    trace: Trace, r: int, *, method: str = "enumerate", model=None, tokens: torch.Tensor | None = None, seed: int = 0
+    trace: Trace, r: int, *, method: str = "enumerate", model=None, tokens: Tensor | None = None, seed: int = 0
 ) -> PruningPlan:
     """Choose r experts to keep in every layer.
 
     method: "enumerate" (Eq. 3, exact, layer by layer), "greedy" (removal one by one, then swaps: for more experts than
     can be enumerated), "progressive" (Table 6: each layer is searched on the outputs of the already pruned layers; needs
-    `model` and the `tokens` of the trace), a score of `expert_scores`, "random" (drawn from
-    `seed`). Raises ValueError for r out of range, an unknown method, or a model that is not the trace's.
+    `model` and the `tokens` of the trace), a score of `expert_scores`, "random" (drawn from `seed`).
+    Raises ValueError for r out of range, an unknown method, or a model that is not the trace's.
     """
     check_method(method)
     for layer in trace.layers:
@@ -103,16 +96,14 @@ def search_experts(
     return make_plan(method, r, [search_layer(layer, r, method, generator) for layer in layers], trace.model, trace.tokens)
 
 
-def make_plan(
-    method: str, r: int, found: Sequence[tuple[list[int], float, float | None]], model: str, tokens: str
-) -> PruningPlan:
+def make_plan(method: str, r: int, found: Sequence[Found], model: str, tokens: str) -> PruningPlan:
     """A plan from the results of `search_layer` for all layers."""
     kept, losses, runner_up = (list(column) for column in zip(*found, strict=True))
     return PruningPlan(method, r, kept, losses, model, tokens, None if None in runner_up else runner_up)
 
 
 @torch.no_grad()
-def _progressive_plan(trace: Trace, r: int, model, tokens: torch.Tensor | None) -> PruningPlan:
+def _progressive_plan(trace: Trace, r: int, model, tokens: Tensor | None) -> PruningPlan:
     if model is None or tokens is None:
         raise ValueError("method='progressive' runs the model again: pass model= and the tokens= of the trace.")
     check_fingerprint(model, trace.model, "trace")

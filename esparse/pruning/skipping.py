@@ -2,27 +2,25 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
+from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .. import kernels
 from ..moe.experts import pair_outputs
+from ..moe.gates import unpack
 from ..moe.layers import MoELayer, moe_layers
-from ..moe.routers import skip_pairs, unpack
+from ..moe.routers import skip_pairs
 from ..moe.running import check_tokens, evaluating, input_device, uncompiled
 from ..tracing.trace import check_beta
 
 IMPLEMENTATION = "esparse_skipping"
 
 
-def skipping_forward(
-    experts: torch.nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-) -> torch.Tensor:
-    """[tokens, d] -> [tokens, d] from the kept (token, expert) pairs alone.
-
-    A token's pairs are added in float32 (float64 for float64 models).
-    """
+def skipping_forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """[tokens, d] -> [tokens, d] from the kept (token, expert) pairs alone, added in float32 (float64 for float64 models)."""
     weights, order = top_k_weights.sort(dim=1, descending=True, stable=True)  # [tokens, k]
     if experts.esparse_beta.device != weights.device:  # the model has moved
         experts.esparse_beta = experts.esparse_beta.to(weights.device)
@@ -36,16 +34,6 @@ def skipping_forward(
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, skipping_forward)
 
 
-def _check_betas(model, betas: Sequence[float]) -> list[MoELayer]:
-    layers = moe_layers(model)
-    if isinstance(betas, int | float) or len(betas) != len(layers):
-        given = "one number" if isinstance(betas, int | float) else f"{len(betas)} betas"
-        raise ValueError(f"Skipping takes one beta per MoE layer: the model has {len(layers)}, got {given}.")
-    for layer, beta in zip(layers, betas, strict=True):
-        check_beta(beta, layer.k)
-    return layers
-
-
 def enable_skipping(model, betas: Sequence[float]) -> None:
     """Let the model skip experts from now on, until `disable_skipping`.
 
@@ -53,7 +41,13 @@ def enable_skipping(model, betas: Sequence[float]) -> None:
     torch.compile, `masked` and pruned models; device, dtype and number of tokens decide how the experts run.
     Raises ValueError for the wrong number of betas, betas that are negative or no numbers, and k = 1.
     """
-    for layer, beta in zip(_check_betas(model, betas), betas, strict=True):
+    layers = moe_layers(model)
+    if isinstance(betas, int | float) or len(betas) != len(layers):
+        given = "one number" if isinstance(betas, int | float) else f"{len(betas)} betas"
+        raise ValueError(f"Skipping takes one beta per MoE layer: the model has {len(layers)}, got {given}.")
+    for layer, beta in zip(layers, betas, strict=True):
+        check_beta(beta, layer.k)
+    for layer, beta in zip(layers, betas, strict=True):
         weight = layer.experts.down_proj
         if weight.is_cuda:
             kernels.works(weight.device, weight.dtype)  # Try the kernel now: compilation and CUDA graphs cannot try it.
@@ -97,29 +91,26 @@ def skipping(model, betas: Sequence[float]) -> Iterator[None]:
 
 
 @contextmanager
-def record_routing(model) -> Iterator[list[list[tuple[torch.Tensor, torch.Tensor]]]]:
+def record_routing(model) -> Iterator[list[list[tuple[Tensor, Tensor]]]]:
     """For each layer, a list that collects each call's routing weights, in falling order, and experts, both [tokens, k]."""
     layers = moe_layers(model)
     calls: list[list] = [[] for _ in layers]
+
+    def record(of_layer: list, _gate, _inputs, output) -> None:
+        _, weights, chosen = unpack(output)
+        weights, order = weights.sort(dim=1, descending=True, stable=True)
+        of_layer.append((weights, chosen.gather(1, order)))
+
     with ExitStack() as stack:
         for layer, of_layer in zip(layers, calls, strict=True):
-
-            def record(_gate, _inputs, output, of_layer=of_layer) -> None:
-                _, weights, chosen = unpack(output)
-                weights, order = weights.sort(dim=1, descending=True, stable=True)
-                of_layer.append((weights, chosen.gather(1, order)))
-
-            stack.callback(layer.gate.register_forward_hook(record).remove)
+            stack.enter_context(layer.gate.register_forward_hook(partial(record, of_layer)))
         yield calls
 
 
 @torch.no_grad()
-def skipped_shares(model, tokens: torch.Tensor, batch_size: int = 8) -> list[float]:
-    """The share of droppable pairs that each layer of a skipping model drops on these tokens [sequences, length].
-
-    It differs from the trace's share, since skipping changes the hidden states of later layers.
-    Raises ValueError when the model does not skip.
-    """
+def skipped_shares(model, tokens: Tensor, batch_size: int = 8) -> list[float]:
+    """The share of droppable pairs that each layer of a skipping model drops on these tokens [sequences, length]. It differs
+    from the trace's, since skipping changes the hidden states of later layers. ValueError when the model does not skip."""
     betas = skipping_betas(model)
     if betas is None:
         raise ValueError("The model does not skip: call enable_skipping first.")
@@ -130,7 +121,7 @@ def skipped_shares(model, tokens: torch.Tensor, batch_size: int = 8) -> list[flo
     return [dropped(layer, beta, of) for layer, beta, of in zip(moe_layers(model), betas, calls, strict=True)]
 
 
-def dropped(layer: MoELayer, beta: float, calls: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> float:
+def dropped(layer: MoELayer, beta: float, calls: Sequence[tuple[Tensor, Tensor]]) -> float:
     """The share of droppable pairs that beta drops in `record_routing` calls of a layer."""
     keep = skip_pairs(torch.cat([weights for weights, _ in calls]), beta, layer.router.normalises)[0]
     return 1 - keep[:, 1:].double().mean().item()

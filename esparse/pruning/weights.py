@@ -10,9 +10,10 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..machine import summed
@@ -33,10 +34,8 @@ class Sparsity:
     group: int | None = None  # M
 
     @classmethod
-    def read(cls, sparsity: "float | str | Sparsity") -> "Sparsity":
+    def read(cls, sparsity: float | str) -> "Sparsity":
         """Raises ValueError for a share outside (0, 1), and for N:M unless 0 < N < M."""
-        if isinstance(sparsity, Sparsity):
-            return sparsity
         if isinstance(sparsity, str) and (found := re.fullmatch(r"(\d+):(\d+)", sparsity)):
             n, m = int(found[1]), int(found[2])
             if not 0 < n < m:
@@ -61,11 +60,9 @@ class Sparsity:
         return f"{round((1 - self.share) * self.group)}:{self.group}" if self.group else f"{self.share:g}"
 
 
-def keep_mask(scores: torch.Tensor, sparsity: Sparsity) -> torch.Tensor:
-    """The weights to keep: bool [..., out, in] for scores [..., out, in]; of equal scores the first are removed.
-
-    Exactly round(share * in) entries of every row go, or M - N of every group. Raises ValueError where M does not divide in.
-    """
+def keep_mask(scores: Tensor, sparsity: Sparsity) -> Tensor:
+    """The weights to keep: bool [..., out, in] for scores [..., out, in]; of equal scores the first are removed. Exactly
+    round(share * in) entries of every row go, or M - N of every group. Raises ValueError where M does not divide in."""
     sparsity.check(scores.shape[-1])
     size = sparsity.group or scores.shape[-1]
     groups = scores.unflatten(-1, (-1, size))
@@ -73,7 +70,7 @@ def keep_mask(scores: torch.Tensor, sparsity: Sparsity) -> torch.Tensor:
     return torch.ones_like(groups, dtype=torch.bool).scatter_(-1, gone, False).flatten(-2)
 
 
-def score(weight: torch.Tensor, squares: torch.Tensor | None) -> torch.Tensor:
+def score(weight: Tensor, squares: Tensor | None) -> Tensor:
     """|W_ij| ||x_j||_2, float32 (float64 for float64) [..., out, in]; squares: sum over tokens of x_j^2 [..., in]."""
     size = weight.abs().to(torch.promote_types(weight.dtype, torch.float32))
     return size if squares is None else size * squares.sqrt().to(size)[..., None, :]
@@ -88,47 +85,49 @@ class InputSquares:
     """
 
     weighted: bool
-    experts: dict[str, torch.Tensor] = field(default_factory=dict)
-    linear: dict[str, torch.Tensor] = field(default_factory=dict)
-    tokens: torch.Tensor | None = None
+    experts: dict[str, Tensor] = field(default_factory=dict)
+    linear: dict[str, Tensor] = field(default_factory=dict)
+    tokens: Tensor | None = None
 
-    def __call__(self, experts: nn.Module, hidden_states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor):
+    def __call__(self, experts: nn.Module, hidden_states: Tensor, index: Tensor, weights: Tensor):
         """Runs in place of a layer's experts, one expert after the other: [tokens, d] -> [tokens, d]."""
-        if self.tokens is None:
-            self.tokens = torch.zeros(experts.num_experts, dtype=torch.long, device=index.device)
-        self.tokens += torch.bincount(index.flatten(), minlength=experts.num_experts)[: experts.num_experts]
+        counts = torch.bincount(index.flatten(), minlength=experts.num_experts)[: experts.num_experts]
+        self.tokens = counts if self.tokens is None else self.tokens + counts
         result = torch.zeros_like(hidden_states, dtype=torch.promote_types(hidden_states.dtype, torch.float32))
         for number in range(experts.num_experts):
             token, place = (index == number).nonzero(as_tuple=True)
             if len(token):
                 gates = weights[token, place, None]  # [rows, 1]
-                add = lambda name, x: self._add_expert(name, experts, number, x * gates if self.weighted else x)  # noqa: B023, E731
+                add = partial(self._add_expert, experts.num_experts, number, gates if self.weighted else 1)
                 output = one_expert(experts, number, hidden_states[token], on_input=add)
                 result.index_add_(0, token, output.to(result.dtype) * gates)
         return result.to(hidden_states.dtype)
 
-    def _add_expert(self, name: str, experts: nn.Module, number: int, x: torch.Tensor) -> None:
+    def _add_expert(self, n: int, number: int, factor: Tensor | int, name: str, x: Tensor) -> None:
         if name not in self.experts:
-            self.experts[name] = torch.zeros(experts.num_experts, x.shape[1], dtype=torch.float64, device=x.device)
-        self.experts[name][number] += _sum_of_squares(x)
+            self.experts[name] = torch.zeros(n, x.shape[1], dtype=torch.float64, device=x.device)
+        self.experts[name][number] += _sum_of_squares(x * factor)
 
-    def hook(self, name: str):
-        """A forward hook for a linear map."""
+    def add_linear(self, name: str, _module, inputs: tuple, _output) -> None:
+        """A forward hook of the linear map `name`."""
+        self.linear[name] = self.linear.get(name, 0.0) + _sum_of_squares(inputs[0].flatten(0, -2))
 
-        def add(_module, inputs, _output) -> None:
-            self.linear[name] = self.linear.get(name, 0.0) + _sum_of_squares(inputs[0].flatten(0, -2))
+    def sum_over_ranks(self) -> None:
+        """Makes the sums and counts those over the tokens of all ranks."""
+        for total in (*self.experts.values(), *self.linear.values(), self.tokens):
+            if total is not None:
+                summed(total)
 
-        return add
 
-
-def _sum_of_squares(x: torch.Tensor) -> torch.Tensor:
+def _sum_of_squares(x: Tensor) -> Tensor:
     """Over rows, float64 [in] for [rows, in]."""
     return x.to(torch.promote_types(x.dtype, torch.float32)).square().sum(0, dtype=torch.float64)
 
 
-def linear_maps(decoder: nn.Module, layer: MoELayer | None) -> dict[str, nn.Linear]:
-    """The linear maps of a decoder layer by name (attention, dense and shared experts), without routers and gates with one
-    output."""
+def linear_maps(decoder: nn.Module, layer: MoELayer | None, scope: str) -> dict[str, nn.Linear]:
+    """The linear maps in scope by name: attention, dense and shared experts; no router, no gate with one output."""
+    if scope == "experts":
+        return {}
     routing = set() if layer is None else {id(module) for module in layer.gate.modules()}
     maps = {name: module for name, module in decoder.named_modules() if isinstance(module, nn.Linear)}
     return {name: module for name, module in maps.items() if id(module) not in routing and module.out_features > 1}
@@ -139,87 +138,104 @@ def capture_inputs(decoder: nn.Module, layer: MoELayer | None, inputs: InputSqua
     """Adds the inputs of a decoder layer's experts, and of its other linear maps where they are in scope, to `inputs`."""
     layers = [] if layer is None else [layer]
     with ExitStack() as stack, replaced_experts(layers, [inputs] * len(layers)):
-        for name, module in linear_maps(decoder, layer).items() if scope == "linear" else ():
-            stack.callback(module.register_forward_hook(inputs.hook(name)).remove)
+        for name, module in linear_maps(decoder, layer, scope).items():
+            stack.enter_context(module.register_forward_hook(partial(inputs.add_linear, name)))
         yield
 
 
+@dataclass(frozen=True)
 class WeightPruner:
-    """Prunes the weights of each decoder layer that a walk passes."""
+    """Prunes the weights of one decoder layer after the other, with the options of `prune_weights`."""
 
-    def __init__(self, walk: Walk, sparsity: Sparsity, *, method: str, scope: str, dense: bool = False):
-        """dense: score on the outputs of unpruned earlier layers (MoE-Pruner), else on those of pruned ones (Wanda)."""
-        self.walk, self.sparsity, self.method, self.scope, self.dense = walk, sparsity, method, scope, dense
+    sparsity: Sparsity
+    method: str
+    scope: str
+    dense: bool
+
+    def __post_init__(self):
+        """ValueError for an unknown score or scope."""
+        if self.method not in WEIGHT_SCORES:
+            raise ValueError(f"Unknown score {self.method!r}: choose from {', '.join(WEIGHT_SCORES)}.")
+        if self.scope not in SCOPES:
+            raise ValueError(f"Unknown scope {self.scope!r}: choose from {', '.join(SCOPES)}.")
+
+    def check(self, model) -> None:
+        """ValueError unless the model has MoE layers and every row in scope divides into groups of M."""
+        moe_layers(model)
+        for decoder in decoder_layers(model):
+            layer = find_moe(decoder)
+            widths = [module.in_features for module in linear_maps(decoder, layer, self.scope).values()]
+            if layer is not None:
+                stacked = [p for name, p in layer.experts.named_parameters(recurse=False) if name.endswith("_proj")]
+                widths += [p.shape[1 if layer.experts.is_transposed else 2] for p in stacked]
+            for width in widths:
+                self.sparsity.check(width)
 
     @torch.no_grad()
-    def prune_layer(self, number: int) -> dict:
-        """Prune one decoder layer in place and take the calibration set past it; returns counts and names, for JSON."""
-        with single_layer(self.walk.model, number) as decoder:
+    def prune_layer(self, walk: Walk, number: int) -> dict:
+        """Prune one decoder layer in place and take the walk past it; returns counts and names, for JSON."""
+        with single_layer(walk.model, number) as decoder:
             layer = find_moe(decoder)
             if layer is None and self.scope == "experts":
-                self.walk.advance(decoder, number)
+                walk.advance(decoder, number)
                 return {}
             inputs = InputSquares(self.method == "moe-pruner")
             with capture_inputs(decoder, layer, inputs, self.scope):
                 if self.dense:
-                    self.walk.advance(decoder, number)
+                    walk.advance(decoder, number)
                 else:
-                    for b in range(len(self.walk.batches)):
-                        self.walk.forward(decoder, b)
+                    for b in range(len(walk.batches)):
+                        walk.forward(decoder, b)
+            if walk.split:
+                inputs.sum_over_ranks()
             report = self._cut(number, decoder, layer, inputs)
             if not self.dense:
-                self.walk.advance(decoder, number)
+                walk.advance(decoder, number)
         return report
 
     def _cut(self, number: int, decoder: nn.Module, layer: MoELayer | None, inputs: InputSquares) -> dict:
+        """Set weights to zero by their scores; returns the layer's report."""
         report = {"removed": 0, "weights": 0}
-        tokens = None if layer is None else self._over_ranks(inputs.tokens)
-        for weight, squares in self._targets(decoder, layer, inputs, tokens):
-            squares = None if self.method == "magnitude" else self._over_ranks(squares)
-            mask = keep_mask(score(weight, squares), self.sparsity)
+        for weight, squares in self._targets(decoder, layer, inputs):
+            mask = keep_mask(score(weight, None if self.method == "magnitude" else squares), self.sparsity)
             weight.mul_(mask)
             report["removed"] += (~mask).sum().item()
             report["weights"] += mask.numel()
-        if self.scope == "linear" and (uncalled := sorted(linear_maps(decoder, layer).keys() - inputs.linear.keys())):
+        if uncalled := sorted(linear_maps(decoder, layer, self.scope).keys() - inputs.linear.keys()):
             report["unheard"] = uncalled
             _warn(number, f"{', '.join(uncalled)} is not called during calibration; left unpruned.")
-        if layer is not None and (unrouted := (tokens == 0).nonzero().flatten().tolist()):
+        if layer is not None and (unrouted := (inputs.tokens == 0).nonzero().flatten().tolist()):
             report["unrouted"] = unrouted
             missed = f"the calibration set routes no token to the experts {unrouted}"
             _warn(number, f"{missed}, whose weights are pruned by magnitude: take more or other text.")
         return report
 
-    def _over_ranks(self, total: torch.Tensor) -> torch.Tensor:
-        return summed(total) if self.walk.split else total
-
-    def _targets(self, decoder, layer, inputs: InputSquares, tokens) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Every weight [out, in] in scope, as a view to change in place, and its squared inputs [in]."""
+    def _targets(self, decoder, layer, inputs: InputSquares) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Every weight [out, in] in scope, as a view to change in place, and its squared inputs [in], if there were any."""
         for name, squares in inputs.experts.items():
             stacked = getattr(layer.experts, name)
             for number in range(layer.n):
                 weight = stacked[number].T if layer.experts.is_transposed else stacked[number]
-                routed = tokens[number] > 0  # without tokens every score would be 0: magnitude decides
-                yield weight, squares[number] if routed else torch.ones_like(squares[number])
-        for name, module in linear_maps(decoder, layer).items():
+                yield weight, squares[number] if inputs.tokens[number] else None
+        for name, module in linear_maps(decoder, layer, self.scope).items():
             if name in inputs.linear:  # some modules use a map's weight and never call it
                 yield module.weight, inputs.linear[name]
+
+    def summary(self, layers: Sequence[dict]) -> dict:
+        """The report of `prune_weights`, from the reports of `prune_layer`."""
+        total = {key: sum(layer.get(key, 0) for layer in layers) for key in ("removed", "weights")}
+        for key in ("unrouted", "unheard"):
+            total[key] = {str(number): layer[key] for number, layer in enumerate(layers) if layer.get(key)}
+        return {"sparsity": str(self.sparsity), "method": self.method, "scope": self.scope, **total}
 
 
 def _warn(number: int, sentence: str) -> None:
     warnings.warn(f"Decoder layer {number}: {sentence}", stacklevel=3)
 
 
-def check_options(method: str, scope: str) -> None:
-    """ValueError for an unknown score or scope."""
-    if method not in WEIGHT_SCORES:
-        raise ValueError(f"Unknown score {method!r}: choose from {', '.join(WEIGHT_SCORES)}.")
-    if scope not in SCOPES:
-        raise ValueError(f"Unknown scope {scope!r}: choose from {', '.join(SCOPES)}.")
-
-
 def prune_weights(
     model,
-    tokens: torch.Tensor,
+    tokens: Tensor,
     sparsity: float | str,
     *,
     method: str = "moe-pruner",
@@ -241,38 +257,16 @@ def prune_weights(
     Raises ValueError for another method or scope, a sparsity outside (0, 1), N >= M, M that does not divide a row, token
     ids outside the vocabulary, and decoder layers that accelerate has offloaded, before any weight changes.
     """
-    check_options(method, scope)
-    parsed = Sparsity.read(sparsity)
+    pruner = WeightPruner(Sparsity.read(sparsity), method, scope, dense)
     check_tokens(model, tokens)
-    check_model(model, parsed, scope)
+    pruner.check(model)
     check_held(decoder_layers(model), "prune from disk to disk, with prune_weights_checkpoint")
-    pruner = WeightPruner(Walk(model, tokens, batch_size=batch_size), parsed, method=method, scope=scope, dense=dense)
-    numbers = tqdm(range(len(decoder_layers(model))), desc=f"{method} {parsed}", unit="layer")
-    return summary(parsed, method, scope, [pruner.prune_layer(number) for number in numbers])
+    walk = Walk(model, tokens, batch_size=batch_size)
+    numbers = tqdm(range(len(decoder_layers(model))), desc=f"{method} {pruner.sparsity}", unit="layer")
+    return pruner.summary([pruner.prune_layer(walk, number) for number in numbers])
 
 
-def check_model(model, sparsity: Sparsity, scope: str) -> None:
-    """ValueError unless the model has MoE layers and every row in scope divides into groups of M."""
-    moe_layers(model)
-    for decoder in decoder_layers(model):
-        layer = find_moe(decoder)
-        widths = [m.in_features for m in linear_maps(decoder, layer).values()] if scope == "linear" else []
-        if layer is not None:
-            stacked = [p for name, p in layer.experts.named_parameters(recurse=False) if name.endswith("_proj")]
-            widths = [p.shape[1 if layer.experts.is_transposed else 2] for p in stacked] + widths
-        for width in widths:
-            sparsity.check(width)
-
-
-def summary(sparsity: Sparsity, method: str, scope: str, layers: Sequence[dict]) -> dict:
-    """The report of `prune_weights`, from the reports of `prune_layer`."""
-    total = {key: sum(layer.get(key, 0) for layer in layers) for key in ("removed", "weights")}
-    named = lambda key: {str(number): layer[key] for number, layer in enumerate(layers) if layer.get(key)}  # noqa: E731
-    total |= {key: named(key) for key in ("unrouted", "unheard")}
-    return {"sparsity": str(sparsity), "method": method, "scope": scope, **total}
-
-
-def zeros(model) -> dict[nn.Parameter, torch.Tensor]:
+def zeros(model) -> dict[nn.Parameter, Tensor]:
     """Masks of the nonzero weights of a pruned model, bool by parameter: for matrices with zeros, except embeddings, whose
     padding is zero."""
     apart = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
@@ -281,7 +275,7 @@ def zeros(model) -> dict[nn.Parameter, torch.Tensor]:
 
 
 @torch.no_grad()
-def restore_zeros(model, present: dict[nn.Parameter, torch.Tensor]) -> None:
+def restore_zeros(model, present: dict[nn.Parameter, Tensor]) -> None:
     """Set weights outside the masks to zero, after an optimiser's step. Raises ValueError for another model's masks."""
     if not present.keys() <= set(model.parameters()):  # before any weight changes
         raise ValueError("These masks belong to another model: take those of the model that is trained, zeros(model).")

@@ -3,13 +3,18 @@
 Most grids run on a sample that has each kind once. Their other cases are marked `exhaustive` and run with `--exhaustive`.
 """
 
+import fcntl
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Collection, Iterable
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may need the network
+if "PYTEST_XDIST_WORKER" in os.environ:  # several processes with threads of their own would wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -19,10 +24,11 @@ from safetensors.torch import load_file
 
 import esparse
 from esparse.__main__ import main
-from esparse.files import checkout
+from esparse.files import checkout, made_once
 from esparse.moe.layers import moe_layers
 from esparse.tests.families import COMPOSITES, NEWER
 
+FOLDER = Path(tempfile.gettempdir())
 SHAPE = {
     "vocab_size": 60,
     "hidden_size": 32,
@@ -163,11 +169,16 @@ FEW = ("--set", f"LIMIT={LIMIT}", "--set", "TASKS=['web_facts', 'arithmetic_prob
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """Every notebook, run once with few items a task: the run folder, and what was printed."""
-    folder = tmp_path_factory.mktemp("run")
-    result = command("notebooks", *FEW, "--run-dir", str(folder))
-    assert result.returncode == 0, result.stdout + result.stderr
-    return folder, result.stdout
+    """Every notebook, run once with few items a task, for all workers: the run folder, and what was printed."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def run(printed: Path) -> None:
+        result = command("notebooks", *FEW, "--run-dir", str(base / "finished"))
+        assert result.returncode == 0, result.stdout + result.stderr
+        printed.write_text(result.stdout)
+
+    return base / "finished", made_once(base / "finished.txt", run).read_text()
 
 
 def pytest_addoption(parser):
@@ -194,10 +205,26 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if item not in further]
     unknown = {name for name, since in NEWER.items() if Version(transformers.__version__) < Version(since)}
     unknown |= {name for name, (_, text, _) in COMPOSITES.items() if text in unknown}
+    # Each worker begins with a share of this list, and takes from others' ends when it has none left. So the first runs the
+    # notebooks meanwhile, and nothing that waits to be alone waits for them.
+    first = {(True, False): 0, (False, True): 1, (True, True): 2, (False, False): 3}
+    items.sort(key=lambda item: first[bool(item.get_closest_marker("alone")), "finished" in item.fixturenames])
     named = {item: set(map(str, item.callspec.params.values())) if hasattr(item, "callspec") else set() for item in items}
     lacking = [item for item in items if named[item] & unknown]
     config.hook.pytest_deselected(items=lacking)
     items[:] = [item for item in items if item not in lacking]
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_protocol(item):
+    """A test marked `alone` waits until the other workers' tests have ended, and theirs wait for it."""
+    run = getattr(item.config, "workerinput", {}).get("testrunuid", os.getpid())
+    kind = fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH
+    with (FOLDER / f"esparse-turn-{run}").open("w") as turn, (FOLDER / f"esparse-running-{run}").open("w") as running:
+        fcntl.flock(turn, fcntl.LOCK_EX)  # held while waiting: until an `alone` test has run, no other begins
+        fcntl.flock(running, kind)
+        fcntl.flock(turn, fcntl.LOCK_UN)
+        yield
 
 
 @pytest.hookimpl(hookwrapper=True)

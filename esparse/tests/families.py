@@ -7,8 +7,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from esparse.checkpoints.layout import stock_class
+from esparse.moe.gates import per_expert, table
 from esparse.moe.layers import COUNT_NAMES, moe_layers
-from esparse.moe.routers import per_expert, table
 
 
 def generic(n: int, k: int) -> dict:

@@ -303,7 +303,7 @@ def test_a_run_mixes_and_holds_out_folders(tiny, tmp_path, monkeypatch):
     alike = esparse.Run(general="one/c4", domain="other/c4", folder=tmp_path / "run")
     assert [alike.label(alike.general), alike.label(alike.domain)] == ["one/c4", "other/c4"]
     (tmp_path / "one" / "c4" / "rest").mkdir()
-    with pytest.raises(ValueError, match="one/c4 holds 'rest' itself"):
+    with pytest.raises(ValueError, match="one/c4 holds 'rest', but a run uses this name"):
         run.tokens("one/c4+web")
     monkeypatch.chdir(tmp_path / "other")  # what is there goes before what the hub has
     assert len(corpora.documents("c4")) == 100 == len(corpora.documents("c4/rest")) + len(corpora.documents("c4/heldout"))
@@ -392,7 +392,7 @@ def test_hub_corpora_are_asked_for_by_their_names(monkeypatch):
         return datasets.Dataset.from_list([{"text": "t", "problem": "p", "solution": "s", "question": "q", "answer": "a"}])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert list(corpora.documents("c4")) == ["t"]
+    assert [to_document(record) for record in corpora.documents("c4")] == ["t"]
     assert calls[-1][1]["data_files"] == {"train": "en/c4-train.00000-of-01024.json.gz"}
     assert len(corpora.documents("math/test")) == 7
     assert {options["split"] for _, options in calls[-7:]} == {"test"}

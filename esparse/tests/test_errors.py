@@ -372,7 +372,7 @@ def test_a_model_that_is_no_causal_language_model(tmp_path, tiny):
     tiny[1].save_pretrained(tmp_path / "source")
     for call in (
         lambda: esparse.load_model(str(tmp_path / "source")),
-        lambda: layout.stock_model(transformers.AutoConfig.from_pretrained(tmp_path / "source")),
+        lambda: layout.stock_class(transformers.AutoConfig.from_pretrained(tmp_path / "source")),
         lambda: layout.Layout(transformers.AutoConfig.from_pretrained(tmp_path / "source"), 2),
     ):
         one_sentence(call, "has no language model of type 'switch_transformers'")
@@ -471,7 +471,7 @@ def test_parameters_of_a_run_that_nobody_knows(tiny, tmp_path):
     assert esparse.Run(keep=6, folder=tmp_path).sizes == [6] and esparse.Run(keep=(5, 7, 5), folder=tmp_path).sizes == [7, 5]
     assert [esparse.Run(keep=keep, folder=tmp_path).size for keep in (6, [7, 5], [4, 6, 7])] == [6, 5, 6]
     run = esparse.Run(keep=8, folder=tmp_path)
-    with pytest.warns(UserWarning, match="Nothing is pruned here: KEEP asks for no other size. Whatever shows r = 8 shows"):
+    with pytest.warns(UserWarning, match="Nothing is pruned here: KEEP asks for no other size. Results for r = 8 are those of"):
         assert run.sizes == [8]
 
 

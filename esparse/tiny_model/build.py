@@ -6,10 +6,10 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..files import checkout, new_folder, write_text
+from ..corpora import SYNTHETIC
+from ..files import checkout, made_once, new_folder, write_text
 from . import synthetic
-from .recipe import TINY, Recipe
-from .training import train_model, train_tokenizer
+from .training import TINY, Recipe, train_model, train_tokenizer
 
 ITEMS = 300  # items of each task
 DOCUMENTS = 5000  # documents of each split
@@ -23,10 +23,9 @@ def _jsonl(records: Iterable[dict]) -> str:
 def write_corpora(folder: Path) -> None:
     """Write `corpora/NAME.SPLIT.jsonl.gz`: documents that no training step saw (other seeds of the same generator)."""
     (folder / "corpora").mkdir(parents=True, exist_ok=True)
-    for name, (split, seed) in itertools.product(("web", "arithmetic"), SPLITS.items()):
+    for name, (split, seed) in itertools.product(SYNTHETIC, SPLITS.items()):
         text = _jsonl({"text": d} for d in itertools.islice(synthetic.documents(name, seed), DOCUMENTS))
-        packed = gzip.compress(text.encode(), mtime=0)
-        (folder / "corpora" / f"{name}.{split}.jsonl.gz").write_bytes(packed)
+        (folder / "corpora" / f"{name}.{split}.jsonl.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
 
 
 def write_tasks(folder: Path) -> None:
@@ -40,9 +39,13 @@ def write_tasks(folder: Path) -> None:
     write_text(folder / "tasks" / "arithmetic_problems.examples.jsonl", examples)
 
 
-def write_model(folder: Path) -> None:
-    """Write `tiny/`: tokenizer and checkpoint."""
-    _write_trained(folder / "tiny", TINY, 0, train_tokenizer())
+def write_model(folder: Path, recipe: Recipe = TINY, seed: int = 0, tokenizer=None, device: str = "cpu") -> None:
+    """Train a model, and write it in bf16 with its tokenizer, which is trained too if none is given."""
+    tokenizer = tokenizer or train_tokenizer()
+    model = train_model(tokenizer, recipe, seed=seed, device=device)
+    with new_folder(folder) as temporary:
+        tokenizer.save_pretrained(temporary)
+        model.bfloat16().save_pretrained(temporary)
 
 
 def trained_folder(recipe: Recipe, seed: int, tokenizer, device: str = "cpu") -> Path:
@@ -51,14 +54,4 @@ def trained_folder(recipe: Recipe, seed: int, tokenizer, device: str = "cpu") ->
     The model is trained the first time; the tiny one takes about 20 minutes on two quiet cores.
     """
     folder = checkout() / ".runs" / "trained" / f"{recipe.key}-seed-{seed}"
-    if not folder.exists():
-        _write_trained(folder, recipe, seed, tokenizer, device)
-    return folder
-
-
-def _write_trained(folder: Path, recipe: Recipe, seed: int, tokenizer, device: str = "cpu") -> None:
-    """Train a model, and save it with its tokenizer, in bf16."""
-    model = train_model(tokenizer, recipe.preset, steps=recipe.steps, seed=seed, rows=recipe.rows, device=device)
-    with new_folder(folder) as temporary:
-        tokenizer.save_pretrained(temporary)
-        model.bfloat16().save_pretrained(temporary)
+    return made_once(folder, lambda folder: write_model(folder, recipe, seed, tokenizer, device))

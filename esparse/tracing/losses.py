@@ -2,13 +2,14 @@
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from ..moe.routers import CHOSEN_SOFTMAX, skip_pairs, skip_ratios
-from .trace import LayerTrace, check_beta, part
+from .trace import LayerTrace, check_beta, parts
 
 ROUTINGS = 65536  # tokens times subsets in memory at once
 SUBSETS = 256
@@ -17,16 +18,35 @@ MAX_SPREAD = 60.0  # of a token's logits; beyond it, two weights may both be 0 i
 FULL_GRAMS = 4096  # tokens whose Gram is unpacked at once
 
 
-def full_gram(layer: LayerTrace, size: int | None = None) -> torch.Tensor:
+def packed_places(gram: Tensor) -> Tensor:
+    """Where packed Gram matrices [tokens, m (m + 1) / 2] hold <f_i, f_j>, int64 [m, m]."""
+    m = math.isqrt(2 * gram.shape[1])
+    i, j = torch.triu_indices(m, m, device=gram.device)
+    places = torch.empty(m, m, dtype=torch.long, device=gram.device)
+    places[i, j] = places[j, i] = torch.arange(len(i), device=gram.device)
+    return places
+
+
+def full_gram(layer: LayerTrace, size: int | None = None) -> Tensor:
     """Each token's Gram matrix of its first `size` experts (None: all), [tokens, size, size]."""
-    m = layer.order.shape[1]
-    i, j = torch.triu_indices(m, m, device=layer.gram.device)
-    entries = (j < (size or m)).nonzero()[:, 0]
-    i, j, triangle = i[entries], j[entries], layer.gram[:, entries]
-    full = triangle.new_empty(len(triangle), size or m, size or m)
-    full[:, i, j] = triangle
-    full[:, j, i] = triangle
-    return full
+    places = packed_places(layer.gram)[:size, :size]
+    return layer.gram.index_select(1, places.flatten()).view(-1, *places.shape)
+
+
+def gram_between(gram: Tensor, some: Tensor, others: Tensor) -> Tensor:
+    """Entries [tokens, a, b] of packed Gram matrices, for experts at places [tokens, a] and [tokens, b] in `order`."""
+    places = packed_places(gram)[some[:, :, None], others[:, None]]
+    return gram.gather(1, places.flatten(1)).view(places.shape)
+
+
+def targets(layer: LayerTrace) -> tuple[Tensor, Tensor]:
+    """<f_i, z> [tokens, m] and ||z||^2 [tokens], both float64, for the output z that losses compare with."""
+    if layer.target_dot is not None:
+        return layer.target_dot.double(), layer.target_norm.double()
+    weights, places = layer.weights.double(), packed_places(layer.gram)[: layer.k]
+    chosen = layer.gram[:, places.flatten()].view(-1, *places.shape).double()  # [tokens, k, m]
+    dot = (weights[:, None] @ chosen)[:, 0]
+    return dot, (weights * dot[:, : layer.k]).sum(1)
 
 
 def reconstruction_loss(layer: LayerTrace, kept: Sequence[int] | None = None, beta: float | None = None) -> float:
@@ -37,17 +57,16 @@ def reconstruction_loss(layer: LayerTrace, kept: Sequence[int] | None = None, be
     """
     if beta is not None:
         check_beta(beta, layer.k)
-
-    def route(part: LayerTrace) -> tuple[torch.Tensor, torch.Tensor]:
-        positions, weights = part.routing(kept)
+    total = torch.zeros(1, dtype=torch.float64, device=layer.order.device)
+    for some in parts(layer, ROUTINGS):
+        positions, weights = some.routing(kept)
         if beta is not None:
             weights = skip_pairs(weights, beta, layer.router.normalises)[1]
-        return positions[:, None], weights[:, None]
+        total += token_losses(some, positions[:, None], weights[:, None]).sum(0, dtype=torch.float64)
+    return layer.sum_over_ranks(total).clamp(min=0).sqrt().item()
 
-    return squared_losses(layer, route, 1).sqrt().item()
 
-
-def output_norms(layer: LayerTrace) -> torch.Tensor:
+def output_norms(layer: LayerTrace) -> Tensor:
     """The norm of the layer's own output for every token, float64 [tokens]."""
     weights = layer.weights[:, None].to(layer.gram.dtype)  # [tokens, 1, k]
     squares = weights @ full_gram(layer, layer.k) @ weights.mT
@@ -59,34 +78,23 @@ def output_norm(layer: LayerTrace) -> float:
     return output_norms(layer).norm().item()
 
 
-def expert_distances(layer: LayerTrace) -> torch.Tensor:
+def expert_distances(layer: LayerTrace) -> Tensor:
     """||f_1 - f_2|| of each token's two best experts, float64 [tokens]; A.2 assumes it nearly constant."""
     best = full_gram(layer, 2).double()
     return (best[:, 0, 0] + best[:, 1, 1] - 2 * best[:, 0, 1]).clamp(min=0).sqrt()
 
 
-def losses_of(layer: LayerTrace, subsets: Sequence[Sequence[int]]) -> torch.Tensor:
+def losses_of(layer: LayerTrace, subsets: Sequence[Sequence[int]]) -> Tensor:
     """`reconstruction_loss` of subsets of one size, float64 [subsets]."""
-    some = torch.tensor(subsets, device=layer.order.device).split(SUBSETS)
-    return torch.cat([squared_losses(layer, lambda part, s=s: part.routings(s), len(s)) for s in some]).sqrt()
+    total = torch.zeros(len(subsets), dtype=torch.float64, device=layer.order.device)
+    several = torch.tensor(subsets, device=total.device).split(SUBSETS)
+    for some, sums in zip(several, total.split(SUBSETS), strict=True):
+        for tokens in parts(layer, max(1, ROUTINGS // len(some))):
+            sums += token_losses(tokens, *tokens.routings(some)).sum(0, dtype=torch.float64)
+    return layer.sum_over_ranks(total).clamp(min=0).sqrt()
 
 
-def squared_losses(
-    layer: LayerTrace, route: Callable[[LayerTrace], tuple[torch.Tensor, torch.Tensor]], count: int
-) -> torch.Tensor:
-    """Sum over tokens of ||sum_i w'_i f_i - z||^2, float64 [count], for `count` ways of routing at once.
-
-    route: maps a part of the trace to places in `order` and weights, both [tokens of the part, count, k].
-    """
-    total = torch.zeros(count, dtype=torch.float64, device=layer.order.device)
-    rows = max(1, ROUTINGS // count)
-    for start in range(0, len(layer.order), rows):
-        some = part(layer, slice(start, start + rows))
-        total += token_losses(some, *route(some)).sum(0, dtype=torch.float64)
-    return layer.sum_over_ranks(total).clamp(min=0)
-
-
-def token_losses(layer: LayerTrace, positions: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def token_losses(layer: LayerTrace, positions: Tensor, weights: Tensor) -> Tensor:
     """||sum_i w'_i f_i - z||^2 [tokens, count] for weights of experts at `positions` in `order`, [tokens, count, k]."""
     change = layer.gram.new_zeros(*weights.shape[:2], layer.order.shape[1])
     change.scatter_(2, positions, weights.to(change.dtype))
@@ -110,7 +118,7 @@ def has_choice_table(layer: LayerTrace) -> bool:
     return layer.router.depends_on_chosen_only and exact and math.comb(layer.n, layer.k) << layer.n <= MAX_TABLE
 
 
-def losses_from_choices(layer: LayerTrace, subsets: Sequence[tuple[int, ...]]) -> torch.Tensor:
+def losses_from_choices(layer: LayerTrace, subsets: Sequence[tuple[int, ...]]) -> Tensor:
     """`losses_of` for subsets of one size, from each token's loss for every choice of k experts within its reach.
 
     A token chooses c under every subset that holds c and lacks the other experts that it ranks above the last of c. Its loss
@@ -123,8 +131,7 @@ def losses_from_choices(layer: LayerTrace, subsets: Sequence[tuple[int, ...]]) -
     number = torch.zeros(1 << n, dtype=torch.long, device=device)  # a choice's row in the table, by its bits
     number[(1 << combinations(n)).sum(1)] = torch.arange(math.comb(n, k), device=device)
     table, ranks = torch.zeros(math.comb(n, k) << n, dtype=torch.float64, device=device), combinations(m)
-    for tokens in torch.arange(len(layer.order), device=device).split(max(1, ROUTINGS // len(ranks))):
-        some = part(layer, tokens)
+    for some in parts(layer, max(1, ROUTINGS // len(ranks))):
         chosen = some.order[:, ranks]  # [tokens, choices, k]
         losses = token_losses(some, ranks.expand_as(chosen), _weights_of(some, chosen))
         bits = (1 << chosen).sum(2)
@@ -140,7 +147,7 @@ def losses_from_choices(layer: LayerTrace, subsets: Sequence[tuple[int, ...]]) -
     return table[(chosen << n) + removed].sum(1).clamp(min=0).sqrt()
 
 
-def _weights_of(layer: LayerTrace, chosen: torch.Tensor) -> torch.Tensor:
+def _weights_of(layer: LayerTrace, chosen: Tensor) -> Tensor:
     """Routing weights [tokens, choices, k] of each choice, if no other experts existed."""
     weights = layer.router.weights(layer.logits, chosen)
     spread = layer.logits.amax(1) - layer.logits.amin(1)
@@ -150,7 +157,7 @@ def _weights_of(layer: LayerTrace, chosen: torch.Tensor) -> torch.Tensor:
     return weights
 
 
-def expert_scales(layer: LayerTrace, kept: Sequence[int]) -> torch.Tensor:
+def expert_scales(layer: LayerTrace, kept: Sequence[int]) -> Tensor:
     """Factors s, float64 [r], of the kept experts' outputs that minimise sum_t ||sum_i s_i w_i f_i - z||^2 on the trace.
 
     The normal equations are r x r: A_ij = sum_t w_i w_j <f_i, f_j>, b_i = sum_t w_i <f_i, z>. The pseudo-inverse solves them
@@ -160,28 +167,24 @@ def expert_scales(layer: LayerTrace, kept: Sequence[int]) -> torch.Tensor:
     column = torch.zeros(layer.n + 1, dtype=torch.long, device=layer.order.device)
     column[kept] = torch.arange(len(kept), device=column.device)
     system = torch.zeros(len(kept), len(kept), dtype=torch.float64, device=column.device)
-    target = torch.zeros(len(kept), dtype=torch.float64, device=column.device)
-    for start in range(0, len(layer.order), FULL_GRAMS):
-        some = part(layer, slice(start, start + FULL_GRAMS))
+    target = system.new_zeros(len(kept))
+    for some in parts(layer, FULL_GRAMS):
         positions, weights = some.routing(kept)  # [tokens, k]
-        at, weights = column[some.order.gather(1, positions)], weights.double()
-        gram = full_gram(some).double().gather(1, positions[:, :, None].expand(-1, -1, some.order.shape[1]))  # [tokens, k, m]
-        inner = gram.gather(2, positions[:, None, :].expand(-1, some.k, -1))  # [tokens, k, k]
-        pairs = weights[:, :, None] * inner * weights[:, None, :]
-        system.index_put_((at[:, :, None].expand_as(pairs), at[:, None, :].expand_as(pairs)), pairs, accumulate=True)
-        if some.target_dot is None:
-            toward = (gram[:, :, : some.k] @ some.weights.double()[:, :, None]).squeeze(2)  # <f_i, z>, z the layer's own output
-        else:
-            toward = some.target_dot.double().gather(1, positions)
+        chosen, weights = column[some.order.gather(1, positions)], weights.double()
+        inner = gram_between(some.gram, positions, positions).double()  # [tokens, k, k]
+        pairs = weights[:, :, None] * inner * weights[:, None]
+        system.index_put_((chosen[:, :, None], chosen[:, None]), pairs, accumulate=True)
+        toward = targets(some)[0].gather(1, positions)  # <f_i, z>
         if some.router.shared:  # the shared experts' contribution differs from that in z
             before = some.weights.double().sum(1) if some.target_dot is None else some.router.total_weight
-            toward = toward - gram[:, :, -1] * (before - weights.sum(1))[:, None]
-        target.index_put_((at,), weights * toward, accumulate=True)
+            last = torch.full_like(positions[:, :1], some.order.shape[1] - 1)
+            toward -= gram_between(some.gram, positions, last)[:, :, 0] * (before - weights.sum(1))[:, None]
+        target.index_put_((chosen,), weights * toward, accumulate=True)
     system, target = layer.sum_over_ranks(system), layer.sum_over_ranks(target)
     return 1 + torch.linalg.pinv(system, hermitian=True) @ (target - system.sum(1))
 
 
-def skip_curve(layer: LayerTrace, kept: Sequence[int] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def skip_curve(layer: LayerTrace, kept: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
     """Skipping at every beta at once: the ratios of all droppable pairs, rising, float64 [pairs], and the squared
     reconstruction loss (Eq. 3) when the first 0, 1, ... of them are dropped, float64 [pairs + 1].
 
@@ -189,8 +192,7 @@ def skip_curve(layer: LayerTrace, kept: Sequence[int] | None = None) -> tuple[to
     order in which a rising beta drops them.
     """
     ratios, changes, whole = [], [], 0.0
-    for start in range(0, len(layer.order), ROUTINGS):
-        some = part(layer, slice(start, start + ROUTINGS))
+    for some in parts(layer, ROUTINGS):
         positions, weights = some.routing(kept)
         first = torch.ones(layer.k, layer.k, device=weights.device).tril()  # row j: the first j + 1 pairs stay
         states = weights[:, None] * first.to(weights.dtype)  # [tokens, k, k]

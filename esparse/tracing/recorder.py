@@ -1,18 +1,21 @@
 """One pass over a calibration set, in which each layer's experts run once and only their Gram is kept."""
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..machine import free_memory
 from ..moe.experts import Scratch, pair_outputs, weighted_sum
+from ..moe.gates import all_logits, unpack
 from ..moe.identity import fingerprint
 from ..moe.layers import MoELayer, experts_returning, flat_output, moe_layers, replaced_experts
-from ..moe.routers import all_logits, table_ranking, unpack
-from ..moe.running import check_tokens, evaluating, input_device, uncompiled
+from ..moe.routers import table_ranking
+from ..moe.running import check_tokens, evaluating, input_device, temporarily, uncompiled
 from .trace import LayerTrace, Trace, check_experts, reach
 
 CHUNK_TOKENS = 2048
@@ -30,8 +33,8 @@ class Recorder:
         self.stock = layer.experts.config._experts_implementation
         _ = layer.output_map  # Probe now: later the hooks would record it.
         self.keep, self.m = keep or layer.k, reach(layer.n, layer.k, keep, layer.router)
-        self.logits, self.order, self.gram, self.target_dot, self.target_norm = [], [], [], [], []
-        self.target: torch.Tensor | None = None
+        self.recorded: dict[str, list[Tensor]] = defaultdict(list)  # the trace's tensors, in parts
+        self.target: Tensor | None = None
         self.paused = False
 
     def route(self, gate, inputs, output) -> None:
@@ -43,7 +46,10 @@ class Recorder:
         removed = (logits == float("-inf")).all(0)  # by `masked`
         if not torch.isfinite(logits).logical_or(removed).all():
             raise ValueError(f"{self.layer.name}: router logits are not finite; the model or its dtype overflows on this text.")
-        ranking = self._ranking(logits, chosen)
+        if router.table:
+            ranking = table_ranking(chosen, self.layer.n).masked_fill(removed, float("-inf"))
+        else:
+            ranking = router.ranking(logits)
         if router.idle:  # for no expert, the gate returns some expert with weight 0
             chosen = ranking.topk(self.layer.k).indices
         strength = weights if router.sorted else ranking.gather(1, chosen)
@@ -53,96 +59,77 @@ class Recorder:
         rest = ranking.scatter(1, chosen, float("inf")).topk(within).indices[:, self.layer.k :]
         shared = [torch.full_like(chosen[:, :1], self.layer.n)] if router.shared else []
         self.shared_weight = output[3].sum(1) if router.shared else None
-        self.logits.append(logits)
-        self.order.append(torch.cat([chosen, rest, *shared], 1))
+        self.recorded["logits"].append(logits)
+        self.recorded["order"].append(torch.cat([chosen, rest, *shared], 1))
 
-    def _ranking(self, logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-        if not self.layer.router.table:
-            return self.layer.router.ranking(logits)
-        return table_ranking(chosen, self.layer.n).masked_fill(logits == float("-inf"), float("-inf"))
-
-    def __call__(self, _experts, hidden_states: torch.Tensor, _index, weights: torch.Tensor) -> torch.Tensor:
+    def __call__(self, _experts, hidden_states: Tensor, _index, weights: Tensor) -> Tensor:
         """[tokens, d] -> [tokens, d], for one chunk of tokens at a time; a chunk that does not fit into memory is halved."""
         result = torch.empty_like(hidden_states)
         weights = weights.gather(1, self.sorting)  # as in `order`
         ranks = self.sorting.argsort(1)  # the place in `order` of the router's first, second, ... choice
         shared = self._shared_output(hidden_states) if self.layer.router.shared else None
         self.chunk = self.chunk or chunk_size(self.layer, self.m, hidden_states)
-        start, first = 0, len(self.gram)
+        start, first = 0, len(self.recorded["gram"])
         while start < len(hidden_states):
             part = slice(start, start + self.chunk)
-            tensors = (hidden_states, self.order[-1], weights, ranks, self.target, shared)
+            tensors = (hidden_states, self.recorded["order"][-1], weights, ranks, self.target, shared)
             try:
                 result[part] = self._run(*(tensor if tensor is None else tensor[part] for tensor in tensors))
                 start = part.stop
                 continue
             except (MemoryError, RuntimeError) as error:
-                if not _out_of_memory(error) or self.chunk == 1:
+                # CUDA raises a typed error; the CPU allocator only a message.
+                full = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+                if not full or self.chunk == 1:
                     raise
             self.chunk //= 2  # outside the except clause, where the error no longer holds tensors
             self.scratch.held.clear()
             if hidden_states.is_cuda:
                 torch.cuda.empty_cache()
-        if not torch.stack([gram.isfinite().all() for gram in self.gram[first:]]).all():
+        if not torch.stack([gram.isfinite().all() for gram in self.recorded["gram"][first:]]).all():
             raise ValueError(
                 f"{self.layer.name}: expert outputs are not finite; the model or its dtype overflows on this text."
             )
         return result
 
-    def _shared_output(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def _shared_output(self, hidden_states: Tensor) -> Tensor:
         """The output [tokens, d] of the shared experts, divided by the weight that the router gave them together."""
-        self.paused = True
-        try:
-            with experts_returning(self.layer):
-                output = flat_output(self.layer.block(hidden_states[None]))
-        finally:
-            self.paused = False
-        wide = output if output.dtype == torch.float64 else output.float()
+        with temporarily([self], "paused", True), experts_returning(self.layer):
+            output = flat_output(self.layer.block(hidden_states[None]))
+        wide = output.to(torch.promote_types(output.dtype, torch.float32))
         return wide / self.shared_weight[:, None].to(wide.dtype).clamp(min=torch.finfo(torch.float32).tiny)
 
-    def _run(self, hidden_states, order, weights, ranks, target, shared) -> torch.Tensor:
+    def _run(self, hidden_states, order, weights, ranks, target, shared) -> Tensor:
         """The layer's own result [chunk, d]. Keeps the Gram at the end, so that a failed chunk leaves nothing."""
-        k = self.layer.k
-        outputs = pair_outputs(self.layer.experts, hidden_states, order, self.scratch)  # [chunk, m, d]
+        k, output_map = self.layer.k, self.layer.output_map
+        outputs = pair_outputs(self.layer.experts, hidden_states, order, self.scratch)  # [chunk, m, inner]
         result = weighted_sum(outputs[:, :k], order[:, :k], weights, ranks, self.stock)
-        outputs = outputs if outputs.dtype == torch.float64 else outputs.float()
-        outputs = map_output(self.layer, outputs)
+        outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+        if output_map is not None:  # from here on [chunk, m, d]: contributions to the block's output
+            output_map = output_map.to(outputs.dtype)
+            outputs = outputs @ output_map if output_map.ndim else outputs * output_map
         if shared is not None:
             outputs[:, -1] = shared
         i, j = torch.triu_indices(self.m, self.m, device=outputs.device)
-        gram = (outputs @ outputs.mT)[:, i, j]
+        found = {"gram": (outputs @ outputs.mT)[:, i, j]}
         if target is not None:
-            target = target.to(outputs.dtype)
-            dot, norm = (outputs @ target.unsqueeze(2)).squeeze(2), target.double().square().sum(1)
-            self.target_dot.append(dot)
-            self.target_norm.append(norm)
-        self.gram.append(gram)
+            found["target_dot"] = (outputs @ target.to(outputs.dtype)[:, :, None])[:, :, 0]
+            found["target_norm"] = target.to(outputs.dtype).double().square().sum(1)
+        for name, tensor in found.items():
+            self.recorded[name].append(tensor)
         return result
 
     def finish(self) -> LayerTrace:
-        parts = {name: torch.cat(getattr(self, name)) for name in ("logits", "order", "gram")}
-        if self.target_dot:
-            parts |= {name: torch.cat(getattr(self, name)) for name in ("target_dot", "target_norm")}
-        return LayerTrace(self.layer.name, self.layer.k, self.layer.router, keep=self.keep, **parts)
+        tensors = {name: torch.cat(recorded) for name, recorded in self.recorded.items()}
+        return LayerTrace(self.layer.name, self.layer.k, self.layer.router, keep=self.keep, **tensors)
 
 
-def chunk_size(layer: MoELayer, m: int, like: torch.Tensor) -> int:
+def chunk_size(layer: MoELayer, m: int, like: Tensor) -> int:
     """How many tokens' expert outputs fit into a quarter of the free memory; more than a few thousand gain nothing."""
     inner = layer.experts.down_proj[0].numel() // like.shape[1]
     each = m * ((3 * inner + 3 * like.shape[1]) * like.element_size() + 8 * like.shape[1])  # bytes a token
     most = 8 * CHUNK_TOKENS if like.is_cuda else CHUNK_TOKENS
     return int(min(most, max(1, free_memory(like.device) / 4 / each)))
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """CUDA raises a typed error; the CPU allocator only a message."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def map_output(layer: MoELayer, outputs: torch.Tensor) -> torch.Tensor:
-    """The contributions [..., d] of experts' outputs [..., inner] to the block's output."""
-    after = None if layer.output_map is None else layer.output_map.to(outputs.dtype)
-    return outputs if after is None else outputs @ after if after.ndim else outputs * after
 
 
 @contextmanager
@@ -151,11 +138,11 @@ def recording(recorders: Sequence[Recorder]) -> Iterator[None]:
     layers = [recorder.layer for recorder in recorders]
     with ExitStack() as stack, uncompiled(), replaced_experts(layers, recorders):
         for recorder in recorders:
-            stack.callback(recorder.layer.gate.register_forward_hook(recorder.route).remove)
+            stack.enter_context(recorder.layer.gate.register_forward_hook(recorder.route))
         yield
 
 
-def tokens_digest(tokens: torch.Tensor) -> str:
+def tokens_digest(tokens: Tensor) -> str:
     return hashlib.sha256(tokens.cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
@@ -171,9 +158,7 @@ def check_gram(layers: Sequence[MoELayer], tokens: int, keep: int | None, device
 
 
 @torch.no_grad()
-def trace(
-    model, tokens: torch.Tensor, *, keep: int | None = None, batch_size: int = 8, chunk_tokens: int | None = None
-) -> Trace:
+def trace(model, tokens: Tensor, *, keep: int | None = None, batch_size: int = 8, chunk_tokens: int | None = None) -> Trace:
     """Run the model over a calibration set once and record the logits and Grams for Eq. 3, betas and frequencies.
 
         tokens = esparse.calibration_tokens("web", tokenizer, sequences=64, length=256)
@@ -201,7 +186,7 @@ def trace(
 
 
 @torch.no_grad()
-def trace_block(layer: MoELayer, hidden_states: torch.Tensor, keep: int | None, scratch: Scratch | None = None) -> LayerTrace:
+def trace_block(layer: MoELayer, hidden_states: Tensor, keep: int | None, scratch: Scratch | None = None) -> LayerTrace:
     """The trace of one block alone, on hidden states [tokens, d]."""
     recorder = Recorder(layer, keep, None, scratch or Scratch())
     with evaluating(layer.block), recording([recorder]):

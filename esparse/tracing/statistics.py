@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from ..moe.routers import skip_ratios
 from .trace import LayerTrace, Trace, check_beta
@@ -36,7 +37,7 @@ def median_ratios(layer: LayerTrace, kept: Sequence[int] | None = None) -> tuple
     return beta, beta if layer.k == 2 else _median(layer.over_ranks(ratios[:, 0]))
 
 
-def _median(values: torch.Tensor) -> float:
+def _median(values: Tensor) -> float:
     values = values.sort().values
     return ((values[(len(values) - 1) // 2] + values[len(values) // 2]) / 2).item()
 
@@ -59,16 +60,14 @@ def dropped_share(layer: LayerTrace, beta: float, kept: Sequence[int] | None = N
     return (skip_ratios(layer.routing(kept)[1]) < beta).double().mean().item()
 
 
-def selection_frequency(layer: LayerTrace, kept: Sequence[int] | None = None) -> torch.Tensor:
+def selection_frequency(layer: LayerTrace, kept: Sequence[int] | None = None) -> Tensor:
     """How often a token chooses each expert, as a share of tokens: float64 [n], summing to k."""
     return co_selection(layer, kept).diagonal()
 
 
-def co_selection(layer: LayerTrace, kept: Sequence[int] | None = None) -> torch.Tensor:
-    """How often two experts are chosen together, as a share of tokens: float64 [n, n] (Fig. 5).
-
-    The diagonal holds the selection frequency.
-    """
+def co_selection(layer: LayerTrace, kept: Sequence[int] | None = None) -> Tensor:
+    """How often two experts are chosen together, as a share of tokens: float64 [n, n] (Fig. 5). The diagonal holds the
+    selection frequency."""
     chosen = layer.order.gather(1, layer.routing(kept)[0])  # [tokens, k]
     hot = torch.zeros(len(chosen), layer.n + 1, dtype=torch.float64, device=chosen.device).scatter_(1, chosen, 1.0)
     hot = hot[:, : layer.n]
@@ -81,7 +80,7 @@ def routing_divergence(one: LayerTrace, other: LayerTrace) -> float:
     return (difference.abs().sum() / (2 * one.k)).item()
 
 
-def betas_of_shares(ratios: torch.Tensor, shares: Sequence[float]) -> list[float]:
+def betas_of_shares(ratios: Tensor, shares: Sequence[float]) -> list[float]:
     """Betas that drop these shares of the droppable pairs: 0.5 gives the median, 1 drops all. ratios: rising, float64 [pairs].
 
     Each beta lies between two ratios that differ by more than rounding, at the share's place or before it, so that every

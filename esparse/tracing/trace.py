@@ -5,8 +5,8 @@ the Gram matrix of those experts' contributions. Changing the routing weights fr
 sum_i (w' - w)_i f_i, whose squared norm is (w' - w)^T G (w' - w): Eq. 3 for every subset, without running the model again.
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from ..files import new_folder, read_json, write_json
 from ..machine import everyone, summed
@@ -47,11 +48,11 @@ class LayerTrace:
     name: str
     k: int
     router: Router
-    logits: torch.Tensor
-    order: torch.Tensor
-    gram: torch.Tensor
-    target_dot: torch.Tensor | None = None
-    target_norm: torch.Tensor | None = None
+    logits: Tensor
+    order: Tensor
+    gram: Tensor
+    target_dot: Tensor | None = None
+    target_norm: Tensor | None = None
     keep: int | None = None  # the smallest r this trace can answer for
     split: bool = False  # whether other ranks of torch.distributed hold the other tokens
 
@@ -64,7 +65,7 @@ class LayerTrace:
         return self.logits.shape[1] - self.router.extra_logits
 
     @cached_property
-    def weights(self) -> torch.Tensor:
+    def weights(self) -> Tensor:
         """Routing weights [tokens, k] of the full layer, as in `order`."""
         return self.router.weights(self.logits, self.order[:, : self.k])
 
@@ -83,7 +84,7 @@ class LayerTrace:
         """ValueError if the router cannot keep r experts, or the trace does not answer for r."""
         check_experts(r, self.n, self.k, self.keep, self.router)
 
-    def routing(self, kept: Sequence[int] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def routing(self, kept: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         """Each token's k experts as places in `order`, and their weights in falling order, both [tokens, k], when only the
         experts `kept` exist (None: all)."""
         if kept is None:
@@ -91,52 +92,37 @@ class LayerTrace:
         positions, weights = self.routings(torch.tensor([self.check(kept)], device=self.order.device))
         return positions[:, 0], weights[:, 0]
 
-    def routings(self, subsets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def routings(self, subsets: Tensor) -> tuple[Tensor, Tensor]:
         """`routing` for subsets [s, r] at once: both [tokens, s, k]."""
-        if not self.router.keeps_ranking:
-            routed = [self._routing_anew(subset) for subset in subsets]
-            return tuple(torch.stack(column, 1) for column in zip(*routed, strict=True))
-        (s, r), (tokens, m), device = subsets.shape, self.order.shape, self.order.device
-        columns = torch.arange(r, device=device).expand(s, -1)
-        column = torch.full((s, self.n + 1), -1, device=device).scatter_(1, subsets, columns).T.contiguous()  # [n + 1, s]
-        local = column.index_select(0, self.order.flatten()).view(tokens, m, s)  # a kept expert's column, or -1
-        alive = local >= 0
-        counted = alive.to(torch.int16)  # int16: less memory to move
-        place = counted.cumsum(1, dtype=torch.int16).mul_(counted).clamp_(max=self.k + 1).long()  # 1..k, else 0 or k + 1
-        ranks = torch.arange(m, device=device)[:, None].expand_as(place)
-        positions = ranks.new_zeros(tokens, self.k + 2, s).scatter_(1, place, ranks)[:, 1:-1]  # `reach` ensures k each
-        chosen = local.gather(1, positions).mT.reshape(-1, self.k)
-        numbers = self.order.gather(1, positions.mT.flatten(1)).view(-1, self.k) if self.router.expert_scale else None
-        logits = self.logits.index_select(1, subsets.flatten()).view(-1, r)  # [tokens * s, r]
-        if self.router.extra_logits:
-            logits = torch.cat([logits, self.logits[:, self.n :].repeat_interleave(s, 0)], 1)
-        return self._falling(positions.mT, self.router.weights(logits, chosen, numbers).view(tokens, s, self.k))
+        (tokens, m), others = self.order.shape, torch.arange(self.n, self.logits.shape[1], device=self.order.device)
+        columns = torch.cat([subsets, others.expand(len(subsets), -1)], 1)  # [s, r + extra logits]
+        logits = self.logits[:, columns]  # [tokens, s, r + extra logits]
+        place = torch.full((tokens, self.n + 1), m, dtype=torch.int32, device=self.order.device)  # in `order`
+        place.scatter_(1, self.order, torch.arange(m, dtype=torch.int32, device=place.device).expand(tokens, -1))
+        ranking = -place[:, subsets] if self.router.keeps_ranking else self.router.ranking(logits, columns)
+        chosen = ranking.topk(self.k).indices.flatten(0, 1)  # [tokens * s, k]
+        numbers = columns.expand(tokens, -1, -1).flatten(0, 1).gather(1, chosen)
+        weights = self.router.weights(logits.flatten(0, 1), chosen, numbers).view(tokens, -1, self.k)
+        return self._falling(place.gather(1, numbers.view(tokens, -1)).view(weights.shape).long(), weights)
 
-    def _routing_anew(self, subset: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`routing` where removing experts changes the ranking of the others: the router chooses again."""
-        subset = torch.cat([subset, torch.arange(self.n, self.logits.shape[1], device=subset.device)])
-        logits = self.logits[:, subset]
-        chosen = self.router.ranking(logits, subset).topk(self.k).indices
-        weights = self.router.weights(logits, chosen, subset[chosen])
-        return self._falling(self.order.argsort(1).gather(1, subset[chosen]), weights)
-
-    def _falling(self, positions: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _falling(self, positions: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Both [..., k] sorted by falling weight."""
         if self.router.sorted:
             return positions, weights
         order = weights.argsort(dim=-1, descending=True, stable=True)
         return positions.gather(-1, order), weights.gather(-1, order)
 
-    def sum_over_ranks(self, total: torch.Tensor) -> torch.Tensor:
+    def tensors(self) -> dict[str, Tensor]:
+        """The recorded tensors, by field."""
+        return {field.name: value for field in fields(self) if torch.is_tensor(value := getattr(self, field.name))}
+
+    def sum_over_ranks(self, total: Tensor) -> Tensor:
         """A sum over this trace's tokens; if it is split, over those of all ranks."""
         return summed(total) if self.split else total
 
-    def over_ranks(self, values: torch.Tensor) -> torch.Tensor:
+    def over_ranks(self, values: Tensor) -> Tensor:
         """Values [tokens, ...] of this trace's tokens; if it is split, those of all ranks, in their order."""
-        if not self.split:
-            return values
-        found = [value for part in everyone(values.tolist()) for value in part]
-        return torch.tensor(found, dtype=values.dtype, device=values.device)
+        return torch.cat(everyone(values.cpu())).to(values.device) if self.split else values
 
 
 def check_experts(r: int, n: int, k: int, keep: int | None = None, router: Router | None = None) -> None:
@@ -163,10 +149,15 @@ def check_beta(beta: float, k: int) -> None:
         raise ValueError(f"beta must be a finite number that is not negative, got {beta!r}.")
 
 
-def part(layer: LayerTrace, tokens: torch.Tensor | slice) -> LayerTrace:
+def part(layer: LayerTrace, tokens: Tensor | slice) -> LayerTrace:
     """The trace of some of the tokens alone, by their numbers."""
-    cut = {name: value[tokens] for name, value in vars(layer).items() if torch.is_tensor(value) and name != "weights"}
-    return LayerTrace(layer.name, layer.k, layer.router, keep=layer.keep, **cut)
+    return replace(layer, **{name: value[tokens] for name, value in layer.tensors().items()})
+
+
+def parts(layer: LayerTrace, rows: int) -> Iterator[LayerTrace]:
+    """The trace in consecutive parts of at most so many tokens."""
+    for start in range(0, len(layer.order), rows):
+        yield part(layer, slice(start, start + rows))
 
 
 @dataclass
@@ -184,9 +175,8 @@ class Trace:
     def save(self, folder: str | Path) -> None:
         """Write one safetensors file per layer and `trace.json`; raises FileExistsError if `folder` exists."""
         with new_folder(folder) as temporary:
-            for number, layer in enumerate(self.layers):
-                save_layer(layer, temporary / layer_file(number))
-            write_about(temporary, self.model, self.tokens, [about_layer(layer) for layer in self.layers])
+            layers = [save_layer(layer, temporary / layer_file(number)) for number, layer in enumerate(self.layers)]
+            write_about(temporary, self.model, self.tokens, layers)
 
     @classmethod
     def load(cls, folder: str | Path) -> "Trace":
@@ -204,19 +194,15 @@ def layer_file(number: int) -> str:
     return f"layer_{number:02d}.safetensors"
 
 
-def save_layer(layer: LayerTrace, path: Path) -> None:
-    tensors = {name: value.cpu().contiguous() for name, value in vars(layer).items() if torch.is_tensor(value)}
-    tensors.pop("weights", None)  # a cached property
-    tensors["order"] = tensors["order"].to(torch.int16)
-    save_file(tensors, path)
-
-
-def about_layer(layer: LayerTrace) -> dict:
-    """The entry of a layer in `trace.json`."""
+def save_layer(layer: LayerTrace, path: Path) -> dict:
+    """Write a layer's tensors; returns its entry in `trace.json`."""
+    tensors = {name: value.cpu().contiguous() for name, value in layer.tensors().items()}
+    save_file(tensors | {"order": tensors["order"].to(torch.int16)}, path)
     return {"name": layer.name, "k": layer.k, "keep": layer.keep, "router": asdict(layer.router)}
 
 
 def write_about(folder: Path, model: str, tokens: str, layers: list[dict]) -> None:
+    """Write `trace.json`, with the layers' entries from `save_layer`."""
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     about = {"format": FORMAT, "model": model, "tokens": tokens, "layers": layers, "versions": versions}
     write_json(folder / "trace.json", about)

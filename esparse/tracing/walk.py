@@ -1,10 +1,11 @@
 """Walking through a decoder layer by layer: only the hidden states of the calibration set are kept between layers."""
 
 from collections.abc import Callable, Iterator, MutableSequence, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..moe.experts import Scratch
 from ..moe.layers import MoELayer, decoder_layers, experts_returning, find_moe, flat_output
@@ -15,7 +16,7 @@ from .trace import LayerTrace
 
 BATCH = 8  # sequences a forward pass
 
-State = torch.Tensor | tuple[torch.Tensor | None, ...]  # hidden states, alone or followed by a layer's other outputs
+State = tuple[Tensor | None, ...]  # hidden states, then other outputs of a layer that the next one takes
 
 
 class Bypass(nn.Module):
@@ -29,7 +30,7 @@ class Bypass(nn.Module):
     def __getattr__(self, name: str):
         return getattr(self.__dict__["layer"], name)
 
-    def forward(self, hidden_states: torch.Tensor, *_arguments, **_named) -> State:
+    def forward(self, hidden_states: Tensor, *_arguments, **_named):
         hidden_states = torch.full_like(hidden_states, float("nan"))
         return (hidden_states, *self.more) if self.more else hidden_states
 
@@ -54,14 +55,14 @@ class _StopForward(Exception):
     """Carries the layer's output out of the model's forward pass, which ends there."""
 
 
-def forward_layer(model: nn.Module, layer: nn.Module, batch: torch.Tensor, state: State | None) -> State:
+def forward_layer(model: nn.Module, layer: nn.Module, batch: Tensor, state: State) -> State:
     """The output of a decoder layer for token ids [sequences, length].
 
-    state: the layer's input (None: the model's embeddings). The model itself prepares masks, positions and other arguments.
+    state: the layer's input (empty: the model's embeddings). The model itself prepares masks, positions and other arguments.
     Some layers return more than hidden states (ZAYA: a router state; GLM-5: the tokens to attend to), all part of the state.
     Raises ValueError where a layer also takes values that the model computes from earlier layers' hidden states.
     """
-    hidden_states, *more = state if isinstance(state, tuple) else (state,)
+    hidden_states, *more = state or (None,)
 
     def enter(_module, args, named):
         if hidden_states is None:
@@ -77,56 +78,47 @@ def forward_layer(model: nn.Module, layer: nn.Module, batch: torch.Tensor, state
     for other in decoder_layers(model):
         if isinstance(other, Bypass):
             other.__dict__["more"] = more
-    with ExitStack() as stack:
-        stack.callback(layer.register_forward_pre_hook(enter, with_kwargs=True).remove)
-        stack.callback(layer.register_forward_hook(leave).remove)
-        try:
+    try:
+        with layer.register_forward_pre_hook(enter, with_kwargs=True), layer.register_forward_hook(leave):
             model.base_model(batch, use_cache=False)
-        except _StopForward as stopped:
-            output = stopped.args[0]
-            return output[0] if isinstance(output, tuple) and len(output) == 1 else output
+    except _StopForward as stopped:
+        output = stopped.args[0]
+        return output if isinstance(output, tuple) else (output,)
     raise ValueError(f"{type(model).__name__} does not run its decoder layers one after the other.")
 
 
+@dataclass
 class Walk:
     """Carries streams of hidden states of a calibration set through a decoder, one layer at a time.
 
-    streams: the next layer's input for each batch, by the stream's name; an absent stream starts from the embeddings.
-    "original" is the stream with all experts, whose weights may be pruned on the way. "pruned" is the stream with fewer
-    experts, in a progressive search. split: whether other ranks of torch.distributed have the other sequences.
+    split: whether other ranks of torch.distributed have the other sequences. new_stream: makes the container of a layer's
+    outputs from the stream's name and the layer's number (None: a list). streams: the next layer's input for each batch, by
+    the stream's name; an absent stream starts from the embeddings. "original" is the stream with all experts, whose weights
+    may be pruned on the way. "pruned" is the stream with fewer experts, in a progressive search.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        tokens: torch.Tensor,
-        *,
-        progressive: bool = False,
-        batch_size: int = BATCH,
-        chunk_tokens: int | None = None,
-        split: bool = False,
-        new_stream: Callable[[str, int], MutableSequence] | None = None,
-    ):
-        """new_stream: makes the container of a layer's outputs from the stream's name and the layer's number (None: a list)."""
-        self.model, self.batches = model, tokens.split(batch_size)
-        self.progressive, self.chunk_tokens, self.split = progressive, chunk_tokens, split
-        self.new_stream = new_stream or (lambda _name, _number: [None] * len(self.batches))
-        self.streams: dict[str, MutableSequence] = {}
-        self.scratch = Scratch()
+    model: nn.Module
+    tokens: Tensor
+    progressive: bool = False
+    batch_size: int = BATCH
+    chunk_tokens: int | None = None
+    split: bool = False
+    new_stream: Callable[[str, int], MutableSequence] | None = None
+    streams: dict[str, MutableSequence] = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.batches, self.scratch = self.tokens.split(self.batch_size), Scratch()
 
     def forward(self, decoder: nn.Module, b: int, stream: str = "original") -> State:
         """The output of a decoder layer for one batch of a stream."""
         batch = self.batches[b].to(input_device(self.model))
-        state = self.streams[stream][b] if stream in self.streams else None
-        if isinstance(state, tuple):
-            state = tuple(tensor if tensor is None else tensor.to(batch.device) for tensor in state)
-        elif state is not None:
-            state = state.to(batch.device)
+        state = self.streams[stream][b] if stream in self.streams else ()
+        state = tuple(tensor if tensor is None else tensor.to(batch.device) for tensor in state)
         return forward_layer(self.model, decoder, batch, state)
 
     def advance(self, decoder: nn.Module, number: int, stream: str = "original", forward: Callable | None = None) -> None:
         """Take a stream past a decoder layer; forward(decoder, b, stream) replaces the method `forward`, if given."""
-        after = self.new_stream(stream, number)
+        after = self.new_stream(stream, number) if self.new_stream else [None] * len(self.batches)
         for b in range(len(self.batches)):
             after[b] = (forward or self.forward)(decoder, b, stream)
         self.streams[stream] = after
@@ -142,7 +134,7 @@ class Walk:
                 for stream in ("original", "pruned")[: 1 + self.progressive]:
                     self.advance(decoder, number, stream)
                 return None
-            check_gram([layer], sum(batch.numel() for batch in self.batches), keep, input_device(self.model))
+            check_gram([layer], self.tokens.numel(), keep, input_device(self.model))
             recorder = Recorder(layer, keep, self.chunk_tokens, self.scratch)
             if self.progressive:
                 self.advance(decoder, number, forward=lambda decoder, b, _: self._record_pruned(decoder, recorder, b))
@@ -175,12 +167,9 @@ class Walk:
 
 
 @contextmanager
-def block_outputs(layer: MoELayer) -> Iterator[list[torch.Tensor]]:
+def block_outputs(layer: MoELayer) -> Iterator[list[Tensor]]:
     """A list that collects the outputs [tokens, d] of the layer's block (of its experts, where `output_is_linear` is false)."""
-    collected: list[torch.Tensor] = []
+    collected: list[Tensor] = []
     source = layer.block if layer.output_is_linear else layer.experts
-    hook = source.register_forward_hook(lambda _module, _inputs, output: collected.append(flat_output(output)))
-    try:
+    with source.register_forward_hook(lambda _module, _inputs, output: collected.append(flat_output(output))):
         yield collected
-    finally:
-        hook.remove()

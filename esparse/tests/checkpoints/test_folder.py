@@ -319,7 +319,7 @@ def test_right_headers_are_read_as_safetensors_reads_them(head, data, tmp_path):
     path = write(tmp_path / "x.safetensors", head, data)
     with safe_open(path, framework="pt") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        assert {name: (list(place.shape), place.dtype) for name, place in header(path).items()} == {
+        assert {name: (list(entry.shape), entry.stored) for name, entry in header(path).items()} == {
             name: (part.get_shape(), part.get_dtype()) for name, part in slices.items()
         }
 

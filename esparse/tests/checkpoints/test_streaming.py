@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import esparse
 from esparse import __main__, machine
-from esparse.checkpoints import folder, jobs, reader, streaming, writer
+from esparse.checkpoints import folder, jobs, progress, reader, streaming, writer
 from esparse.checkpoints.folder import INDEX, SINGLE
 from esparse.checkpoints.layout import PREDICTING, Checkpoint, Layout
 from esparse.files import data_folder
@@ -200,8 +200,9 @@ def test_fp8_scales_belong_to_the_blocks_that_they_divide_a_weight_into(weight, 
 
 
 def test_mxfp4_is_dequantised(tmp_path):
-    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
-
+    bits = [(code >> 3, code >> 1 & 3, code & 1) for code in range(16)]  # sign, exponent, mantissa
+    sizes = [mantissa / 2 if exponent == 0 else (1 + mantissa / 2) * 2 ** (exponent - 1) for _, exponent, mantissa in bits]
+    values = torch.tensor([(-1) ** sign * size for (sign, _, _), size in zip(bits, sizes, strict=True)])
     folder = saved(tmp_path / "source", "gpt_oss", torch.bfloat16, intermediate_size=32)
     state, expected, generator = tensors(folder), {}, torch.Generator().manual_seed(0)
     for name in [name for name in state if name.endswith(("gate_up_proj", "down_proj"))]:
@@ -209,7 +210,8 @@ def test_mxfp4_is_dequantised(tmp_path):
         blocks = torch.randint(0, 256, (n, outer, inner // 32, 16), dtype=torch.uint8, generator=generator)
         scales = torch.randint(120, 125, (n, outer, inner // 32), dtype=torch.uint8, generator=generator)
         state |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
-        expected[name] = convert_moe_packed_tensors(blocks.clone(), scales.clone())
+        codes = torch.stack([blocks % 16, blocks // 16], -1).flatten(-2).long()  # [n, outer, groups, 32]
+        expected[name] = (values[codes] * 2.0 ** (scales.float() - 127)[..., None]).flatten(-2).mT.bfloat16()
     write_index(folder, state, {"quant_method": "mxfp4"})
     report = esparse.prune_checkpoint(folder, tmp_path / "pruned", 6, calibration=TOKENS)
     after = tensors(tmp_path / "pruned")
@@ -268,7 +270,7 @@ def broken(folder: Path, how: str) -> Path:
     ],
 )
 def test_a_broken_source_is_named_before_any_layer_runs(how, words, tmp_path, monkeypatch):
-    monkeypatch.setattr(streaming.CheckpointWalk, "run", lambda *_: pytest.fail("a layer ran"))
+    monkeypatch.setattr(progress.ResumableJob, "run", lambda *_: pytest.fail("a layer ran"))
     with pytest.raises(ValueError, match=words):
         esparse.prune_checkpoint(broken(tmp_path / "source", how), tmp_path / "pruned", 6, calibration=TOKENS)
     with pytest.raises(ValueError, match=words):
@@ -458,11 +460,23 @@ def test_going_on_with_other_inputs_is_refused(source, tmp_path, monkeypatch, ch
     os.utime(next(other.glob("*.safetensors")))
     with pytest.raises(ValueError, match="another source"):
         esparse.prune_checkpoint(other, tmp_path / "pruned", 6, calibration=TOKENS)
+    monkeypatch.setattr(jobs, "FORMAT", jobs.FORMAT + 1)
+    with pytest.raises(ValueError, match="another format"):
+        esparse.prune_checkpoint(source, tmp_path / "pruned", 6, calibration=TOKENS)
+
+
+def test_a_stream_gives_back_what_a_layer_returned(tmp_path):
+    hidden = torch.randn(2, 3, 4)
+    stream = streaming.FileStream(tmp_path / "original_00000.0")
+    several = (hidden, hidden, None, torch.arange(6).view(2, 3).T, hidden[1:])
+    for batch, state in enumerate([(hidden,), (hidden, None), several]):
+        stream[batch] = state
+        assert all(a is b or (torch.equal(a, b) and a.dtype == b.dtype) for a, b in zip(stream[batch], state, strict=True))
 
 
 def test_a_killed_trace_goes_on(source, tmp_path, monkeypatch):
     stock = jobs.save_layer
-    monkeypatch.setattr(jobs, "save_layer", lambda layer, path: stock(layer, path) if path.name.endswith("0") else 1 / 0)
+    monkeypatch.setattr(jobs, "save_layer", lambda layer, path: stock(layer, path) if path.stem.endswith("0") else 1 / 0)
     with pytest.raises(ZeroDivisionError):
         esparse.trace_checkpoint(source, TOKENS, tmp_path / "trace")
     assert not (tmp_path / "trace").exists()

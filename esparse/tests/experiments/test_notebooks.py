@@ -10,7 +10,7 @@ import shutil
 import sys
 import types
 import warnings
-from contextlib import chdir, contextmanager
+from contextlib import asynccontextmanager, chdir
 from numbers import Number
 
 import nbformat
@@ -52,8 +52,8 @@ class Here:
     def __init__(self, notebook, **_options):
         self.resources = {}
 
-    @contextmanager
-    def setup_kernel(self):
+    @asynccontextmanager
+    async def async_setup_kernel(self, env):
         InteractiveShell.clear_instance()
         module = types.ModuleType("cells_of_a_notebook")
         quiet = Config(HistoryManager={"enabled": False})
@@ -65,7 +65,7 @@ class Here:
         InteractiveShell.clear_instance()
         sys.modules.pop(module.__name__, None)
 
-    def execute_cell(self, cell, index):
+    async def async_execute_cell(self, cell, index):
         with capture_output() as shown:
             done = self.shell.run_cell(cell.source)
         done.raise_error()
@@ -104,6 +104,7 @@ def test_all_notebooks_run_and_are_summed_up(finished):
     assert f"{len(PATHS)} notebooks" in printed
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_finished_notebooks_are_not_run_again_and_changed_settings_are(finished, call_here, tmp_path):
     folder, _ = finished
@@ -166,6 +167,7 @@ def test_what_is_committed_is_what_the_code_computes(finished):
         assert [len(cell.get("outputs", [])) for cell in cells] == [len(cell.get("outputs", [])) for cell in committed.cells]
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_an_interrupted_run_goes_on(finished, call, tmp_path):
     """With the traces, plans and results of a run but no finished notebook, nothing is computed twice, the numbers are the

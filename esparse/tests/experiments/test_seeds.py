@@ -1,6 +1,7 @@
 """The studies' rows, compared with separate computations on few items."""
 
 import copy
+import itertools
 import json
 import re
 import shutil
@@ -18,7 +19,7 @@ from esparse.experiments import domain, recovery, seeds
 from esparse.moe.layers import moe_layers
 from esparse.pruning import weights
 from esparse.tiny_model import build, training
-from esparse.tiny_model.recipe import Recipe
+from esparse.tiny_model.training import Recipe
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +76,9 @@ def test_methods_run_once_and_are_reported(run):
     assert rows == list(recovery.recovery_rows(run, 6, "web", "web+arithmetic", methods=("scales", "output", "tune"), steps=2))
     made = [path for path in (run.folder / "recovered").iterdir() if path.is_dir()]
     assert len(made) == 2 and all(moe_layers(esparse.load_model(str(path))[0])[0].n == 6 for path in made)
-    tuned = list(recovery.tuned_rows(run, [(8, None), (6, "web")], steps=1))
-    assert [row["r"] for row in tuned] == [8, 6] and tuned[0]["perplexity"] != tuned[0]["before"]["perplexity"]
+    tuned = list(itertools.islice(recovery.tuned_rows(run, steps=1), 2))
+    assert [(row["r"], row["calibration"]) for row in tuned] == [(8, None), (6, "web")]
+    assert tuned[0]["perplexity"] != tuned[0]["before"]["perplexity"]
 
 
 def test_a_recovery_is_taken_again_for_other_text_and_another_calibration_set(run):
@@ -162,15 +164,15 @@ def test_models_of_a_recipe_are_kept_by_what_its_files_hold(files, tmp_path):
 def test_a_model_of_a_recipe_is_trained_once_and_kept(tmp_path, tiny, monkeypatch):
     asked = []
 
-    def train(tokenizer, preset, **options):
-        asked.append({"preset": preset, **options})
-        return training.preset_model(preset)
+    def train(tokenizer, recipe, **options):
+        asked.append({"recipe": recipe, **options})
+        return training.preset_model(recipe.preset)
 
     monkeypatch.setattr(build, "checkout", lambda: tmp_path)
     monkeypatch.setattr(build, "train_model", train)
     one, other = (build.trained_folder(Recipe("tiny-16", 7), 1, tiny[1]) for _ in range(2))
-    rows = {"web": 5, "arithmetic": 3}
-    assert one == other and asked == [{"preset": "tiny-16", "steps": 7, "seed": 1, "rows": rows, "device": "cpu"}]
+    assert one == other and asked == [{"recipe": Recipe("tiny-16", 7), "seed": 1, "device": "cpu"}]
+    assert (asked[0]["recipe"].steps, asked[0]["recipe"].rows) == (7, {"web": 5, "arithmetic": 3})
     model, tokenizer = esparse.load_model(str(one))
     assert moe_layers(model)[0].n == 16 and model.dtype == torch.bfloat16
     assert tokenizer("Ada has 42 nails.").input_ids == tiny[1]("Ada has 42 nails.").input_ids

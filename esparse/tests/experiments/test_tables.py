@@ -1,10 +1,10 @@
-"""Tables and figures' numbers, from made-up rows of studies."""
+"""Tables and figures' numbers, mostly from made-up rows of studies."""
 
 import pandas as pd
 import pytest
 
 import esparse
-from esparse.experiments import domain, recovery, tables
+from esparse.experiments import domain, recovery, skipping, tables
 
 
 def fake(seed: int, r: int, perplexity: float, **more) -> dict:
@@ -33,7 +33,7 @@ def test_lines_are_means_and_ranges_over_seeds():
     rows = [fake(seed, r, 2.0 + seed) for seed in (0, 1, 2) for r in (7, 6)]
     line = tables.line("some", rows, "r", tables.MEASURES["general"])
     assert line == {"label": "some", "x": [7, 6], "mean": [3.0, 3.0], "least": [2.0, 2.0], "most": [4.0, 4.0]}
-    assert tables.spread([5.0]) == (5.0, 0.0)
+    assert tables.means([fake(0, 6, 5.0)], ["r"])["general"].to_list() == ["5.00 ± 0.00"]
 
 
 def test_figures_show_every_seed_and_the_paper():
@@ -51,7 +51,8 @@ def test_figures_show_every_seed_and_the_paper():
     random = data["panels"][0]["lines"][2]
     assert (random["label"], random["mean"]) == ("random", [2.5, pytest.approx(2.7)])  # of the rows without skipping
     for drawn in (data, domain.beta_figure(esparse.Run(), rows, esparse.paper("table8"))):
-        figure = tables.panels(drawn)
+        figure = tables.NotebookFigure()
+        tables.panels(figure, drawn)
         assert len(figure.axes) == 4 and figure.axes[3].get_title().startswith("the paper")
 
 
@@ -84,3 +85,12 @@ def test_a_comparison_by_size_has_a_column_for_each_r():
     shown = tables.by_size(found, "general").map(lambda cell: cell.replace("\N{NO-BREAK SPACE}", " "))
     assert list(shown.columns) == [8, 6] and shown.loc["a"].to_list() == ["0.90 to 1.25", "2.00 to 4.00"]
     assert shown.loc["b"].to_list() == ["2.00 to 2.00", ""]
+
+
+def test_tail_rule_halves_the_droppable_pairs_at_the_median():
+    tail = skipping.tail_rule()
+    left = dict(zip(tail["beta"], tail["left"], strict=True))
+    assert left[0.0] == tail["k"] and min(tail["left"]) >= 1
+    below = max(b for b in tail["beta"] if b <= tail["median"])
+    above = min(b for b in tail["beta"] if b >= tail["median"])
+    assert left[above] <= 1 + (tail["k"] - 1) / 2 + 0.01 and left[below] >= 1 + (tail["k"] - 1) / 2 - 0.01

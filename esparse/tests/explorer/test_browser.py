@@ -258,6 +258,7 @@ def test_every_control_of_the_explorer_by_keyboard(open_notebook, run, whole):
     assert page.evaluate("() => window.frames") > least and page.evaluate("() => window.flickered") == 0
 
 
+@pytest.mark.alone
 def test_a_key_press_changes_the_pictures_within_a_tenth_of_a_second(open_notebook, run):
     """p95 over every picture that a key changes; another try where something else held up the machine.
 

@@ -232,7 +232,7 @@ def test_neighbours_are_one_step_away(shown):
         (("betas", (1.0,) * 6), range(6), 1),
     ):
         choice = Choice(6, "enumerate", 2, skip)
-        near = shown.neighbours(choice, layers)
+        near = list(itertools.chain(*shown.neighbours(choice, layers).values()))
         for other in near:
             if other.skip != skip and skip[0] == "betas":
                 assert {i for i in range(6) if other.skip[1][i] != skip[1][i]} == set(layers)
@@ -242,7 +242,7 @@ def test_neighbours_are_one_step_away(shown):
             moved = {after - before for before, after in zip(places(choice), places(other), strict=True)} - {0}
             assert moved in ({-1}, {1}) if other.method == "enumerate" else moved == set()
     ends = shown.neighbours(Choice(8, "enumerate", 0, ("share", 1.0)), range(6))
-    assert {other.r for other in ends} == {7, 8} and {other.layer for other in ends} == {0, 1}
+    assert [other.r for other in ends["r"]] == [7] and [other.layer for other in ends["layer"]] == [1]
 
 
 # Pictures at first, for r = 5, and ahead for r = 4; if there are such controls for other methods; the next layer; if there
@@ -375,7 +375,7 @@ def test_betas_for_all_and_for_each_layer(shown):
     board = widgets.Dashboard(shown)
     board.mode.value = widgets.SKIPPING[1]
     board.beta.value = 0.3
-    assert board.choice.skip == ("betas", (0.3,) * 6) and board.share.box.layout.display == "none"
+    assert board.choice.skip == ("betas", (0.3,) * 6) and board.share.layout.display == "none"
     board.mode.value = widgets.SKIPPING[2]
     board.layer.value = 4
     board.beta.value = 0.9
@@ -414,7 +414,7 @@ def test_controls_have_names(shown):
     page = widgets.Page(shown)
     board = page.dashboard
     numbers = [board.r.number, board.layer.number, board.share.number, board.beta.number, board.method, board.mode]
-    named = [*numbers, page.path, page.export.path, page.export.corpus, page.export.button]
+    named = [*numbers, page.path, page.plan_path, page.corpus, page.button]
     assert all(control.description for control in named) and len({c.description for c in named}) == len(named)
 
 
@@ -424,19 +424,19 @@ def test_an_exported_plan_prunes_and_skips(shown, traces, tiny, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     page = widgets.Page(shown)
     page.dashboard.r.value = 5
-    page.export.button.click()
+    page.button.click()
     assert page.dashboard.message.value == ""
-    assert f"prune MODEL pruned --plan {tmp_path / 'plan.json'}" in page.export.written.value  # from any folder
+    assert f"prune MODEL pruned --plan {tmp_path / 'plan.json'}" in page.written.value  # from any folder
     plan = esparse.PruningPlan.load("plan.json")
     assert (plan.r, plan.kept) == (5, shown.kept("web", page.dashboard.choice))
     assert plan.losses == pytest.approx(esparse.search_experts(traces["web"], 5).losses)
     assert plan.betas == shown.skipping("web", page.dashboard.choice)["beta"]
-    page.export.button.click()
+    page.button.click()
     assert "plan.json already exists" in page.dashboard.message.value
     page.dashboard.r.value = 8
     assert "keeps every expert" in page.dashboard.message.value
-    page.export.path.value = "other.json"
-    page.export.button.click()
+    page.plan_path.value = "other.json"
+    page.button.click()
     assert "nothing to prune" in page.dashboard.message.value and not (tmp_path / "other.json").exists()
     assert __main__.main(["prune", str(data_folder() / "tiny"), "pruned", "--plan", "plan.json"]) == 0
     pruned = esparse.prune(esparse.load_model()[0], plan)
@@ -535,7 +535,7 @@ def test_betas_and_axes_reach_all_pairs_of_more_than_two_experts(tmp_path):
     shown = Explorer({"one": esparse.trace(random_model("qwen3", 8, 4), random_tokens(), keep=6)}, tmp_path)
     last = Choice(6, "enumerate", 0, ("betas", (shown.betas[-1],) * shown.layers))
     assert shown.betas[-1] == 3 and min(shown.skipping("one", last)["dropped"]) > 0.99
-    top = max(shown.grids["one"]["places"]["enumerate 6"][0]["aimed loss"])
+    top = max(shown.grids["one"]["places"]["enumerate 6"]["share loss"][0])
     assert shown.frame["loss"] >= top
 
 

@@ -14,7 +14,7 @@ from esparse.checkpoints.estimate import flop_per_second
 from esparse.experiments.speed import explanations, roofline
 from esparse.measure import decoding, search_cost, streaming_cost, timing
 from esparse.moe.layers import moe_layers
-from esparse.tests.conftest import EXHAUSTIVE, apart
+from esparse.tests.conftest import EXHAUSTIVE, apart, random_model
 
 SHAPE = {"vocab_size": 100, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
 TINY = SHAPE | {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -68,8 +68,8 @@ def test_decoding_compiled_uses_one_static_cache_again(monkeypatch):
 
 
 def test_search_times_compare_like_with_like():
-    model = search_cost.benchmark_layer(hidden=64, inner=96)
-    row = search_cost.search_times(model, 6, tokens=64, repeats=1)
+    layer = search_cost.expert_layer(8, 2, hidden=64, inner=96)
+    row = search_cost.search_times(layer, 6, tokens=64, repeats=1)
     assert min(row["ours"], row["products"], row["rerun"]) > 0
     assert row["all_outputs_mib"] == 4 * 64 * 4 * 64 * 4 / 2**20  # 4 x tokens x m x hidden x float32
     assert row["over_products"] == pytest.approx(row["ours"] / row["products"])  # one round
@@ -77,11 +77,9 @@ def test_search_times_compare_like_with_like():
 
 def test_expert_outputs_are_never_held_for_all_tokens():
     """The experts are called on a chunk at a time, whatever the calibration set."""
-    model = search_cost.benchmark_layer(hidden=64, inner=96)
-    experts, rows = moe_layers(model)[0].experts, []
-    experts.act_fn.register_forward_hook(lambda module, inputs, out: rows.append(len(out)))
-    tokens = torch.randint(0, 100, (8, 64))
-    esparse.trace(model, tokens, keep=6, chunk_tokens=32)
+    model, rows = random_model("mixtral", 8, 2), []
+    moe_layers(model)[0].experts.act_fn.register_forward_hook(lambda module, inputs, out: rows.append(len(out)))
+    esparse.trace(model, torch.randint(0, 48, (8, 64)), keep=6, chunk_tokens=32)
     assert max(rows) <= 32 * 4 and sum(rows) == 8 * 64 * 4
 
 
@@ -144,9 +142,9 @@ def test_bytes_of_a_step_are_those_of_the_weights_in_use():
     model = timing.random_mixtral(TINY, 4, torch.bfloat16, "cpu")
     expert, attention = 3 * 64 * 96, 64 * 64 * 2 + 64 * 32 * 2
     layer = attention + 4 * 64 + 2 * 64
-    cache = 2 * 2 * 5 * 10 * 2 * 16  # keys and values, layers, batch, context, heads, their width
-    assert decoding.step_bytes(model, 1.5, 10, 5) == 2 * (2 * (layer + 1.5 * expert) + 64 * 100 + 64 + cache)
-    assert decoding.memory(model, 5, 10)["cache_mib"] * 2**20 == 2 * cache
+    cache = 2 * 2 * 10 * 2 * 16  # keys and values, layers, context, heads, their width: of one sequence
+    assert decoding.step_bytes(model, 1.5, 10, 5) == 2 * (2 * (layer + 1.5 * expert) + 64 * 100 + 64 + 5 * cache)
+    assert decoding.memory(model, decoding.Size(TINY, prompt=6, new_tokens=4))["cache_mib"] * 2**20 == 2 * cache
 
 
 @pytest.mark.parametrize("bfloat16, chosen", [((0.8, 3.8, 14.0), torch.float32), ((0.8, 1.1, 2.0), torch.bfloat16)])
@@ -174,6 +172,7 @@ def test_the_speed_of_products_is_known_soon_where_they_are_slow(monkeypatch, ra
     assert flop_per_second(torch.float32) == pytest.approx(rate) and taken == [side for side in sides for _ in range(3)]
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(("batches", "protocol"), [((1, 8), 8), pytest.param((1, 8, 32), 24, marks=EXHAUSTIVE)])
 @pytest.mark.slow
 def test_the_small_benchmark_guards_against_getting_slower(batches, protocol, tmp_path):
@@ -232,7 +231,7 @@ def test_what_fails_for_memory_is_said_and_the_rest_measured(tmp_path, monkeypat
 
 def test_where_time_is_short_what_matters_most_comes_first():
     stages = decoding._stages(decoding.SIZES["full"], (8, 6, 4), "cuda")
-    assert [(r, name) for some, parts in stages for r in some for name in parts] == [
+    assert [(r, name) for r, parts in stages for name in parts] == [
         *((r, name) for r in (8, 6, 4) for name in ("protocol", "memory", "1")),
         (8, "1, compiled"),
         *((r, name) for r in (8, 6, 4) for name in ("8", "32")),

@@ -191,17 +191,17 @@ def test_killed_work_goes_on(tmp_path, monkeypatch):
     arguments = (tmp_path / "source", tmp_path / "pruned", "2:4")
     real = weights.WeightPruner.prune_layer
 
-    def dies(self, number):
+    def dies(self, walk, number):
         if number == 2:
             raise KeyboardInterrupt
-        return real(self, number)
+        return real(self, walk, number)
 
     monkeypatch.setattr(weights.WeightPruner, "prune_layer", dies)
     with pytest.raises(KeyboardInterrupt):
         esparse.prune_weights_checkpoint(*arguments, calibration=TOKENS)
     assert not (tmp_path / "pruned").exists()
     seen = []
-    monkeypatch.setattr(weights.WeightPruner, "prune_layer", lambda self, number: seen.append(number) or real(self, number))
+    monkeypatch.setattr(weights.WeightPruner, "prune_layer", lambda *given: seen.append(given[-1]) or real(*given))
     esparse.prune_weights_checkpoint(*arguments, calibration=TOKENS)
     assert seen == [2]
     monkeypatch.undo()

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import esparse
-from esparse.experiments import skipping
 from esparse.files import checkout, data_folder
 from esparse.measure.evaluation import TINY_TASKS
+from esparse.tiny_model import training
 from esparse.tracing.statistics import routing_divergence
 
 CHANCE = {"web_yes_no": 0.5, "arithmetic_problems": 0.0}  # others: one in four
@@ -74,17 +74,15 @@ def test_matched_calibration_is_better_on_its_own_corpus(tiny):
 
 
 @pytest.mark.slow
-def test_the_recipe_makes_the_same_model_twice_and_learns():
-    from esparse.tiny_model.training import train_model, train_tokenizer
-
-    tokenizer, losses = train_tokenizer(documents=300), []
-    one = train_model(tokenizer, steps=3, seed=1)
-    two = train_model(tokenizer, steps=3, seed=1)
-    other = train_model(tokenizer, steps=3, seed=2)
+def test_the_recipe_makes_the_same_model_twice_and_learns(monkeypatch):
+    tokenizer = training.train_tokenizer(documents=300)
+    one, two, other = (training.train_model(tokenizer, training.Recipe(steps=3), seed=seed) for seed in (1, 1, 2))
     apart = lambda a, b: max((p - q).abs().max().item() for p, q in zip(a.parameters(), b.parameters(), strict=True))  # noqa: E731
     assert apart(one, two) < 1e-3 < 1e-2 < apart(one, other)  # the last bits of threaded products may differ under load
-    train_model(tokenizer, steps=100, rows={"web": 1, "arithmetic": 1}, report=lambda step, loss: losses.append(loss))
-    assert losses[0] < 5  # ln(1024) = 6.9 at the start
+    monkeypatch.setattr(training, "STEP_SEQUENCES", {"web": 1, "arithmetic": 1})
+    model = training.train_model(tokenizer, training.Recipe(steps=100, sequences=2))
+    unseen = torch.stack([next(training.packed_sequences(corpus, tokenizer, seed=9)) for corpus in ("web", "arithmetic")])
+    assert model(unseen, labels=unseen).loss < 5  # ln(1024) = 6.9 at the start
 
 
 def test_presets_come_with_random_weights():
@@ -92,15 +90,6 @@ def test_presets_come_with_random_weights():
         model, tokenizer = esparse.load_model(name)
         layer = esparse.moe_layers(model)[0]
         assert (layer.n, layer.k) == (n, k) and len(tokenizer) == model.config.vocab_size
-
-
-def test_tail_rule_halves_the_droppable_pairs_at_the_median():
-    tail = skipping.tail_rule()
-    left = dict(zip(tail["beta"], tail["left"], strict=True))
-    assert left[0.0] == tail["k"] and min(tail["left"]) >= 1
-    below = max(b for b in tail["beta"] if b <= tail["median"])
-    above = min(b for b in tail["beta"] if b >= tail["median"])
-    assert left[above] <= 1 + (tail["k"] - 1) / 2 + 0.01 and left[below] >= 1 + (tail["k"] - 1) / 2 - 0.01
 
 
 @pytest.mark.slow
