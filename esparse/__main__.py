@@ -49,7 +49,9 @@ def _data(folder, keep_model) -> Iterator[str]:
     yield f"{folder} written in {time.perf_counter() - started:.0f} s"
 
 
-def _prune(source, destination, experts, plan, dry_run, calibration, seed, device, chunk_tokens, **options) -> Iterator[str]:
+def _prune(
+    source, destination, experts, plan, dry_run, calibration, seed, device, chunk_tokens, loss, **options
+) -> Iterator[str]:
     from .machine import is_first, join_ranks
 
     if (experts is None) == (plan is None):
@@ -61,7 +63,7 @@ def _prune(source, destination, experts, plan, dry_run, calibration, seed, devic
         yield from (f"{name + ':':10}{value}" for name, value in needs.items())
     if dry_run:
         return
-    options |= {"calibration": calibration, "seed": seed, "device": device, "chunk_tokens": chunk_tokens}
+    options |= {"calibration": calibration, "seed": seed, "device": device, "chunk_tokens": chunk_tokens, "loss": loss}
     report = esparse.prune_checkpoint(source, destination, plan or experts, **options)
     yield f"{destination}: {report['n']} to {report['r']} experts in {report['seconds']:.0f} s"
     yield f"at most {report['peak_gb']:.1f} GB of memory" + f"; left out: {report['left_out']}" * bool(report["left_out"])
@@ -198,6 +200,7 @@ COMMANDS = {
         *(*FOLDERS, PLAN),
         _option("--experts", type=_count, metavar="R", help="experts to keep in each layer"),
         _option("--method", default="enumerate", help="enumerate, greedy, progressive, reap, ..."),
+        _option("--loss", default="eq3", help="eq3, residual or output: what a change is measured by"),
         *CALIBRATION,
         _option("--chunk-tokens", type=_count, metavar="T", help="tokens whose expert outputs are held (as fit)"),
         _option("--dry-run", action="store_true", help="only say what it would take"),

@@ -79,7 +79,7 @@ def choose_by_output(
 
     def plan_of(chosen: list[int]) -> PruningPlan:
         found = [options[i] for options, i in zip(close, chosen, strict=True)]
-        return make_plan("output", r, found, trace.model, trace.tokens)
+        return make_plan("output", "eq3", r, found, trace.model, trace.tokens)
 
     def mean_kl(chosen: list[int]) -> float:
         with evaluating(model), masked(model, plan_of(chosen)):

@@ -19,6 +19,7 @@ from ..moe.running import check_tokens
 from ..pruning.plan import PruningPlan
 from ..pruning.search import check_method, make_plan, search_layer
 from ..pruning.weights import Sparsity, WeightPruner
+from ..tracing.losses import check_loss, weighed
 from ..tracing.recorder import tokens_digest
 from ..tracing.statistics import median_ratios, nearly_top1
 from ..tracing.trace import LayerTrace, Trace, layer_file, save_layer, write_about
@@ -144,6 +145,7 @@ def prune_checkpoint(
     length: int = 2048,
     seed: int = 42,
     method: str = "enumerate",
+    loss: str = "eq3",
     revision: str | None = None,
     dtype: torch.dtype | str | None = None,
     device: str | torch.device | None = None,
@@ -159,7 +161,7 @@ def prune_checkpoint(
     copied, and a warning if skipping would be top-1 routing (`statistics.nearly_top1`). Weights are copied bit by bit and
     written in the layout that transformers publishes; FP8 and MXFP4 become bfloat16. In a composite checkpoint the language
     model is pruned; every other tensor is copied as it is stored, so multi-token prediction layers keep all their experts.
-    calibration: a corpus or path as for `calibration_tokens`, or token ids [sequences, length]. method: as for
+    calibration: a corpus or path as for `calibration_tokens`, or token ids [sequences, length]. method, loss: as for
     `search_experts`. dtype: the dtype to compute in, or its name (None: that of most stored weights). batch_size: sequences
     in one forward pass.
 
@@ -169,19 +171,20 @@ def prune_checkpoint(
     inputs or options, and for any fault of the source, before any layer runs.
     """
     check_method(method)
+    check_loss(loss)
     if isinstance(r, PruningPlan):
         return _prune_to_plan(source, destination, r, revision)
     job = _Job(source, destination, revision, r, dtype, device)
     job.calibrate(calibration, sequences, length, seed)
-    job.about |= {"r": r, "method": method}
+    job.about |= {"r": r, "method": method, "loss": loss}
     options = {"batch_size": batch_size, "chunk_tokens": chunk_tokens, "progressive": method == "progressive"}
     walk = job.walk(job.checkpoint.check_finite, **options)
-    choose = _chooser(r, method, seed, job.checkpoint.layout.layers)
+    choose = _chooser(r, method, loss, seed, job.checkpoint.layout.layers)
     records = job.run(walk.tracing(r, choose), job.writer.write_layer)
     pruned = [record for record in records if "kept" in record]
     chosen = [(record["kept"], record["loss"], record["runner_up"]) for record in pruned]
-    plan = make_plan(method, r, chosen, digest([record["gate"] for record in pruned]), job.about["calibration set"])
-    return job.publish(_counts(records), r, f"method: {method}, r = {r}", records, plan)
+    plan = make_plan(method, loss, r, chosen, digest([record["gate"] for record in pruned]), job.about["calibration set"])
+    return job.publish(_counts(records), r, plan.label, records, plan)
 
 
 def _prune_to_plan(source: str | Path, destination: str | Path, plan: PruningPlan, revision: str | None) -> dict:
@@ -190,7 +193,7 @@ def _prune_to_plan(source: str | Path, destination: str | Path, plan: PruningPla
     job.start(job.checkpoint.check_finite, plan=digest(asdict(plan)))
     records = job.progress.run(len(planned), nullcontext, lambda number, _: planned[number], job.writer.write_layer)
     report = {"method": plan.method, "r": plan.r, "calibration set": plan.tokens, **_counts(records)}
-    return job.publish(report, plan.r, f"method: {plan.method}, r = {plan.r}, by a plan made before", records, plan)
+    return job.publish(report, plan.r, f"{plan.label}, by a plan made before", records, plan)
 
 
 def _planned_records(plan: PruningPlan, streamed: Streamed) -> list[dict]:
@@ -208,16 +211,17 @@ def _planned_records(plan: PruningPlan, streamed: Streamed) -> list[dict]:
     return records
 
 
-def _chooser(r: int, method: str, seed: int, layers: int) -> Callable[[int, LayerTrace], dict]:
+def _chooser(r: int, method: str, loss: str, seed: int, layers: int) -> Callable[[int, LayerTrace], dict]:
     """A function that chooses each layer's experts. Each layer has its own seed, so a random choice survives resuming."""
     seeds = torch.randint(2**31, (layers,), generator=torch.Generator().manual_seed(seed)).tolist()
 
     def choose(number: int, traced: LayerTrace) -> dict:
         generator = torch.Generator().manual_seed(seeds[number])
-        kept, loss, runner_up = search_layer(traced, r, method, generator)
-        record = {"kept": kept, "loss": loss, "runner_up": runner_up}
+        record = dict(
+            zip(("kept", "loss", "runner_up"), search_layer(weighed(traced, loss), r, method, generator), strict=True)
+        )
         if traced.k > 1:
-            pruned, after_first = median_ratios(traced, kept)
+            pruned, after_first = median_ratios(traced, record["kept"])
             record |= {"beta": median_ratios(traced)[0], "beta_pruned": pruned, "after_first": after_first}
         return record
 

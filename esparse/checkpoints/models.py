@@ -208,7 +208,7 @@ def save_model(model, tokenizer, folder: str | Path, plan: PruningPlan | None = 
     layer, more = moe_layers(model)[0], ""
     with new_folder(folder) as temporary, ExitStack() as stack:
         if plan:
-            more += f" Pruned by esparse (method: {plan.method}, r = {plan.r}); the kept experts are in `plan.json`."
+            more += f" Pruned by esparse ({plan.label}); the kept experts are in `plan.json`."
             plan.save(temporary / PLAN)
         if betas := skipping_betas(model):
             more += " Made for dynamic skipping: `esparse.load_model` turns it on, stock transformers runs every expert."

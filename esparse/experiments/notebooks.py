@@ -192,16 +192,17 @@ async def _run_all(paths: Sequence[Path], run_one: Callable, workers: int) -> li
     `workers` run at a time and share the threads."""
     bar, free = tqdm(total=len(paths), desc="notebooks", unit="notebook"), asyncio.Semaphore(workers)
 
-    async def waiting(path: Path) -> Result:
+    async def waiting(path: Path, threads: int) -> Result:
         async with free:
-            result = await run_one(path, threads=torch.get_num_threads() // workers)
+            result = await run_one(path, threads)
         bar.update()
         return result
 
-    first = await waiting(paths[0])
+    threads = torch.get_num_threads()
+    first = await waiting(paths[0], threads)
     try:
         async with asyncio.TaskGroup() as group:
-            rest = [group.create_task(waiting(path)) for path in paths[1:]]
+            rest = [group.create_task(waiting(path, threads // workers)) for path in paths[1:]]
     except* Exception as failed:
         raise failed.exceptions[0] from None
     finally:

@@ -1,5 +1,6 @@
 """Notebook 03: expert pruning (Eq. 3, Tables 2, 6 and 7)."""
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -7,7 +8,7 @@ import torch
 from ..measure.search_cost import over
 from ..pruning.search import best_subset, subset_losses
 from ..style import COLOURS, NotebookFigure, legend_below, legend_beside, line_style, log_axis, of_the_paper
-from ..tracing.losses import output_norm, output_norms, reconstruction_loss
+from ..tracing.losses import LOSSES, output_norm, output_norms, reconstruction_loss
 from ..tracing.trace import part
 from .figures import draws
 from .run import Run
@@ -39,6 +40,16 @@ def methods(run: Run, r_random: int, draws: int = 10) -> dict:
         plan = run.plan(run.general, r, method, seed=run.seed + draw)
         rows.append({"method": method, "r": r, **run.quality(plan)})
     return {"corpora": [run.label(run.general), run.label(run.domain)], "rows": rows}
+
+
+def by_loss(run: Run) -> list[dict]:
+    """Held-out perplexity of the subsets with the smallest loss at every r, for each of `LOSSES`, corpus by corpus."""
+    rows = []
+    for corpus, loss in itertools.product(dict.fromkeys((run.general, run.domain)), LOSSES):
+        plans = {r: run.plan(corpus, r, "enumerate", loss=loss) for r in run.sizes}
+        about = {"calibrated and tested on": run.label(corpus), "loss": loss}
+        rows.append(about | {f"r = {r}": run.perplexity(corpus, plan) for r, plan in plans.items()})
+    return rows
 
 
 def heaviest(run: Run, share: float = 0.01) -> list[float]:

@@ -233,15 +233,18 @@ class Run:
         shape = own if config.get("model_type") == "mixtral" else MIXTRAL
         return Explorer(traces, self.folder / "explorer", self.model_name, shape)
 
-    def plan(self, corpus: str, r: int, method: str | None = None, *, seed: int | None = None) -> PruningPlan:
-        """The experts to keep, by `method` (None: METHOD), calibrated on a corpus; made once, then read."""
+    def plan(
+        self, corpus: str, r: int, method: str | None = None, *, seed: int | None = None, loss: str = "eq3"
+    ) -> PruningPlan:
+        """The experts to keep, by `method` (None: METHOD) and `loss`, calibrated on a corpus; made once, then read."""
         method, seed = method or self.method, self.seed if seed is None else seed
         tokens = self.tokens(corpus)
-        key = digest(self.model_key, tokens_digest(tokens), r, method, seed, min(self.sizes))
+        key = digest(self.model_key, tokens_digest(tokens), r, method, loss, seed, min(self.sizes))
 
         def make(path: Path) -> None:
             model = self.model if method == "progressive" else None
-            search_experts(self.trace(corpus), r, method=method, model=model, tokens=tokens, seed=seed).save(path)
+            options = {"method": method, "loss": loss, "model": model, "tokens": tokens, "seed": seed}
+            search_experts(self.trace(corpus), r, **options).save(path)
 
         return PruningPlan.load(made_once(self.folder / "plans" / f"{key}.json", make))
 

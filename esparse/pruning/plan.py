@@ -11,10 +11,11 @@ from ..tracing.trace import check_experts
 
 @dataclass
 class PruningPlan:
-    """The experts that each layer keeps, in rising order, and their reconstruction losses (Eq. 3) on the calibration set.
+    """The experts that each layer keeps, in rising order, and their losses on the calibration set.
 
     runner_up: the loss of the second best subset, where all were tried. model, tokens: digests of the model and of the
-    calibration set. betas: for skipping on top of the plan, one per layer, or None.
+    calibration set. betas: for skipping on top of the plan, one per layer, or None. loss: what `losses` are, see
+    `search_experts`.
     """
 
     method: str
@@ -25,6 +26,12 @@ class PruningPlan:
     tokens: str
     runner_up: list[float] | None = None
     betas: list[float] | None = None
+    loss: str = "eq3"
+
+    @property
+    def label(self) -> str:
+        """How the plan was made, for reports and model cards."""
+        return f"method: {self.method}" + f", loss: {self.loss}" * (self.loss != "eq3") + f", r = {self.r}"
 
     def check(self, model: str, layers: Sequence[tuple[int, int, Router]]) -> None:
         """ValueError unless the plan was made with the model of this fingerprint and fits its MoE layers.

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from ..moe.identity import check_fingerprint
 from ..moe.layers import decoder_layers
 from ..moe.running import check_tokens
-from ..tracing.losses import has_choice_table, losses_from_choices, losses_of, reconstruction_loss
+from ..tracing.losses import check_loss, has_choice_table, losses_from_choices, losses_of, reconstruction_loss, weighed
 from ..tracing.recorder import tokens_digest
 from ..tracing.trace import LayerTrace, Trace
 from ..tracing.walk import Walk
@@ -77,33 +77,44 @@ def check_method(method: str) -> None:
 
 
 def search_experts(
-    trace: Trace, r: int, *, method: str = "enumerate", model=None, tokens: Tensor | None = None, seed: int = 0
+    trace: Trace,
+    r: int,
+    *,
+    method: str = "enumerate",
+    loss: str = "eq3",
+    model=None,
+    tokens: Tensor | None = None,
+    seed: int = 0,
 ) -> PruningPlan:
     """Choose r experts to keep in every layer.
 
     method: "enumerate" (Eq. 3, exact, layer by layer), "greedy" (removal one by one, then swaps: for more experts than
     can be enumerated), "progressive" (Table 6: each layer is searched on the outputs of the already pruned layers; needs
     `model` and the `tokens` of the trace), a score of `expert_scores`, "random" (drawn from `seed`).
-    Raises ValueError for r out of range, an unknown method, or a model that is not the trace's.
+    loss: "eq3", the paper's ||change||^2 summed over tokens; "residual", which divides it by ||h + z||^2 of the residual
+    stream behind the layer; "output", by ||z||^2 of the layer's output. Scores take the same norms.
+    Raises ValueError for r out of range, an unknown method or loss, or a model that is not the trace's.
     """
     check_method(method)
+    check_loss(loss)
     for layer in trace.layers:
         layer.check_size(r)
     if method == "progressive":
-        return _progressive_plan(trace, r, model, tokens)
+        return _progressive_plan(trace, r, loss, model, tokens)
     generator = torch.Generator().manual_seed(seed)
     layers = tqdm(trace.layers, desc=method, unit="layer", leave=False)
-    return make_plan(method, r, [search_layer(layer, r, method, generator) for layer in layers], trace.model, trace.tokens)
+    found = [search_layer(weighed(layer, loss), r, method, generator) for layer in layers]
+    return make_plan(method, loss, r, found, trace.model, trace.tokens)
 
 
-def make_plan(method: str, r: int, found: Sequence[Found], model: str, tokens: str) -> PruningPlan:
+def make_plan(method: str, loss: str, r: int, found: Sequence[Found], model: str, tokens: str) -> PruningPlan:
     """A plan from the results of `search_layer` for all layers."""
     kept, losses, runner_up = (list(column) for column in zip(*found, strict=True))
-    return PruningPlan(method, r, kept, losses, model, tokens, None if None in runner_up else runner_up)
+    return PruningPlan(method, r, kept, losses, model, tokens, None if None in runner_up else runner_up, loss=loss)
 
 
 @torch.no_grad()
-def _progressive_plan(trace: Trace, r: int, model, tokens: Tensor | None) -> PruningPlan:
+def _progressive_plan(trace: Trace, r: int, loss: str, model, tokens: Tensor | None) -> PruningPlan:
     if model is None or tokens is None:
         raise ValueError("method='progressive' runs the model again: pass model= and the tokens= of the trace.")
     check_fingerprint(model, trace.model, "trace")
@@ -114,6 +125,6 @@ def _progressive_plan(trace: Trace, r: int, model, tokens: Tensor | None) -> Pru
     for number in tqdm(range(len(decoder_layers(model))), desc="progressive", unit="layer", leave=False):
         traced = walk.trace_layer(number, r)
         if traced is not None:
-            found.append(best_subset(traced, r))
+            found.append(best_subset(weighed(traced, loss), r))
             walk.follow(number, found[-1][0])
-    return make_plan("progressive", r, found, trace.model, trace.tokens)
+    return make_plan("progressive", loss, r, found, trace.model, trace.tokens)

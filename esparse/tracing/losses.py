@@ -11,6 +11,9 @@ from torch import Tensor
 from ..moe.routers import CHOSEN_SOFTMAX, skip_pairs, skip_ratios
 from .trace import LayerTrace, check_beta, parts
 
+# What the squared change of a token's output is divided by: nothing (the paper), the squared norm of the residual stream
+# behind the layer, by which the next norm divides it, or that of the layer's output.
+LOSSES = ("eq3", "residual", "output")
 ROUTINGS = 65536  # tokens times subsets in memory at once
 SUBSETS = 256
 MAX_TABLE = 2**24  # sums held at once, 128 MiB
@@ -82,6 +85,31 @@ def expert_distances(layer: LayerTrace) -> Tensor:
     """||f_1 - f_2|| of each token's two best experts, float64 [tokens]; A.2 assumes it nearly constant."""
     best = full_gram(layer, 2).double()
     return (best[:, 0, 0] + best[:, 1, 1] - 2 * best[:, 0, 1]).clamp(min=0).sqrt()
+
+
+def check_loss(loss: str) -> None:
+    if loss not in LOSSES:
+        raise ValueError(f"Unknown loss {loss!r}: choose from {', '.join(LOSSES)}.")
+
+
+def weighed(layer: LayerTrace, loss: str) -> LayerTrace:
+    """The trace on which every loss, score and scale is that of `loss`, one of `LOSSES`, else ValueError.
+
+    A squared loss is quadratic in a token's outputs, so that it is enough to divide the token's inner products. A token whose
+    norm is 0 counts nothing. Raises ValueError where the trace does not hold the norms.
+    """
+    check_loss(loss)
+    if loss == "eq3":
+        return layer
+    norm = layer.stream_norm if loss == "residual" else targets(layer)[1]
+    if norm is None:
+        raise ValueError(f"{layer.name}: this trace lacks the norms of the residual stream: trace the whole model.")
+    factor = torch.where(norm > 0, 1 / norm, 0.0)
+    products = {"gram": layer.gram * factor[:, None].to(layer.gram.dtype)}
+    if layer.target_dot is not None:
+        products["target_dot"] = layer.target_dot * factor[:, None].to(layer.target_dot.dtype)
+        products["target_norm"] = layer.target_norm * factor
+    return replace(layer, **products)
 
 
 def losses_of(layer: LayerTrace, subsets: Sequence[Sequence[int]]) -> Tensor:

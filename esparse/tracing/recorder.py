@@ -2,18 +2,18 @@
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..machine import free_memory
 from ..moe.experts import Scratch, pair_outputs, weighted_sum
 from ..moe.gates import all_logits, unpack
 from ..moe.identity import fingerprint
-from ..moe.layers import MoELayer, experts_returning, flat_output, moe_layers, replaced_experts
+from ..moe.layers import MoELayer, decoder_layers, experts_returning, flat_output, moe_layers, replaced_experts
 from ..moe.routers import table_ranking
 from ..moe.running import check_tokens, evaluating, input_device, temporarily, uncompiled
 from .trace import LayerTrace, Trace, check_experts, reach
@@ -61,6 +61,12 @@ class Recorder:
         self.shared_weight = output[3].sum(1) if router.shared else None
         self.recorded["logits"].append(logits)
         self.recorded["order"].append(torch.cat([chosen, rest, *shared], 1))
+
+    def pass_stream(self, _decoder, _inputs, output) -> None:
+        """Forward hook of the decoder layer: records the squared norms of the residual stream behind it."""
+        stream = flat_output(output)
+        wide = torch.promote_types(stream.dtype, torch.float32)
+        self.recorded["stream_norm"].append(torch.linalg.vector_norm(stream, dim=1, dtype=wide).square())
 
     def __call__(self, _experts, hidden_states: Tensor, _index, weights: Tensor) -> Tensor:
         """[tokens, d] -> [tokens, d], for one chunk of tokens at a time; a chunk that does not fit into memory is halved."""
@@ -133,12 +139,15 @@ def chunk_size(layer: MoELayer, m: int, like: Tensor) -> int:
 
 
 @contextmanager
-def recording(recorders: Sequence[Recorder]) -> Iterator[None]:
-    """Puts recorders in place of their layers' experts, and their hooks on the gates."""
+def recording(recorders: Sequence[Recorder], decoders: Iterable[nn.Module] = ()) -> Iterator[None]:
+    """Puts recorders in place of their layers' experts, and their hooks on the gates and on the decoder layers, if given."""
     layers = [recorder.layer for recorder in recorders]
+    holders = {module: decoder for decoder in decoders for module in decoder.modules()}
     with ExitStack() as stack, uncompiled(), replaced_experts(layers, recorders):
         for recorder in recorders:
             stack.enter_context(recorder.layer.gate.register_forward_hook(recorder.route))
+            if recorder.layer.experts in holders:
+                stack.enter_context(holders[recorder.layer.experts].register_forward_hook(recorder.pass_stream))
         yield
 
 
@@ -179,7 +188,7 @@ def trace(model, tokens: Tensor, *, keep: int | None = None, batch_size: int = 8
     check_gram(layers, tokens.numel(), keep, input_device(model))
     scratch = Scratch()
     recorders = [Recorder(layer, keep, chunk_tokens, scratch) for layer in layers]
-    with evaluating(model), recording(recorders):
+    with evaluating(model), recording(recorders, decoder_layers(model)):
         for batch in tqdm(tokens.split(batch_size), desc="trace", unit="batch"):
             model.base_model(batch.to(input_device(model)), use_cache=False)
     return Trace([recorder.finish() for recorder in recorders], fingerprint(model), tokens_digest(tokens))

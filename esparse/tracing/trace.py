@@ -20,7 +20,7 @@ from ..files import new_folder, read_json, write_json
 from ..machine import everyone, summed
 from ..moe.routers import Router, read_router
 
-FORMAT = 3  # of saved traces
+FORMAT = 4  # of saved traces
 
 
 def reach(n: int, k: int, keep: int | None, router: Router) -> int:
@@ -43,6 +43,8 @@ class LayerTrace:
     gram: [tokens, m (m + 1) / 2], <f_i, f_j> in `order`, upper triangle by rows, float64 for float64 models, else
     float32. A progressive trace compares with z, the layer's output on the original stream: target_dot [tokens, m] holds
     <f_i, z>, target_norm [tokens] ||z||^2. Without them z is the layer's own output.
+    stream_norm: [tokens], ||h + z||^2 of the residual stream behind the decoder layer, in the same dtype; None for the trace
+    of a block alone.
     """
 
     name: str
@@ -53,6 +55,7 @@ class LayerTrace:
     gram: Tensor
     target_dot: Tensor | None = None
     target_norm: Tensor | None = None
+    stream_norm: Tensor | None = None
     keep: int | None = None  # the smallest r this trace can answer for
     split: bool = False  # whether other ranks of torch.distributed hold the other tokens
 

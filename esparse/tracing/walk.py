@@ -139,7 +139,7 @@ class Walk:
             if self.progressive:
                 self.advance(decoder, number, forward=lambda decoder, b, _: self._record_pruned(decoder, recorder, b))
             else:
-                with recording([recorder]):
+                with recording([recorder], [decoder]):
                     self.advance(decoder, number)
         traced = recorder.finish()
         traced.split = self.split
@@ -156,6 +156,7 @@ class Walk:
                 self.forward(decoder, b, "pruned")
             target[0] = target[0] - rest[0]
         recorder.target = target[0]
+        recorder.pass_stream(decoder, (), after)
         with recording([recorder]):
             self.forward(decoder, b, "pruned")
         return after

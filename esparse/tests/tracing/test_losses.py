@@ -1,0 +1,140 @@
+"""Losses relative to the residual stream and to the layer's output, recomputed by running pruned blocks again."""
+
+import itertools
+import json
+
+import pytest
+import torch
+
+import esparse
+from esparse.moe.layers import decoder_layers, moe_layers
+from esparse.pruning.scores import expert_scores
+from esparse.tests.conftest import apart, block_input, random_model, random_tokens
+from esparse.tests.tracing.test_exactness import pruned_block
+from esparse.tracing.losses import LOSSES, expert_scales, skip_curve, weighed
+from esparse.tracing.recorder import trace_block
+
+TOKENS = random_tokens(3, 16)
+RELATIVE = [loss for loss in LOSSES if loss != "eq3"]
+
+
+def norms(model, number: int, loss: str) -> torch.Tensor:
+    """||h + z|| of the residual stream behind a layer, or ||z|| of its block's output, [tokens]."""
+    module = decoder_layers(model)[number] if loss == "residual" else moe_layers(model)[number].block
+    seen = []
+    with module.register_forward_hook(lambda _module, _inputs, output: seen.append(output)), torch.no_grad():
+        model(TOKENS)
+    return (seen[0][0] if isinstance(seen[0], tuple) else seen[0]).flatten(0, 1).norm(dim=1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("loss", RELATIVE)
+@pytest.mark.parametrize(("family", "k"), [("mixtral", 2), ("qwen3", 3), ("olmoe", 1)])
+def test_every_subsets_loss_is_that_of_the_pruned_block(family, k, loss):
+    model = random_model(family, 5, k)
+    traced, layer, x = esparse.trace(model, TOKENS, batch_size=2), moe_layers(model)[1], block_input(model, 1, TOKENS)
+    found, divisor = {}, norms(model, 1, loss)
+    for kept in itertools.combinations(range(5), 3):
+        change = (pruned_block(layer, kept)(x) - layer.block(x)).flatten(0, 1).norm(dim=1)
+        found[kept] = (change / divisor).norm().item()
+        assert esparse.reconstruction_loss(weighed(traced.layers[1], loss), kept) == pytest.approx(found[kept], rel=1e-9)
+    best = min(found, key=found.get)
+    for method in ("enumerate", "greedy"):
+        plan = esparse.search_experts(traced, 3, method=method, loss=loss)
+        assert plan.losses[1] == pytest.approx(found[tuple(plan.kept[1])], rel=1e-9) and plan.loss == loss
+    assert plan.kept[1] == esparse.search_experts(traced, 3, loss=loss).kept[1] == [*best]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("loss", RELATIVE)
+def test_skipping_scales_and_scores_take_the_same_norms(loss):
+    model = random_model("mixtral", 6, 2)
+    layer, x, divisor = moe_layers(model)[1], block_input(model, 1, TOKENS).flatten(0, 1), norms(model, 1, loss)
+    traced = weighed(esparse.trace(model, TOKENS, keep=4).layers[1], loss)
+    _, weights, chosen = layer.gate(x)
+    one = lambda number: layer.experts(x, torch.full((len(x), 1), number), torch.ones(len(x), 1).double())  # noqa: E731
+    outputs = torch.stack([one(number) for number in range(6)], 1)  # [tokens, n, d]
+    mixed = torch.zeros(len(x), 6).double().scatter(1, chosen, weights.double())
+    target = torch.einsum("tn,tnd->td", mixed, outputs)
+
+    top = torch.zeros_like(mixed).scatter(1, chosen[:, :1], 1.0)
+    dropped = torch.einsum("tn,tnd->td", top, outputs) - target
+    expected = (dropped.norm(dim=1) / divisor).square().sum().item()
+    assert skip_curve(traced)[1][-1].item() == pytest.approx(expected, rel=1e-6)  # Mixtral's routing weights are float32
+
+    kept = [0, 2, 3, 5]
+    positions, inside = traced.routing(kept)
+    remixed = torch.zeros_like(mixed).scatter(1, traced.order.gather(1, positions), inside.double())
+    parts = remixed[:, kept, None] * outputs[:, kept]
+    system = (parts / divisor[:, None, None]).mT.flatten(0, 1)  # [tokens d, r]
+    scales = torch.linalg.lstsq(system, (target / divisor[:, None]).flatten()).solution
+    assert apart(expert_scales(traced, kept), scales) < 1e-9
+
+    sizes = mixed * outputs.norm(dim=2) / divisor[:, None]
+    assert apart(expert_scores(traced, "reap"), sizes.sum(0) / (mixed > 0).sum(0)) < 1e-9
+
+
+@torch.no_grad()
+def test_a_progressive_search_divides_by_the_original_stream():
+    """Its first layer sees the original hidden states, its second layer pruned ones."""
+    model = random_model("mixtral", 5, 2)
+    plan = esparse.search_experts(
+        esparse.trace(model, TOKENS), 4, method="progressive", loss="residual", model=model, tokens=TOKENS
+    )
+    layer, target = moe_layers(model)[1], moe_layers(model)[1].block(block_input(model, 1, TOKENS))
+    with esparse.masked(model, plan):
+        x = block_input(model, 1, TOKENS)
+    changes = {
+        kept: ((pruned_block(layer, kept)(x) - target).flatten(0, 1).norm(dim=1) / norms(model, 1, "residual")).norm().item()
+        for kept in itertools.combinations(range(5), 4)
+    }
+    assert plan.losses[1] == pytest.approx(min(changes.values()), rel=1e-9)
+    assert plan.kept[1] == [*min(changes, key=changes.get)] and plan.loss == "residual"
+
+
+def test_from_disk_as_in_memory(tmp_path):
+    model = random_model("mixtral", 6, 2, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "model")
+    traced = esparse.trace(model, TOKENS)
+    walked = esparse.trace_checkpoint(tmp_path / "model", TOKENS, tmp_path / "trace")
+    for one, other in zip(walked.layers, traced.layers, strict=True):
+        assert apart(one.stream_norm, other.stream_norm) < 1e-5
+    for method in ("enumerate", "progressive", "reap"):
+        options = {"method": method, "loss": "residual"}
+        esparse.prune_checkpoint(tmp_path / "model", tmp_path / method, 4, calibration=TOKENS, **options)
+        plan = esparse.PruningPlan.load(tmp_path / method / "plan.json")
+        expected = esparse.search_experts(traced, 4, model=model, tokens=TOKENS, **options)
+        assert (plan.kept, plan.loss) == (expected.kept, "residual")
+        assert plan.losses == pytest.approx(expected.losses, rel=1e-4)
+        assert json.loads((tmp_path / method / "pruning_report.json").read_text())["loss"] == "residual"
+        assert f"(method: {method}, loss: residual, r = 4" in (tmp_path / method / "README.md").read_text()
+
+
+def test_a_token_without_a_norm_counts_nothing_and_what_cannot_be_is_said():
+    model = random_model("mixtral", 4, 2)
+    layer = esparse.trace(model, TOKENS).layers[0]
+    layer.stream_norm[:5] = 0
+    rest = esparse.tracing.trace.part(layer, slice(5, None))
+    assert esparse.reconstruction_loss(weighed(layer, "residual"), [0, 1, 2]) == pytest.approx(
+        esparse.reconstruction_loss(weighed(rest, "residual"), [0, 1, 2]), rel=1e-9
+    )
+    alone = trace_block(moe_layers(model)[0], torch.randn(8, 32).double(), 3)
+    assert esparse.reconstruction_loss(weighed(alone, "output"), [0, 1, 2]) > 0
+    with pytest.raises(ValueError, match="this trace lacks the norms of the residual stream: trace the whole model"):
+        weighed(alone, "residual")
+    with pytest.raises(ValueError, match="Unknown loss 'mse': choose from eq3, residual, output"):
+        esparse.search_experts(esparse.trace(model, TOKENS), 3, loss="mse")
+
+
+@pytest.mark.slow
+def test_on_the_tiny_model_the_relative_loss_keeps_better_experts(tiny):
+    """Held-out perplexity on web text at r = 6 and 5, calibrated on web: lower than with Eq. 3."""
+    model, tokenizer = tiny
+    traced = esparse.trace(model, esparse.calibration_tokens("web", tokenizer, sequences=64, length=256), keep=5)
+    held_out = esparse.calibration_tokens("web/heldout", tokenizer, sequences=16, length=256)
+    for r in (6, 5):
+        found = {}
+        for loss in ("eq3", "residual"):
+            with esparse.masked(model, esparse.search_experts(traced, r, loss=loss)):
+                found[loss] = esparse.perplexity(model, held_out)
+        assert found["residual"] < found["eq3"]
