@@ -111,7 +111,7 @@ def test_the_example_in_python_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     exec(compile(example, "README.md", "exec"), {})
     assert "arithmetic_problems" in capsys.readouterr().out
-    assert json.loads((tmp_path / "pruned" / "config.json").read_text())["num_local_experts"] == 6
+    assert json.loads((tmp_path / "pruned-here" / "config.json").read_text())["num_local_experts"] == 6
 
 
 def test_commands_are_single_lines_and_ci_calls_one():

@@ -188,8 +188,9 @@ def test_every_search_finds_what_trying_all_finds(family):
 
 
 @torch.no_grad()
-def test_what_a_walk_cannot_carry_is_refused():
-    model, tokens = family_model("inkling2_text"), random_tokens()
+@pytest.mark.parametrize("family", ["inkling2_text"])
+def test_what_a_walk_cannot_carry_is_refused(family):
+    model, tokens = family_model(family), random_tokens()
     with pytest.raises(ValueError, match="DecoderLayer also takes hidden states of earlier layers"):
         esparse.search_experts(esparse.trace(model, tokens), 6, method="progressive", model=model, tokens=tokens)
 
