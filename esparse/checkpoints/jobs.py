@@ -217,11 +217,10 @@ def _chooser(r: int, method: str, loss: str, seed: int, layers: int) -> Callable
 
     def choose(number: int, traced: LayerTrace) -> dict:
         generator = torch.Generator().manual_seed(seeds[number])
-        record = dict(
-            zip(("kept", "loss", "runner_up"), search_layer(weighed(traced, loss), r, method, generator), strict=True)
-        )
+        kept, found, runner_up = search_layer(weighed(traced, loss), r, method, generator)
+        record = {"kept": kept, "loss": found, "runner_up": runner_up}
         if traced.k > 1:
-            pruned, after_first = median_ratios(traced, record["kept"])
+            pruned, after_first = median_ratios(traced, kept)
             record |= {"beta": median_ratios(traced)[0], "beta_pruned": pruned, "after_first": after_first}
         return record
 

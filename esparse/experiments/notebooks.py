@@ -190,7 +190,7 @@ def run_notebooks(
 async def _run_all(paths: Sequence[Path], run_one: Callable, workers: int) -> list[Result]:
     """The results of run_one(path, threads). The first notebook runs alone, since the others need its trace; of these,
     `workers` run at a time and share the threads."""
-    bar, free = tqdm(total=len(paths), desc="notebooks", unit="notebook"), asyncio.Semaphore(workers)
+    free = asyncio.Semaphore(workers)
 
     async def waiting(path: Path, threads: int) -> Result:
         async with free:
@@ -199,14 +199,13 @@ async def _run_all(paths: Sequence[Path], run_one: Callable, workers: int) -> li
         return result
 
     threads = torch.get_num_threads()
-    first = await waiting(paths[0], threads)
-    try:
-        async with asyncio.TaskGroup() as group:
-            rest = [group.create_task(waiting(path, threads // workers)) for path in paths[1:]]
-    except* Exception as failed:
-        raise failed.exceptions[0] from None
-    finally:
-        bar.close()
+    with tqdm(total=len(paths), desc="notebooks", unit="notebook") as bar:
+        first = await waiting(paths[0], threads)
+        try:
+            async with asyncio.TaskGroup() as group:
+                rest = [group.create_task(waiting(path, threads // workers)) for path in paths[1:]]
+        except* Exception as failed:
+            raise failed.exceptions[0] from None
     return [first, *(task.result() for task in rest)]
 
 

@@ -46,9 +46,10 @@ def by_loss(run: Run) -> list[dict]:
     """Held-out perplexity of the subsets with the smallest loss at every r, for each of `LOSSES`, corpus by corpus."""
     rows = []
     for corpus, loss in itertools.product(dict.fromkeys((run.general, run.domain)), LOSSES):
-        plans = {r: run.plan(corpus, r, "enumerate", loss=loss) for r in run.sizes}
-        about = {"calibrated and tested on": run.label(corpus), "loss": loss}
-        rows.append(about | {f"r = {r}": run.perplexity(corpus, plan) for r, plan in plans.items()})
+        row = {"calibrated and tested on": run.label(corpus), "loss": loss}
+        for r in run.sizes:
+            row[f"r = {r}"] = run.perplexity(corpus, run.plan(corpus, r, "enumerate", loss=loss))
+        rows.append(row)
     return rows
 
 

@@ -7,7 +7,6 @@ import fcntl
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -28,7 +27,6 @@ from esparse.files import checkout, made_once
 from esparse.moe.layers import moe_layers
 from esparse.tests.families import COMPOSITES, NEWER
 
-FOLDER = Path(tempfile.gettempdir())
 SHAPE = {
     "vocab_size": 60,
     "hidden_size": 32,
@@ -218,9 +216,9 @@ def pytest_collection_modifyitems(config, items):
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_protocol(item):
     """A test marked `alone` waits until the other workers' tests have ended, and theirs wait for it."""
-    run = getattr(item.config, "workerinput", {}).get("testrunuid", os.getpid())
-    kind = fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH
-    with (FOLDER / f"esparse-turn-{run}").open("w") as turn, (FOLDER / f"esparse-running-{run}").open("w") as running:
+    folder, kind = checkout() / ".runs", fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH
+    folder.mkdir(exist_ok=True)
+    with (folder / "turn.lock").open("w") as turn, (folder / "running.lock").open("w") as running:
         fcntl.flock(turn, fcntl.LOCK_EX)  # held while waiting: until an `alone` test has run, no other begins
         fcntl.flock(running, kind)
         fcntl.flock(turn, fcntl.LOCK_UN)
