@@ -12,7 +12,7 @@ from pathlib import Path
 
 import esparse
 
-STUDIES = ("domain_specific", "recovery", "weight_pruning", "quantised")  # over training seeds
+STUDIES = ("criteria", "domain_specific", "recovery", "weight_pruning", "quantised")  # over training seeds
 SIZES = ("small", "medium", "full")
 # The modules of the other benchmarks. Each is imported alone: a GPU machine may lack what the others need.
 BENCHES = {"search": ".measure.search_cost", "stream": ".measure.streaming_cost", "many": ".measure.search_cost"}
@@ -37,20 +37,23 @@ def _figures(names, source) -> Iterator[str]:
 def _data(folder, keep_model) -> Iterator[str]:
     from .files import data_folder, refuse_existing
     from .tiny_model import build
+    from .tiny_model.training import RECIPES
 
     folder, started = folder or data_folder(), time.perf_counter()
     if not keep_model:
-        refuse_existing(folder / "tiny")
-        yield "Training takes about 20 minutes on two quiet cores."
+        for name in RECIPES:
+            refuse_existing(folder / name)
+        yield "Training takes about half an hour on two quiet cores."
     build.write_corpora(folder)
     build.write_tasks(folder)
     if not keep_model:
-        build.write_model(folder / "tiny")
+        for name, recipe in RECIPES.items():
+            build.write_model(folder / name, recipe)
     yield f"{folder} written in {time.perf_counter() - started:.0f} s"
 
 
 def _prune(
-    source, destination, experts, plan, dry_run, calibration, seed, device, chunk_tokens, loss, **options
+    source, destination, experts, plan, dry_run, calibration, seed, device, chunk_tokens, loss, until_stable, **options
 ) -> Iterator[str]:
     from .machine import is_first, join_ranks
 
@@ -64,6 +67,7 @@ def _prune(
     if dry_run:
         return
     options |= {"calibration": calibration, "seed": seed, "device": device, "chunk_tokens": chunk_tokens, "loss": loss}
+    options |= {"until_stable": until_stable}
     report = esparse.prune_checkpoint(source, destination, plan or experts, **options)
     yield f"{destination}: {report['n']} to {report['r']} experts in {report['seconds']:.0f} s"
     yield f"at most {report['peak_gb']:.1f} GB of memory" + f"; left out: {report['left_out']}" * bool(report["left_out"])
@@ -101,6 +105,19 @@ def _evaluate(model, tasks, plan, betas, **options) -> Iterator[str]:
         yield f"average {100 * table.value.mean():.2f}"
 
 
+def _price(model, pruned, corpus, loss, **options) -> Iterator[str]:
+    from pandas import DataFrame
+
+    from .tracing.losses import check_loss
+
+    check_loss(loss)
+    plan = esparse.kept_experts(model, pruned)
+    yield plan.label
+    run = esparse.Run(model, general=corpus, keep=plan.r, **options)
+    rows = esparse.price(run.trace(run.general), plan, loss=loss)
+    yield DataFrame(rows, dtype=object).fillna("").to_string(index=False)
+
+
 def _recover(source, destination, **options) -> Iterator[str]:
     from .recovery import recover_checkpoint
 
@@ -122,10 +139,12 @@ def _acceptance(model, settings, folder) -> Iterator[str]:
 def _bench(name, out, **recipe) -> Iterator[str]:
     recipe = {key: value for key, value in recipe.items() if value is not None}
     if name in STUDIES:
-        from .experiments.seeds import bench_study
-        from .tiny_model.training import Recipe
+        from dataclasses import replace
 
-        yield bench_study(name, out, recipe=Recipe(**recipe))
+        from .experiments.seeds import bench_study
+        from .tiny_model.training import RECIPES, TINY
+
+        yield bench_study(name, out, recipe=replace(RECIPES.get(recipe.get("preset"), TINY), **recipe))
     elif recipe:
         raise ValueError(f"Only studies train models: {', '.join(STUDIES)}; {name} takes no recipe.")
     elif name in SIZES:
@@ -163,6 +182,9 @@ SET = _option(
 )
 RUN_DIR = _option("--run-dir", dest="folder", metavar="DIR", help="where copies, traces, plans, results and figures are kept")
 LENGTH = _option("--length", default=2048, type=_count, metavar="L", help="tokens of each")
+SEED = _option("--seed", default=42, type=int, metavar="S", help="which documents are drawn")
+LOSS = _option("--loss", default="eq3", help="eq3, residual or output: what a change is measured by")
+DEVICE_MAP = _option("--device-map", metavar="MAP", help="such as auto")
 CORPUS = "c4, math, gsm8k, web, arithmetic, a file or folder, or a mix of them such as 'code.jsonl*3+c4'"
 FOLDERS = (
     _option("source", help="a local folder of safetensors, or a hub id"),
@@ -172,7 +194,7 @@ CALIBRATION = (
     _option("--calibration", default="c4", metavar="CORPUS", help=CORPUS),
     _option("--sequences", default=128, type=_count, metavar="N", help="sequences of the calibration set"),
     LENGTH,
-    _option("--seed", default=42, type=int, metavar="S", help="which documents are drawn"),
+    SEED,
     _option("--dtype", type=_dtype, help="dtype of the computation (that of most stored weights)"),
     _option("--device", help="where to compute (cpu), such as cuda"),
     _option("--batch-size", default=8, type=_count, metavar="B", help="sequences in one forward pass"),
@@ -191,7 +213,7 @@ COMMANDS = {
         _option("--from", dest="source", type=Path, metavar="DIR", help="the folder of the figures (figures/)"),
     ),
     _data: (
-        "make corpora, tasks and the tiny model again, from nothing",
+        "make corpora, tasks and both tiny models again, from nothing",
         _option("--folder", type=Path, help="where to (data/)"),
         _option("--keep-model", action="store_true", help="corpora and tasks only"),
     ),
@@ -200,9 +222,10 @@ COMMANDS = {
         *(*FOLDERS, PLAN),
         _option("--experts", type=_count, metavar="R", help="experts to keep in each layer"),
         _option("--method", default="enumerate", help="enumerate, greedy, progressive, reap, ..."),
-        _option("--loss", default="eq3", help="eq3, residual or output: what a change is measured by"),
+        LOSS,
         *CALIBRATION,
         _option("--chunk-tokens", type=_count, metavar="T", help="tokens whose expert outputs are held (as fit)"),
+        _option("--until-stable", action="store_true", help="stop calibrating a layer once its choice stays the same"),
         _option("--dry-run", action="store_true", help="only say what it would take"),
     ),
     _weights: (
@@ -222,8 +245,18 @@ COMMANDS = {
         _option("--limit", type=_count, metavar="N", help="items of each task (all; 100 for the tiny model)"),
         _option("--dtype", help="of the weights, such as bfloat16 or int8 (the checkpoint's)"),
         _option("--batch-size", type=_count, metavar="B", help="items at once (128 for the tiny model, 8 for others)"),
-        _option("--device-map", metavar="MAP", help="such as auto"),
-        *(PLAN, REVISION, RUN_DIR),
+        *(DEVICE_MAP, PLAN, REVISION, RUN_DIR),
+    ),
+    _price: (
+        "price a pruned folder or a plan, whoever made it, on a calibration set",
+        _option("model", help="the full model: tiny, a local folder or a hub id"),
+        _option("pruned", help="the pruned folder or hub id, a saved plan, or llm-compressor's report of kept experts"),
+        _option("--calibration", dest="corpus", metavar="CORPUS", help=CORPUS + " (c4; web for the tiny model)"),
+        _option("--sequences", type=_count, metavar="N", help="sequences of the calibration set (128; 64 for the tiny model)"),
+        _option("--length", type=_count, metavar="L", help="tokens of each (2048; 256 for the tiny model)"),
+        *(SEED, LOSS),
+        _option("--dtype", help="of the weights, such as bfloat16 (the checkpoint's)"),
+        *(DEVICE_MAP, RUN_DIR),
     ),
     _recover: (
         "train a pruned model; by default in the paper's setting (Table 4)",
@@ -247,7 +280,7 @@ COMMANDS = {
         "measure search, memory and speed on this machine",
         _option("name", choices=(*SIZES, *BENCHES, *STUDIES), help="what to measure, or to study over training seeds"),
         _option("--out", type=Path, metavar="FILE", help="also write the result as JSON"),
-        _option("--preset", help="of the models that a study trains: tiny, small-16 with 51 M parameters (tiny)"),
+        _option("--preset", help="of a study's models: tiny, tiny-upcycled, small-16 with 51 M parameters (tiny)"),
         _option("--steps", type=_count, metavar="N", help="of their training (3600)"),
         _option("--sequences", type=_count, metavar="N", help="of 256 tokens a step (8)"),
         _option("--text", nargs=2, metavar="FILE", help="two files to train on as well, general and domain"),

@@ -13,6 +13,7 @@ from typing import Any
 from huggingface_hub.utils import WeakFileLock
 
 PACKAGE = Path(__file__).resolve().parent
+SHIPPED = ("tiny", "tiny-upcycled")  # the trained models in `data/`: from nothing, and copied from a dense one
 
 
 def checkout() -> Path:
@@ -30,8 +31,8 @@ def data_folder() -> Path:
 
 def local_folder(source: str | Path) -> Path | None:
     """The folder of the model with this name; None for a hub id. Raises FileNotFoundError for a path that does not exist."""
-    if str(source) == "tiny":
-        return data_folder() / "tiny"
+    if str(source) in SHIPPED:
+        return data_folder() / str(source)
     if Path(source).is_dir():
         return Path(source)
     if Path(source).is_absolute() or str(source).startswith("."):

@@ -1,5 +1,5 @@
-"""Recover quality after pruning (Table 4): closed-form scales, a choice among close subsets by the whole model's output, and
-three ways to train: the routers alone, everything with expert-wise distillation, and everything by cross-entropy."""
+"""Recover quality after pruning (Table 4): closed-form scales, and three ways to train: the routers alone, everything
+with expert-wise distillation, and everything by cross-entropy."""
 
 import os
 import tempfile
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from .checkpoints.by_output import kl
 from .checkpoints.models import load_model, save_model
 from .corpora import calibration_tokens
 from .files import refuse_existing
@@ -20,10 +21,7 @@ from .moe.experts import pair_outputs
 from .moe.identity import check_fingerprint
 from .moe.layers import MoELayer, experts_implementation, moe_layers
 from .moe.running import check_held, check_tokens, evaluating, input_device, temporarily
-from .pruning.mask import masked
 from .pruning.plan import PruningPlan
-from .pruning.scores import ranked
-from .pruning.search import make_plan, subset_losses
 from .pruning.weights import restore_zeros, zeros
 from .tracing.losses import expert_scales
 from .tracing.trace import Trace
@@ -57,52 +55,8 @@ def scale_experts(model, trace: Trace, plan: PruningPlan) -> list[list[float]]:
     return [scale.tolist() for scale in scales]
 
 
-@torch.no_grad()
-def choose_by_output(
-    model, trace: Trace, r: int, tokens: torch.Tensor, *, candidates: int = 4, batch_size: int = 8
-) -> tuple[PruningPlan, dict]:
-    """A plan chosen layer by layer among each layer's best subsets, and the mean KL in nats {"before", "after"} the choice.
-    KL is the divergence of the whole model's next-token distributions from the full model's.
-
-    A layer's loss is not the model's quality, so this measures the model. tokens: a small validation split [sequences,
-    length] that shares nothing with the calibration set. candidates: the number of subsets per layer, least loss first.
-    Raises ValueError as `subset_losses` does, and for a trace of another model.
-    """
-    check_tokens(model, tokens)
-    check_fingerprint(model, trace.model, "trace")
-    with evaluating(model):
-        expected = [_forward(model, batch).logits.float().log_softmax(-1).cpu() for batch in tokens.split(batch_size)]
-    close = []
-    for layer in trace.layers:
-        subsets, losses = subset_losses(layer, r)
-        close.append([(list(subsets[i]), losses[i].item(), None) for i in ranked(losses)[:candidates].tolist()])
-
-    def plan_of(chosen: list[int]) -> PruningPlan:
-        found = [options[i] for options, i in zip(close, chosen, strict=True)]
-        return make_plan("output", "eq3", r, found, trace.model, trace.tokens)
-
-    def mean_kl(chosen: list[int]) -> float:
-        with evaluating(model), masked(model, plan_of(chosen)):
-            found = (_forward(model, batch).logits for batch in tokens.split(batch_size))
-            return sum(_kl(e.to(f.device), f).item() for e, f in zip(expected, found, strict=True)) / tokens.numel()
-
-    chosen = [0] * len(close)
-    before = best = mean_kl(chosen)
-    for number, options in enumerate(tqdm(close, desc="choose by output", unit="layer")):
-        for candidate in range(1, len(options)):
-            tried = [*chosen[:number], candidate, *chosen[number + 1 :]]
-            if (found := mean_kl(tried)) < best * (1 - 1e-6):  # else the subset with the smaller loss stays
-                chosen, best = tried, found
-    return plan_of(chosen), {"before": before, "after": best}
-
-
 def _forward(model, ids: torch.Tensor):
     return model(ids.to(input_device(model)), use_cache=False)
-
-
-def _kl(expected: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """The KL between log-probabilities [..., vocabulary] and a model's logits, summed over positions."""
-    return nn.functional.kl_div(logits.float().log_softmax(-1), expected, log_target=True, reduction="sum")
 
 
 def recover(
@@ -267,7 +221,7 @@ def _router_loss(teacher, model, inputs) -> torch.Tensor:
     """KL(teacher || student), the mean over tokens."""
     ids = inputs["input_ids"]
     expected = _teacher_logits(teacher, ids).float().log_softmax(-1).to(ids.device)
-    return _kl(expected, model(input_ids=ids, use_cache=False).logits) / ids.numel()
+    return kl(expected, model(input_ids=ids, use_cache=False).logits) / ids.numel()
 
 
 class _ExpertsLoss:

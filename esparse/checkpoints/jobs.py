@@ -16,8 +16,9 @@ from ..machine import rank, ranks
 from ..moe.identity import gate_digest
 from ..moe.layers import decoder_layers, find_moe
 from ..moe.running import check_tokens
+from ..pruning.certainty import layer_certainty
 from ..pruning.plan import PruningPlan
-from ..pruning.search import check_method, make_plan, search_layer
+from ..pruning.search import Found, check_method, make_plan, search_layer
 from ..pruning.weights import Sparsity, WeightPruner
 from ..tracing.losses import check_loss, weighed
 from ..tracing.recorder import tokens_digest
@@ -151,6 +152,7 @@ def prune_checkpoint(
     device: str | torch.device | None = None,
     batch_size: int = BATCH,
     chunk_tokens: int | None = None,
+    until_stable: bool = False,
 ) -> dict:
     """Prune a checkpoint to r experts a layer from disk to disk, one decoder layer and the hidden states at a time.
 
@@ -163,24 +165,36 @@ def prune_checkpoint(
     model is pruned; every other tensor is copied as it is stored, so multi-token prediction layers keep all their experts.
     calibration: a corpus or path as for `calibration_tokens`, or token ids [sequences, length]. method, loss: as for
     `search_experts`. dtype: the dtype to compute in, or its name (None: that of most stored weights). batch_size: sequences
-    in one forward pass.
+    in one forward pass. An enumeration also reports how sure each layer's choice is (`certainty`).
+    until_stable: choose each layer's experts after 8, 16, 32, ... sequences, and stop recording it once two successive choices
+    are the same. The layer's record says after how many "sequences"; its loss and betas are those of these sequences. The
+    others still pass through the layer.
 
     After a crash, also for lack of disk or memory, the destination does not exist, and the same call resumes after the last
     finished layer. Under `torchrun` every process takes its share of the sequences, and all choose the same experts.
     Raises FileExistsError if the destination exists, and ValueError for r out of range, for unfinished work with other
-    inputs or options, and for any fault of the source, before any layer runs.
+    inputs or options, for until_stable on several processes, and for any fault of the source, before any layer runs.
     """
     check_method(method)
     check_loss(loss)
     if isinstance(r, PruningPlan):
         return _prune_to_plan(source, destination, r, revision)
+    if until_stable and ranks() > 1:
+        raise ValueError("until_stable counts the sequences of one process: run it without torchrun.")
     job = _Job(source, destination, revision, r, dtype, device)
     job.calibrate(calibration, sequences, length, seed)
-    job.about |= {"r": r, "method": method, "loss": loss}
+    job.about |= {"r": r, "method": method, "loss": loss, "until_stable": until_stable}
     options = {"batch_size": batch_size, "chunk_tokens": chunk_tokens, "progressive": method == "progressive"}
     walk = job.walk(job.checkpoint.check_finite, **options)
-    choose = _chooser(r, method, loss, seed, job.checkpoint.layout.layers)
-    records = job.run(walk.tracing(r, choose), job.writer.write_layer)
+    search = _searcher(r, method, loss, seed, job.checkpoint.layout.layers)
+
+    def choose(number: int, traced: LayerTrace) -> dict:
+        record = _choice(traced, search(number, traced))
+        if method == "enumerate" and len(job.tokens) > 1:
+            record["certainty"] = _certainty(weighed(traced, loss), record["kept"])
+        return record | ({"sequences": len(traced.order) // traced.length} if until_stable else {})
+
+    records = job.run(walk.tracing(r, choose, search if until_stable else None), job.writer.write_layer)
     pruned = [record for record in records if "kept" in record]
     chosen = [(record["kept"], record["loss"], record["runner_up"]) for record in pruned]
     plan = make_plan(method, loss, r, chosen, digest([record["gate"] for record in pruned]), job.about["calibration set"])
@@ -211,20 +225,30 @@ def _planned_records(plan: PruningPlan, streamed: Streamed) -> list[dict]:
     return records
 
 
-def _chooser(r: int, method: str, loss: str, seed: int, layers: int) -> Callable[[int, LayerTrace], dict]:
-    """A function that chooses each layer's experts. Each layer has its own seed, so a random choice survives resuming."""
+def _searcher(r: int, method: str, loss: str, seed: int, layers: int) -> Callable[[int, LayerTrace], Found]:
+    """A function that searches each layer. Each layer has its own seed, so a random choice survives resuming."""
     seeds = torch.randint(2**31, (layers,), generator=torch.Generator().manual_seed(seed)).tolist()
 
-    def choose(number: int, traced: LayerTrace) -> dict:
-        generator = torch.Generator().manual_seed(seeds[number])
-        kept, found, runner_up = search_layer(weighed(traced, loss), r, method, generator)
-        record = {"kept": kept, "loss": found, "runner_up": runner_up}
-        if traced.k > 1:
-            pruned, after_first = median_ratios(traced, kept)
-            record |= {"beta": median_ratios(traced)[0], "beta_pruned": pruned, "after_first": after_first}
-        return record
+    def search(number: int, traced: LayerTrace) -> Found:
+        return search_layer(weighed(traced, loss), r, method, torch.Generator().manual_seed(seeds[number]))
 
-    return choose
+    return search
+
+
+def _choice(traced: LayerTrace, found: Found) -> dict:
+    """A layer's kept experts, their loss, and betas."""
+    kept, loss, runner_up = found
+    record = {"kept": kept, "loss": loss, "runner_up": runner_up}
+    if traced.k > 1:
+        pruned, after_first = median_ratios(traced, kept)
+        record |= {"beta": median_ratios(traced)[0], "beta_pruned": pruned, "after_first": after_first}
+    return record
+
+
+def _certainty(traced: LayerTrace, kept: list[int]) -> dict:
+    """`layer_certainty` for a report, with the shares of the kept experts alone."""
+    found = layer_certainty(traced, len(kept))
+    return {"shares": [found["shares"][expert] for expert in kept], "margin": found["margin"], "settled": found["settled"]}
 
 
 def _counts(records: list[dict]) -> dict:

@@ -9,7 +9,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
-from ..files import data_folder, local_folder, new_folder, read_json, write_json, write_text
+from ..files import SHIPPED, data_folder, local_folder, new_folder, read_json, write_json, write_text
 from ..moe.identity import remember_stored
 from ..moe.layers import moe_blocks, moe_layers
 from ..pruning.plan import PruningPlan
@@ -62,16 +62,17 @@ def load_model(
         model, tokenizer = esparse.load_model()                                     # the embedded, trained tiny Mixtral
         model, tokenizer = esparse.load_model("mistralai/Mixtral-8x7B-v0.1", device_map="auto")
 
-    name: "tiny", a preset with random weights ("tiny-16", "tiny-32", "small-16"), a local folder, or a hub id.
+    name: "tiny", "tiny-upcycled" (of the same shape; its experts were copied from a dense model, then trained), a preset
+    with random weights ("tiny-16", "tiny-32", "small-16"), a local folder, or a hub id.
     dtype: see `read_dtype`; None is float32 for the tiny models (the fastest on a CPU) and the checkpoint's own for others;
     "int8" holds every linear map and every expert matrix in 8 bits with a scale for each row, through torchao.
     A folder saved with skipping is loaded skipping. Only safetensors are read, and no remote code runs.
     Raises FileNotFoundError, PermissionError or ConnectionError if the model is not available, ValueError if transformers
     cannot load it as a language model or has no tokenizer for it, and the errors of `folder.tensors` for a local folder.
     """
-    random, device = name in PRESETS and name != "tiny", read_device(device)
+    random, device = name in PRESETS and name not in SHIPPED, read_device(device)
     dtype = read_dtype(dtype, eight_bits=not random)
-    source = str(data_folder() / "tiny" if random or name == "tiny" else name)
+    source = str(data_folder() / ("tiny" if random else name) if name in PRESETS else name)
     kind = None if random else _class(source, revision)
     if (folder := local_folder(source)) is not None:
         tensors(folder)
@@ -80,12 +81,13 @@ def load_model(
         model = preset_model(name).to(dtype or torch.float32)
     else:
         options = {"device_map": device_map, "max_memory": max_memory, "revision": revision, "use_safetensors": True}
-        options["dtype"] = dtype if isinstance(dtype, torch.dtype) else "float32" if name == "tiny" else "auto"
+        options["dtype"] = dtype if isinstance(dtype, torch.dtype) else "float32" if name in SHIPPED else "auto"
         options |= {"quantization_config": _eight_bits()} if dtype == "int8" else {}
         model = _fetch(kind, source, **options)
         _remember_gates(model, source, revision)
-        if dtype in ("int8", torch.float64):
-            model.set_experts_implementation("eager")  # the grouped product takes neither
+        on_cpu = device is None and model.device.type == "cpu"
+        if dtype in ("int8", torch.float64) or (on_cpu and model.dtype == torch.float32):
+            model.set_experts_implementation("eager")  # the grouped product takes neither; in float32 a CPU is slower with it
     if device is not None:
         model = model.to(device)
     if (Path(source) / SKIPPING_FILE).exists():

@@ -40,8 +40,9 @@ def _sequential_loading() -> Iterator[None]:
             os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = before
 
 
-def _partial(kind: type, number: int | None) -> type:
-    """The model class with one decoder layer alone (or, if None, with everything but decoder layers and the output)."""
+def _partial(kind: type, number: int | None, head: bool) -> type:
+    """The model class with one decoder layer alone. If number is None: without decoder layers, and without the output layer
+    unless `head`."""
 
     def __init__(self, config):
         kind.__init__(self, config)
@@ -49,28 +50,39 @@ def _partial(kind: type, number: int | None) -> type:
         for other, layer in enumerate(layers):
             if other != number:
                 layers[other] = Bypass(layer)
-        for holder in {self, self.base_model} if number is not None else {self} - {self.base_model}:
+        without_layers = set() if head else {self} - {self.base_model}
+        for holder in without_layers if number is None else {self, self.base_model}:
             for name, child in list(holder.named_children()):
                 if child is not self.base_model and child is not layers:
                     setattr(holder, name, nn.Identity())
 
-    return type(kind.__name__, (kind,), {"__init__": __init__, "_tied_weights_keys": None, "__module__": kind.__module__})
+    tied = kind._tied_weights_keys if number is None and head else None
+    return type(kind.__name__, (kind,), {"__init__": __init__, "_tied_weights_keys": tied, "__module__": kind.__module__})
 
 
 class Streamed:
-    """The language model of a checkpoint whose decoder layers are read when they are needed, one at a time."""
+    """The language model of a checkpoint whose decoder layers are read when they are needed, one at a time.
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype | str | None = None, device: str | None = None):
-        self.checkpoint, self.device = checkpoint, read_device(device or "cpu")
+    head: whether to hold the output layer too.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype | str | None = None,
+        device: str | torch.device | None = None,
+        head: bool = False,
+    ):
+        self.checkpoint, self.device, self.head = checkpoint, read_device(device or "cpu"), head
         self.config = copy.deepcopy(checkpoint.layout.text.config)
-        self.config.tie_word_embeddings = False  # no output layer is held that could share the embeddings
+        self.config.tie_word_embeddings = head and bool(checkpoint.layout.tied)
         self.dtype = read_dtype(dtype) or _usual_dtype(checkpoint)
         self.model = self._load(None)
 
     def _load(self, number: int | None) -> nn.Module:
         layout, options = self.checkpoint.layout, {"config": self.config, "dtype": self.dtype, "output_loading_info": True}
         with _sequential_loading():
-            kind, state = _partial(type(layout.text), number), self.checkpoint.lazily(number)
+            kind, state = _partial(type(layout.text), number, self.head), self.checkpoint.lazily(number)
             model, report = kind.from_pretrained(None, state_dict=state, **options)
         # The report lists other layers' parameters too: only the layer's own count.
         if missing := report["missing_keys"] & {layout.text_names[name] for name in layout.parameters[number]}:
@@ -147,13 +159,17 @@ class CheckpointWalk(Walk):
             path.unlink()
         return FileStream(self.job.streams / f"{name}_{number:05d}.{rank()}")
 
-    def tracing(self, keep: int | None, choose: Callable[[int, LayerTrace], dict]) -> Callable[[int, nn.Module], dict]:
-        """A visit that traces. choose(number, trace) adds to an MoE layer's record; a progressive walk reads "kept" there."""
+    def tracing(
+        self, keep: int | None, choose: Callable[[int, LayerTrace], dict], search: Callable | None = None
+    ) -> Callable[[int, nn.Module], dict]:
+        """A visit that traces. choose(number, trace) adds to an MoE layer's record; a progressive walk reads "kept" there.
+        search(number, trace), if given, returns the experts to keep first; once they settle, recording ends (`trace_layer`)."""
         layers = decoder_layers(self.model)
         prefix = next(name for name, module in self.model.named_modules() if module is layers)
 
         def visit(number: int, decoder: nn.Module) -> dict:
-            traced, started = self.trace_layer(number, keep), time.perf_counter()
+            kept = (lambda traced: search(number, traced)[0]) if search else None
+            traced, started = self.trace_layer(number, keep, kept), time.perf_counter()
             if traced is None:
                 return {}
             layer = find_moe(decoder)

@@ -1,12 +1,16 @@
 """Notebook 02: the experts that each corpus keeps, and the distance between the corpora's routing (Fig. 4)."""
 
 import math
-from operator import eq
+from collections.abc import Callable, Sequence
+from operator import attrgetter, eq, methodcaller
 
+import torch
+
+from ..pruning.mixture import LayerMixtures, mixtures
 from ..pruning.search import search_experts
-from ..style import COLOURS, NotebookFigure, legend_below, legend_beside
+from ..style import COLOURS, NotebookFigure, legend_below, legend_beside, line_style
 from ..tracing.statistics import routing_divergence
-from .figures import draws
+from .figures import PAST, draws
 from .run import Run
 
 
@@ -33,6 +37,28 @@ def divergence(run: Run) -> dict:
         "between": list(map(routing_divergence, general.layers, domain.layers)),
         "within": list(map(routing_divergence, general.layers, again.layers)),
     }
+
+
+def mixture(run: Run) -> dict:
+    """For each r, pairs of losses on both corpora, divided by the norm of the layer's output, as means over layers. "frontier":
+    for each of the mixture's `shares`, from the first corpus alone to the second alone; "equal": for equal parts; "minimax":
+    for the subsets whose larger loss is smallest.
+
+    Raises ValueError where there are too many subsets to enumerate.
+    """
+    traces, rows = [run.trace(corpus) for corpus in (run.general, run.domain)], []
+    for r in run.sizes:
+        layers = mixtures(*traces, r).layers
+        shares = sorted({0.0, 1.0}.union(*(layer.breakpoints for layer in layers)))
+        frontier = [_losses(layers, methodcaller("best", share)) for share in shares]
+        marked = {"equal": _losses(layers, methodcaller("best", 0.5)), "minimax": _losses(layers, attrgetter("minimax"))}
+        rows.append({"r": r, "shares": shares, "frontier": frontier} | marked)
+    return {"corpora": [run.label(run.general), run.label(run.domain)], "rows": rows}
+
+
+def _losses(layers: Sequence[LayerMixtures], number: Callable[[LayerMixtures], int]) -> list[float]:
+    """The relative losses on both corpora of the subsets of this number, means over layers."""
+    return torch.stack([layer.relative[number(layer)] for layer in layers]).mean(0).tolist()
 
 
 @draws("02_kept_experts", "Fig. 4")
@@ -63,3 +89,24 @@ def _divergence(figure: NotebookFigure, data: dict) -> None:
     axes.plot(layers, data["within"], marker="s", ls="--", color="0.5", label=f"two draws of {data['labels'][0]}")
     axes.set(xlabel="layer", ylabel="total variation of the routing", xticks=layers, ylim=(0, None))
     legend_below(axes, 1)
+
+
+@draws("02_mixture", PAST)
+def _mixture(figure: NotebookFigure, data: dict) -> None:
+    """A line for each r: the loss on one corpus against that on the other as the calibration goes from one to the other, with
+    each corpus's own choice, equal parts and minimax marked."""
+    [[axes]] = figure.panels(5.5, 3.6)
+    one, other = data["corpora"]
+    for i, row in enumerate(data["rows"]):
+        axes.plot(*zip(*row["frontier"], strict=True), ".-", color=COLOURS[i], label=f"r = {row['r']}")
+    marked = {
+        f"calibrated on {one}": [row["frontier"][0] for row in data["rows"]],
+        f"calibrated on {other}": [row["frontier"][-1] for row in data["rows"]],
+        "both, equal parts": [row["equal"] for row in data["rows"]],
+        "minimax": [row["minimax"] for row in data["rows"]],
+    }
+    for i, (label, points) in enumerate(marked.items()):
+        style = line_style(i) | {"color": "black", "mfc": "none", "ls": "none", "ms": 8}
+        axes.plot(*zip(*points, strict=True), label=label, **style)
+    axes.set(xlabel=f"loss / norm of the output, {one}", ylabel=f"loss / norm of the output, {other}")
+    legend_beside(axes)

@@ -4,12 +4,15 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
 from ..pruning.plan import PruningPlan
+from ..pruning.search import search_experts
+from ..style import COLOURS, NotebookFigure, legend_below
 from ..tracing.statistics import median_betas
-from .figures import register
+from .figures import PAST, draws, register
 from .run import Run
 from .tables import measure_panels, panels, paper_panel, pick
 
 DRAWS = 3  # random plans for each r
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the domain in a mixture
 SHOWN = ("general", "domain", "exact match")  # measures shown in figures
 
 
@@ -83,6 +86,37 @@ def beta_figure(run: Run, rows: Sequence[dict], paper: Sequence[dict]) -> dict:
     measured = measure_panels(run, SHOWN, shown, betas, xlabel="betas of")
     skips = lambda row: "skipping" if row["skipping"] else "none"  # noqa: E731
     return {"panels": [*measured, paper_panel("Table 8", 5, theirs, skips, xlabel="")]}
+
+
+def mixture(run: Run) -> dict:
+    """For every second r, held-out perplexity on both corpora. "frontier": of the plans that METHOD (for "progressive",
+    enumeration) chooses from both traces for `SHARES` of the domain; "mixed text": of the plan calibrated on a text of both."""
+    method = "enumerate" if run.method == "progressive" else run.method
+    corpora, rows = [run.general, run.domain], []
+    traces = [run.trace(corpus) for corpus in corpora]
+    for r in run.sizes[1::2] or run.sizes:
+        shares = [[1 - share, share] for share in SHARES]
+        plans = [search_experts(traces, r, method=method, weights=parts, seed=run.seed) for parts in shares]
+        plans.append(run.plan(both(run), r, method))
+        *frontier, mixed = [[run.perplexity(corpus, plan) for corpus in corpora] for plan in plans]
+        rows.append({"r": r, "shares": SHARES, "frontier": frontier, "mixed text": mixed})
+    return {"corpora": list(map(run.label, corpora)), "rows": rows}
+
+
+@draws("07_mixture", PAST)
+def _mixture(figure: NotebookFigure, data: dict) -> None:
+    """A panel for each r: held-out perplexity on one corpus against that on the other as the calibration goes from one to the
+    other in quarters; both ends and calibration on mixed text marked."""
+    count, (one, other) = len(data["rows"]), data["corpora"]
+    [every] = figure.panels(max(7.0, 2.4 * count), 2.9, 1, count)
+    for axes, row in zip(every, data["rows"], strict=True):
+        axes.plot(*zip(*row["frontier"], strict=True), ".-", color="0.5", label="mixtures of both, in quarters")
+        marked = {f"calibrated on {one}": row["frontier"][0], f"calibrated on {other}": row["frontier"][-1]}
+        for i, (label, point) in enumerate((marked | {"calibrated on mixed text": row["mixed text"]}).items()):
+            axes.plot(*point, "osX"[i], color=COLOURS[i], ms=7, label=label)
+        axes.set(title=f"r = {row['r']}", xlabel=f"perplexity, {one}")
+    every[0].set_ylabel(f"perplexity, {other}")
+    legend_below(every[0], 2)
 
 
 DOMAIN = (

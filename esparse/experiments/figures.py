@@ -20,7 +20,7 @@ from ..style import STYLE, NotebookFigure
 
 # The modules of this room that draw figures.
 EXPERIMENTS = (
-    *("quickstart", "selection", "divergence", "pruning", "betas", "skipping"),
+    *("quickstart", "selection", "divergence", "pruning", "criteria", "betas", "skipping"),
     *("speed", "domain", "recovery", "weights", "many", "explorer"),
 )
 PAST = "past the paper"
@@ -57,10 +57,10 @@ def draws(name: str, paper: str) -> Callable[[Drawing], Drawing]:
 
 
 def figures() -> dict[str, Registered]:
-    """Every figure by name, in the order of the notebooks."""
+    """Every figure, by name."""
     for module in EXPERIMENTS:
         import_module(f".{module}", __package__)
-    return {name: _registered[name] for name in sorted(_registered, key=lambda name: name[:2])}
+    return {name: _registered[name] for name in sorted(_registered)}
 
 
 def draw(name: str, data: dict) -> NotebookFigure:

@@ -2,15 +2,18 @@
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
+import seaborn as sns
 import torch
 
 from ..measure.search_cost import over
-from ..pruning.search import best_subset, subset_losses
+from ..pruning.certainty import certainty
+from ..pruning.search import best_subset, search_experts, subset_losses
 from ..style import COLOURS, NotebookFigure, legend_below, legend_beside, line_style, log_axis, of_the_paper
 from ..tracing.losses import LOSSES, output_norm, output_norms, reconstruction_loss
 from ..tracing.trace import part
-from .figures import draws
+from .figures import PAST, draws
 from .run import Run
 from .tables import MEASURES, pick
 
@@ -59,6 +62,19 @@ def heaviest(run: Run, share: float = 0.01) -> list[float]:
     return [(s.topk(max(1, int(share * len(s)))).values.sum() / s.sum()).item() for s in squares]
 
 
+def without_heaviest(run: Run, share: float = 0.01) -> dict[int, dict[str, float]]:
+    """For each r, held-out perplexity on the general corpus of two plans by enumeration: on all calibration tokens, and without
+    the heaviest tokens of each layer."""
+    trace, found = run.trace(run.general), {}
+    norms = [output_norms(layer) for layer in trace.layers]
+    light = [part(layer, norm <= norm.quantile(1 - share)) for layer, norm in zip(trace.layers, norms, strict=True)]
+    for r in run.sizes:
+        plans = {"on all tokens": run.plan(run.general, r, "enumerate")}
+        plans[f"without the heaviest {share:.0%}"] = search_experts(replace(trace, layers=light), r)
+        found[r] = {label: run.perplexity(run.general, plan) for label, plan in plans.items()}
+    return found
+
+
 def calibration_size(run: Run, r: int, draws: int = 5) -> dict:
     """Table 7: the held-out loss of subsets chosen on fewer sequences, divided by the best held-out loss.
 
@@ -75,6 +91,12 @@ def calibration_size(run: Run, r: int, draws: int = 5) -> dict:
             losses = map(reconstruction_loss, held_out.layers, kept)
             rows.append({"sequences": size, "excess": sum(map(over, losses, best)) / len(best)})
     return {"r": r, "corpus": run.label(run.general), "length": run.length, "rows": rows}
+
+
+def how_sure(run: Run, r: int) -> dict:
+    """`certainty` of every layer's best subset, over the calibration sequences of the general corpus."""
+    layers = certainty(run.trace(run.general), r)
+    return {"r": r, "corpus": run.label(run.general), "sequences": run.sequences, "layers": layers}
 
 
 @draws("03_loss_landscape", "Eq. 3")
@@ -145,3 +167,22 @@ def _calibration_size(figure: NotebookFigure, data: dict) -> None:
     of_the_paper(paper, "r = 6 (Table 7)", ylabel="average of 8 tasks, %")
     for axes, length in ((here, data["length"]), (paper, 2048)):
         axes.set(xscale="log", xlabel=f"calibration sequences of {length} tokens")
+
+
+@draws("03_certainty", PAST)
+def _certainty(figure: NotebookFigure, data: dict) -> None:
+    """A heatmap, layers by experts: the share of resampled calibration sets that keep each expert. Dots: the experts kept on
+    all sequences. Beside each layer: by how many standard deviations the second best subset is worse."""
+    layers = data["layers"]
+    n = len(layers[0]["shares"])
+    [[axes]] = figure.panels(0.42 * n + 3, 0.34 * len(layers) + 1.4)
+    scale = {"vmin": 0, "vmax": 1, "cmap": "viridis", "cbar_kws": {"label": "share of draws that keep it"}}
+    sns.heatmap([layer["shares"] for layer in layers], ax=axes, **scale)
+    kept = [(expert + 0.5, number + 0.5) for number, layer in enumerate(layers) for expert in layer["kept"]]
+    axes.scatter(*zip(*kept, strict=True), s=22, color="white", edgecolors="black")
+    margins = ["" if layer["margin"] is None else f": {layer['margin']:.1f}" for layer in layers]
+    axes.set_yticks(
+        [number + 0.5 for number in range(len(layers))], map("{}{}".format, range(len(layers)), margins), rotation=0
+    )
+    axes.set(xlabel="expert", ylabel="layer: margin in standard deviations")
+    axes.set_title(f"r = {data['r']}, {data['sequences']} sequences of {data['corpus']}")

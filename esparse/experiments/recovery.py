@@ -5,16 +5,14 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from ..checkpoints.models import load_model, save_model
 from ..files import digest, made_once, read_json, write_json
 from ..pruning.mask import prune
 from ..pruning.plan import PruningPlan
-from ..recovery import TRAINED_METHODS, choose_by_output, recover, scale_experts
+from ..recovery import TRAINED_METHODS, recover, scale_experts
 from ..tracing.recorder import tokens_digest
-from ..tracing.trace import Trace
 from .domain import both
 from .figures import register
 from .run import Run
@@ -45,15 +43,14 @@ def recovery_rows(
     plan, traced, about = run.plan(corpus, r), run.trace(corpus), {"r": r, "calibration": corpus, "text": text}
     yield about | {"method": "pruned", "seconds": 0.0, "trained": 0} | run.quality(plan)
     for method in methods:
-        if method == "output" and run.method != "enumerate":
-            continue  # it needs the loss of every subset, and there are too many
         if method == "experts" and r == run.experts:
             continue  # no expert differs from the teacher's
         if method == "scales":
             scale = lambda model: {"scales": scale_experts(model, traced, plan)}  # noqa: E731
             found = _changed(run, plan, {"method": method, "text": text}, scale)
         elif method == "output":
-            found = _chosen(run, plan, traced, text)
+            chosen, found = run.chosen_by_output(corpus, r, text)
+            found |= {"trained": 0} | run.quality(chosen)
         else:
             found = _trained(run, plan, text, method, steps)
         yield about | {"method": method} | found
@@ -66,19 +63,6 @@ def tuned_rows(run: Run, *, steps: int = STEPS) -> Iterator[dict]:
     for r, corpus in [(run.experts, None), *pruned]:
         plan = run.plan(corpus, r) if corpus else None
         yield {"r": r, "calibration": corpus} | _trained(run, plan, run.domain, "tune", steps) | {"before": run.quality(plan)}
-
-
-def _chosen(run: Run, plan: PruningPlan, traced: Trace, text: str) -> dict:
-    """The choice among close subsets by the model's output, on sequences of its own."""
-    tokens = run.tokens(text, sequences=8, seed=run.seed + 2000)
-
-    def choose() -> dict:
-        started = time.perf_counter()
-        chosen, found = choose_by_output(run.model, traced, plan.r, tokens)
-        return {"plan": asdict(chosen), "report": {"seconds": time.perf_counter() - started, "trained": 0, "kl": found}}
-
-    found = run.cached(choose, _settings(run, plan, text), "output", text)
-    return found["report"] | run.quality(PruningPlan(**found["plan"]))
 
 
 def _trained(run: Run, plan: PruningPlan | None, text: str, method: str, steps: int) -> dict:

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
+from ..checkpoints.by_output import choose_by_output
 from ..checkpoints.estimate import preflight
 from ..checkpoints.folder import CONFIG, side_files, weight_files
 from ..checkpoints.jobs import prune_weights_checkpoint, trace_checkpoint
@@ -22,7 +24,7 @@ from ..checkpoints.layout import expert_counts
 from ..checkpoints.models import load_model, load_tokenizer, read_dtype
 from ..checkpoints.reader import CheckpointReader, fetch, read_config
 from ..corpora import calibration_tokens, is_local, parts
-from ..files import checkout, digest, made_once, read_json, write_json
+from ..files import SHIPPED, checkout, digest, made_once, read_json, write_json
 from ..machine import free_memory
 from ..measure.evaluation import evaluate, is_group, perplexity, resolve_tasks, task_names, task_version
 from ..moe.identity import fingerprint
@@ -113,7 +115,7 @@ class Run:
     def source(self) -> Path:
         """The folder of the model's checkpoint, downloaded if it comes from the hub. Raises ValueError for presets that are
         made in memory."""
-        if self.model_name in PRESETS and self.model_name != "tiny":
+        if self.model_name in PRESETS and self.model_name not in SHIPPED:
             raise ValueError(f"{self.model_name} is in no folder: write it with save_model, and give the folder as MODEL.")
         return fetch(self.model_name, self.revision)
 
@@ -274,6 +276,20 @@ class Run:
         tokens, betas = self.held_out(corpus), _dropping(betas)
         return self.evaluate_variant(plan, betas, ["perplexity", tokens_digest(tokens)], lambda: perplexity(self.model, tokens))
 
+    def chosen_by_output(self, corpus: str, r: int, text: str | None = None) -> tuple[PruningPlan, dict]:
+        """The plan of `choose_by_output`, calibrated on a corpus and validated on eight other sequences of it (or of `text`),
+        and the seconds and KLs of the choice; made once, then read."""
+        tokens = self.tokens(text or corpus, sequences=8, seed=self.seed + 2000)
+
+        def choose() -> dict:
+            started = time.perf_counter()
+            plan, report = choose_by_output(self.model, self.trace(corpus), r, tokens)
+            return {"plan": asdict(plan), "seconds": time.perf_counter() - started, "kl": report}
+
+        drawn = [tokens_digest(self.tokens(corpus)), tokens_digest(tokens)]
+        found = self.cached(choose, self.model_key, "choice by output", drawn, r, min(self.sizes))
+        return PruningPlan(**found.pop("plan")), found
+
     @property
     def experts(self) -> int:
         """The number of experts in each MoE layer."""
@@ -284,10 +300,10 @@ class Run:
         tokens = self.tokens(corpus, seed=self.seed + 1000)
         return self.trace(corpus, tokens=tokens), tokens
 
-    def quality(self, plan: PruningPlan | None = None, betas: Sequence[float] | None = None) -> dict:
+    def quality(self, plan: PruningPlan | None = None, betas: Sequence[float] | None = None, *, tasks: bool = True) -> dict:
         """Held-out perplexity on both corpora, each task, and the tasks' mean and its standard error (None without tasks)."""
         perplexities = {"perplexity": [self.perplexity(corpus, plan, betas) for corpus in (self.general, self.domain)]}
-        if not self.tasks:
+        if not (tasks and self.tasks):
             return perplexities | {"average": None, "stderr": None, "tasks": {}}
         scores = self.scores(plan, betas)
         scores = scores[~scores.metric.str.contains("perplexity")]  # a perplexity is no share, so it is not averaged

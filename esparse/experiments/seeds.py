@@ -1,4 +1,4 @@
-"""The studies of notebooks 07 to 09, on one run, and over models that differ only in their training seed.
+"""The studies of notebooks 03 and 07 to 09, on one run, and over models that differ only in their training seed.
 
 Each function of a run yields rows that JSON can hold. `bench_study` collects them over the seeds in `data/results/`, where
 the notebooks read them. Traces, pruned models and scores stay in the runs' folders, so that an interrupted study continues
@@ -17,7 +17,8 @@ from ..files import measured, write_json
 from ..machine import machine
 from ..measure.timing import aligned
 from ..tiny_model.build import trained_folder
-from ..tiny_model.training import TINY, Recipe
+from ..tiny_model.training import RECIPES, TINY, Recipe
+from .criteria import criteria_rows
 from .domain import both, domain_rows
 from .recovery import STEPS, study_rows, tuned_rows
 from .run import Run
@@ -25,6 +26,7 @@ from .weights import equal_bytes_rows, quantised_rows, sparsity_rows, switch_row
 
 SEEDS = (0, 1, 2)  # training seeds; 0 ships
 STUDIES: dict[str, dict[str, Callable[[Run], Iterator[dict]]]] = {
+    "criteria": {"rows": criteria_rows},
     "domain_specific": {"rows": domain_rows},
     "recovery": {"recovery": study_rows, "tuned": tuned_rows},
     "weight_pruning": {"sparsity": sparsity_rows, "switches": switch_rows, "equal_bytes": equal_bytes_rows},
@@ -56,15 +58,15 @@ def bench_study(name: str, out: Path | None = None, seeds: Sequence[int] = SEEDS
 
 def seed_run(seed: int, recipe: Recipe = TINY) -> Run:
     """The run of a recipe's model for a training seed, on a GPU if there is one, without tasks if lm-eval is missing. Seed 0
-    of the tiny model ships; other models are trained first, see `trained_folder`.
+    of `RECIPES` ships; other models are trained first, see `trained_folder`.
 
     Raises ValueError before training if the recipe's files are too short for the studies.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     own = {"device_map": None if device == "cpu" else device, "tasks": None if find_spec("lm_eval") else ()}
     run = Run(**dict(zip(("general", "domain"), recipe.text, strict=False)), **own)
-    if seed == 0 and recipe == TINY:
-        return run
+    if seed == 0 and RECIPES.get(recipe.preset) == recipe:
+        return replace(run, model_name=recipe.preset, folder=None)
     for corpus in recipe.text:
         run.held_out(corpus)
     if recipe.text:

@@ -7,6 +7,7 @@ from operator import itemgetter
 
 import numpy as np
 import pandas as pd
+from matplotlib.ticker import MaxNLocator
 
 from ..style import NotebookFigure, legend_below, line_style, log_axis, of_the_paper
 from .run import Run
@@ -113,6 +114,7 @@ def panels(figure: NotebookFigure, data: dict) -> None:
         if panel.get("log"):
             log_axis(axes)
         if panel.get("falling"):
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.invert_xaxis()
         if panel.get("paper"):
             of_the_paper(axes, panel["title"])

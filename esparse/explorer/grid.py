@@ -13,11 +13,11 @@ from tqdm.auto import tqdm
 
 from ..files import checkout, digest, made_once, read_json, write_json
 from ..measure.decoding import decoding_rows, results
-from ..measure.search_cost import affordable
 from ..measure.timing import MIXTRAL_8X7B
+from ..pruning.mixture import layer_mixtures
 from ..pruning.plan import PruningPlan
-from ..pruning.scores import EXPERT_SCORES, ranked
-from ..pruning.search import search_layer, subset_losses
+from ..pruning.scores import EXPERT_SCORES, available_scores, ranked
+from ..pruning.search import affordable, choose_experts, subset_losses
 from ..tracing.losses import output_norm, skip_curve
 from ..tracing.statistics import betas_of_shares, co_selection
 from ..tracing.trace import LayerTrace, Trace
@@ -25,7 +25,7 @@ from .views import VIEWS
 
 BETAS = [i / 100 for i in range(101)]  # for two experts a token; see `beta_grid`
 SHARES = [i / 20 for i in range(21)]
-FORMAT = 4  # a stored grid of another format is computed again
+FORMAT = 6  # a stored grid of another format is computed again
 POINTS = 200  # at most, of a loss landscape
 ENUMERABLE = 5000  # subsets of a layer; with more, no landscape is drawn
 MIXTRAL = MIXTRAL_8X7B | {"name": "Mixtral 8x7B", "num_local_experts": 8, "num_experts_per_tok": 2}
@@ -36,11 +36,13 @@ def beta_grid(k: int) -> list[float]:
     return BETAS if k == 2 else [i / 20 for i in range(20 * (k - 1) + 1)]
 
 
-def _skipping(layer: LayerTrace, kept: Sequence[int], norm: float) -> dict[str, list[float]]:
-    """For each kind of `Choice.skip` its betas, and for each beta the share dropped and the relative loss."""
+def _row(layer: LayerTrace, kept: Sequence[int], norm: float, better: int) -> dict:
+    """A subset's losses by pruning alone, the number of `better` subsets, and for each kind of `Choice.skip` its betas, and for
+    each beta the share dropped and the relative loss."""
     ratios, squares = skip_curve(layer, kept)
+    loss = squares[0].sqrt().item()
     aimed = betas_of_shares(ratios, SHARES) if layer.k > 1 else [0.0] * len(SHARES)
-    found = {}
+    found = {"kept": kept, "eq3": loss, "relative": loss / norm, "better": better}
     for kind, betas in (("share", aimed), ("betas", beta_grid(layer.k))):
         places = torch.searchsorted(ratios, torch.tensor(betas, dtype=torch.float64))  # drops pairs with a ratio below beta
         found[f"{kind} beta"] = betas
@@ -61,28 +63,75 @@ def _landscape(layer: LayerTrace, r: int, norm: float) -> tuple[dict, dict[tuple
     return {"losses": (losses[shown] / norm).tolist(), "others": last}, better
 
 
-def grid(trace: Trace) -> dict:
-    """All data that the explorer shows of a trace, ready for JSON: for each method and r the kept experts, losses and
-    skipping, by name and layer; co-selection; for each r the loss landscapes."""
-    first, sizes, norms = trace.layers[0], _sizes(trace), [output_norm(layer) for layer in trace.layers]
+def _best_of_mixtures(layers: Sequence[LayerTrace], r: int, mixes: Sequence[float]) -> list[tuple[int, ...]]:
+    """The best subset of a layer for every pair of `SHARES` of the residual loss and `mixes`, shares of the second corpus.
+
+    layers: its traces on both corpora. The squared losses per token of the corpora are mixed first; then those of Eq. 3 and of
+    the residual loss, each divided by the squared norm of the layer's output, which the same loss measures on the same mixture.
+    """
+    found, best = [layer_mixtures(layers, r, loss) for loss in ("eq3", "residual")], []
+    corpora = found[0].norms.new_tensor([[1 - mix, mix] for mix in mixes])
+    eq3, relative = (corpora @ one.squares.T / (corpora @ one.norms)[:, None] for one in found)  # [mixes, subsets]
+    for residual in SHARES:
+        first = ranked(((1 - residual) * eq3 + residual * relative).sqrt())[:, 0].tolist()
+        best += [found[0].subsets[number] for number in first]
+    return best
+
+
+def _enumerated(traces: Sequence[Trace], r: int) -> list[dict[str, list[tuple[int, ...]]]]:
+    """For each trace, the experts that enumeration keeps in each layer, by `_key` of the choice."""
+    mixes = SHARES if len(traces) == 2 else [0.0]
+    pairs = zip(traces[0].layers, traces[-1].layers, strict=True)
+    kept = [*zip(*(_best_of_mixtures(pair, r, mixes) for pair in pairs), strict=True)]
+    found = []
+    for own in (mixes, mixes[::-1])[: len(traces)]:  # what is one corpus's share is the rest for the other
+        choices = [Choice(r, "enumerate", mix=mix, residual=residual) for residual, mix in itertools.product(SHARES, own)]
+        found.append(dict(zip(map(_key, choices), kept, strict=True)))
+    return found
+
+
+def _chosen(trace: Trace, r: int, methods: Sequence[str]) -> dict[str, list[tuple[int, ...]]]:
+    """The experts that each method but enumeration keeps in each layer, by `_key` of the choice."""
+    generator, chosen = torch.Generator().manual_seed(0), {}
+    for method in methods:
+        if method != "enumerate":
+            kept = [tuple(choose_experts(layer, r, method, generator)) for layer in trace.layers]
+            chosen[_key(Choice(r, method))] = kept
+    return chosen
+
+
+def _of_size(trace: Trace, r: int, choices: Mapping[str, Sequence[tuple[int, ...]]]) -> dict[str, dict]:
+    """The part of a trace's grid for r experts. choices: the experts kept in each layer, by `_key`."""
+    places, landscapes, rows = {}, [], []
+    subsets = [list(dict.fromkeys(kept)) for kept in zip(*choices.values(), strict=True)]  # of each layer
+    for key, kept in choices.items():
+        places[key] = [some.index(subset) for some, subset in zip(subsets, kept, strict=True)]
+    for layer, some in zip(trace.layers, subsets, strict=True):
+        norm = output_norm(layer)
+        landscape, better = _landscape(layer, r, norm)
+        landscapes.append(landscape)
+        rows.append([_row(layer, kept, norm, better.get(kept, 0)) for kept in some])
+    return {"places": places, "rows": {str(r): rows}, "landscape": {str(r): landscapes}}
+
+
+def grids(traces: Sequence[Trace]) -> list[dict]:
+    """For each of one or two traces of a model, all data that the explorer shows of it, ready for JSON: for each r and layer
+    the losses and skipping of every subset that some choice keeps (`rows`), and for each choice the number of its row in each
+    layer (`places`); co-selection; for each r the loss landscapes. The corpora are mixed with each other."""
+    first, sizes, found = traces[0].layers[0], _sizes(traces[0]), []
     # Greedy removal finds nearly the same as enumeration. The other methods that need a model are left out.
-    methods = ["enumerate" if affordable(first, (first.n + first.k) // 2) else "greedy", *EXPERT_SCORES, "random"]
-    skipping = cache(lambda i, kept: _skipping(trace.layers[i], kept, norms[i]))  # methods often keep the same experts
-    places, landscapes = {}, {}
+    exact = affordable(first, (first.n + first.k) // 2)
+    methods = ["enumerate" if exact else "greedy", *available_scores(traces[0]), "random"]
+    for one in traces:
+        pairs = [co_selection(layer).fill_diagonal_(0).tolist() for layer in one.layers]
+        about = {"n": first.n, "k": first.k, "model": one.model, "tokens": one.tokens, "methods": methods, "sizes": sizes}
+        found.append(about | {"co_selection": pairs, "places": {}, "rows": {}, "landscape": {}})
     for r in tqdm(sizes, desc="explorer", unit="size"):
-        found = [_landscape(layer, r, norm) for layer, norm in zip(trace.layers, norms, strict=True)]
-        landscapes[str(r)] = [landscape for landscape, _ in found]
-        for method in methods:
-            generator, rows = torch.Generator().manual_seed(0), []
-            for i, layer in enumerate(trace.layers):
-                kept, loss, _ = search_layer(layer, r, method, generator)
-                better = found[i][1].get(tuple(kept), 0)
-                row = {"kept": kept, "eq3": loss, "relative": loss / norms[i], "better": better}
-                rows.append(row | skipping(i, tuple(kept)))
-            places[f"{method} {r}"] = {name: [row[name] for row in rows] for name in rows[0]}
-    pairs = [co_selection(layer).fill_diagonal_(0).tolist() for layer in trace.layers]
-    about = {"n": first.n, "k": first.k, "model": trace.model, "tokens": trace.tokens, "methods": methods, "sizes": sizes}
-    return about | {"places": places, "co_selection": pairs, "landscape": landscapes}
+        enumerated = _enumerated(traces, r) if exact else [{}] * len(traces)
+        for one, own, best in zip(traces, found, enumerated, strict=True):
+            for key, values in _of_size(one, r, best | _chosen(one, r, methods)).items():
+                own[key] |= values
+    return found
 
 
 def _sizes(trace: Trace) -> list[int]:
@@ -96,20 +145,26 @@ def _sizes(trace: Trace) -> list[int]:
     return [*valid[-step::-step][::-1], first.n]
 
 
-def _cached_grid(trace: Trace, folder: Path) -> dict:
-    grams = [layer.gram.double().sum().item() for layer in trace.layers]
-    path = folder / f"{digest('explorer', FORMAT, list(EXPERT_SCORES), trace.model, trace.tokens, trace.keep, grams)}.json"
-    return read_json(made_once(path, lambda path: write_json(path, grid(trace))), "explorer's grid")
+def _cached_grids(traces: Sequence[Trace], folder: Path) -> list[dict]:
+    key = [[one.tokens, [layer.gram.double().sum().item() for layer in one.layers]] for one in traces]
+    path = folder / f"{digest('explorer', FORMAT, list(EXPERT_SCORES), traces[0].model, traces[0].keep, key)}.json"
+    return read_json(made_once(path, lambda path: write_json(path, grids(traces))), "explorer's grid")
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The values of the controls. skip: ("betas", a beta of `beta_grid` for each layer) or ("share", one of `SHARES`)."""
+    """The values of the controls. skip: ("betas", a beta of `beta_grid` for each layer) or ("share", one of `SHARES`).
+
+    mix, residual: one of `SHARES`, for the method "enumerate" alone. mix: the other corpus's share of the calibration, from 0,
+    each corpus's own choice, to 1, the other's. residual: from 0, Eq. 3, to 1, the loss relative to the residual stream.
+    """
 
     r: int
     method: str
     layer: int = 0
     skip: tuple = ("share", 0.0)
+    mix: float = 0.0
+    residual: float = 0.0
 
 
 class Explorer:
@@ -129,7 +184,7 @@ class Explorer:
         if len({(one.model, len(one.layers), one.keep) for one in read.values()}) > 1:
             raise ValueError("These traces are of different models or sizes, and cannot stand side by side.")
         folder = Path(folder) if folder else checkout() / ".runs" / "explorer"
-        self.grids = {name: _cached_grid(one, folder) for name, one in read.items()}
+        self.grids = dict(zip(read, _cached_grids([*read.values()], folder), strict=True))
         self.model, self.shape = model, shape
         self.first = next(iter(self.grids))
         first = self.grids[self.first]
@@ -148,18 +203,21 @@ class Explorer:
             return "Each token is routed to one expert here: nothing can be skipped."
         return "This trace has one MoE layer: views over layers show a single column." if self.layers == 1 else ""
 
-    def _place(self, name: str, choice: Choice) -> dict[str, list]:
-        return self.grids[name]["places"][f"{choice.method} {choice.r}"]
+    def _rows(self, name: str, choice: Choice) -> dict[str, list]:
+        """The losses and skipping of the chosen subsets, by layer."""
+        one = self.grids[name]
+        rows = [rows[at] for rows, at in zip(one["rows"][str(choice.r)], one["places"][_key(choice)], strict=True)]
+        return {key: [row[key] for row in rows] for key in rows[0]}
 
     def kept(self, name: str, choice: Choice) -> list[list[int]]:
-        return self._place(name, choice)["kept"]
+        return self._rows(name, choice)["kept"]
 
     def skipping(self, name: str, choice: Choice) -> dict[str, list[float]]:
         """For each layer: beta, the share of droppable pairs that it drops, and the loss divided by the output's norm."""
-        (kind, value), place, found = choice.skip, self._place(name, choice), {}
+        (kind, value), rows, found = choice.skip, self._rows(name, choice), {}
         at = [SHARES.index(value)] * self.layers if kind == "share" else [self.betas.index(beta) for beta in value]
         for key in ("beta", "dropped", "loss"):
-            found[key] = [values[i] for values, i in zip(place[f"{kind} {key}"], at, strict=True)]
+            found[key] = [values[i] for values, i in zip(rows[f"{kind} {key}"], at, strict=True)]
         return found
 
     def _means(self, name: str, choice: Choice) -> list[float]:
@@ -172,15 +230,15 @@ class Explorer:
 
     def landscape(self, name: str, choice: Choice) -> dict:
         """The losses of all subsets and of the chosen one; the number of `others`, and of those that are `better`."""
-        place, layer = self._place(name, choice), choice.layer
-        row = self.grids[name]["landscape"][str(choice.r)][layer]
-        return row | {"better": place["better"][layer], "loss": place["relative"][layer]}
+        rows, layer = self._rows(name, choice), choice.layer
+        landscape = self.grids[name]["landscape"][str(choice.r)][layer]
+        return landscape | {"better": rows["better"][layer], "loss": rows["relative"][layer]}
 
     def trade_off(self, name: str, choice: Choice) -> dict[str, list[float]]:
         """The share dropped and the loss, means over layers, for each of `SHARES`; and now."""
-        place, found = self._place(name, choice), {}
+        rows, found = self._rows(name, choice), {}
         for key in ("dropped", "loss"):
-            found[key] = [sum(values) / self.layers for values in zip(*place[f"share {key}"], strict=True)]
+            found[key] = [sum(values) / self.layers for values in zip(*rows[f"share {key}"], strict=True)]
         return found | {"now": self._means(name, choice)}
 
     @cached_property
@@ -189,9 +247,9 @@ class Explorer:
         grids = self.grids.values()
         pairs = [value for one in grids for table in one["co_selection"] for row in table for value in row]
         landscapes = [loss for one in grids for rows in one["landscape"].values() for row in rows for loss in row["losses"]]
-        places = [place for one in grids for place in one["places"].values()]
-        pruned = [loss for place in places for loss in place["relative"]]
-        skipped = [loss for place in places for kind in ("share", "betas") for row in place[f"{kind} loss"] for loss in row]
+        rows = [row for one in grids for layers in one["rows"].values() for rows in layers for row in rows]
+        pruned = [row["relative"] for row in rows]
+        skipped = [loss for row in rows for kind in ("share", "betas") for loss in row[f"{kind} loss"]]
         shape = {"n": self.n, "k": self.k, "layers": self.layers, "corpora": list(self.grids), "pairs": max(pairs, default=0.0)}
         return shape | {"landscape": max([0.0, *landscapes, *pruned]), "loss": max([*pruned, *skipped])}
 
@@ -213,9 +271,12 @@ class Explorer:
         else:
             steps = _beside(self.betas, value[layers[0]])
             skips = [tuple(step if i in layers else beta for i, beta in enumerate(value)) for step in steps]
+        mixes = choice.method == "enumerate"
         near = {
             "r": _beside(self.sizes, choice.r),
             "method": [method for method in self.methods if method != choice.method],
+            "mix": _beside(SHARES, choice.mix) if mixes and len(self.grids) == 2 else [],
+            "residual": _beside(SHARES, choice.residual) if mixes else [],
             "layer": _beside(range(self.layers), choice.layer),
             "skip": [(kind, skip) for skip in skips],
         }
@@ -223,12 +284,13 @@ class Explorer:
 
     def title(self, name: str, choice: Choice) -> str:
         """The title of a view, which names the parts of the choice that the view depends on."""
-        words = {"layer": f"layer {choice.layer}", "skip": _skipped(choice), "r": f"r = {choice.r}", "method": choice.method}
+        words = {"layer": f"layer {choice.layer}", "skip": _skipped(choice), "r": f"r = {choice.r}"}
+        words["method"] = _searched(choice)
         return ", ".join([VIEWS[name].title, *(words[part] for part in words if part in VIEWS[name].parts)])
 
     def caption(self, name: str, choice: Choice) -> str:
         """A view in one sentence, for readers who cannot see it."""
-        layer, at = choice.layer, f"r = {choice.r} by {choice.method}"
+        layer, at = choice.layer, f"r = {choice.r} by {_searched(choice)}"
         each = lambda told: "; ".join(f"{corpus}: {told(corpus)}" for corpus in self.grids)  # noqa: E731
         means = each(lambda corpus: "{:.0%} dropped, loss {:.3f}".format(*self._means(corpus, choice)))
         chosen = each(lambda corpus: f"{self.landscape(corpus, choice)['loss']:.3f}")
@@ -251,7 +313,7 @@ class Explorer:
         for name in self.grids:
             now, kept, (dropped, loss) = self.skipping(name, choice), self.kept(name, choice), self._means(name, choice)
             words[name] = {
-                "chosen": f"{choice.r} of {self.n} experts by {choice.method}",
+                "chosen": f"{choice.r} of {self.n} experts by {_searched(choice)}",
                 f"{layer} keeps": ", ".join(map(str, kept[choice.layer])),
                 "all layers keep": "; ".join(" ".join(map(str, subset)) for subset in kept),
                 f"{layer}, loss by pruning": f"{self.landscape(name, choice)['loss']:.3f} of the output's norm",
@@ -288,20 +350,33 @@ class Explorer:
         }
 
     def plan(self, name: str, choice: Choice) -> PruningPlan:
-        """The choice as `prune` and `prune_checkpoint` take it, calibrated on a corpus, with its betas for skipping.
+        """The choice as `prune` and `prune_checkpoint` take it, calibrated on a corpus, with its betas for skipping. Its losses
+        are Eq. 3's on this corpus, whatever is mixed in.
 
         Raises ValueError if every expert stays, since nothing is pruned.
         """
         if choice.r == self.n:
             raise ValueError(f"r = {self.n} keeps every expert: there is nothing to prune; choose a smaller r.")
-        one, place = self.grids[name], self._place(name, choice)
+        one, rows = self.grids[name], self._rows(name, choice)
         betas = self.skipping(name, choice)["beta"] if self.k > 1 else None
-        return PruningPlan(choice.method, choice.r, place["kept"], place["eq3"], one["model"], one["tokens"], betas=betas)
+        return PruningPlan(_searched(choice), choice.r, rows["kept"], rows["eq3"], one["model"], one["tokens"], betas=betas)
 
     def commands(self, path: str | Path) -> list[str]:
         """The commands that use an exported plan."""
         start = "python -m esparse"
         return [f"{start} prune {self.model} pruned --plan {path}", f"{start} evaluate {self.model} --plan {path}"]
+
+
+def _key(choice: Choice) -> str:
+    """The name of a choice's experts on a grid."""
+    return f"{choice.method} {choice.r}" + f" {choice.mix} {choice.residual}" * (choice.method == "enumerate")
+
+
+def _searched(choice: Choice) -> str:
+    """How the experts are chosen, in a few words."""
+    shares = {"other corpus": choice.mix, "residual loss": choice.residual} if choice.method == "enumerate" else {}
+    mixed = ", ".join(f"{100 * share:.0f}% {name}" for name, share in shares.items() if share)
+    return choice.method + f" ({mixed})" * bool(mixed)
 
 
 def _skipped(choice: Choice) -> str:

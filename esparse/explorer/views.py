@@ -146,12 +146,13 @@ class View(NamedTuple):
     title: str
 
 
+SEARCH = ("method", "mix", "residual")
 VIEWS = {
-    "kept": View((3.6, 3.1), _kept, ("r", "method"), "experts kept"),
+    "kept": View((3.6, 3.1), _kept, ("r", *SEARCH), "experts kept"),
     "co_selection": View((4.8, 3.1), _co_selection, ("layer",), "experts chosen together"),
-    "landscape": View((3.6, 3.1), _landscape, ("r", "method", "layer"), "loss of all subsets"),
-    "skipping": View((4.8, 3.1), _skipping, ("r", "method", "skip"), "layer by layer"),
-    "trade_off": View((3.6, 3.1), _trade_off, ("r", "method", "skip"), "mean loss"),
+    "landscape": View((3.6, 3.1), _landscape, ("r", *SEARCH, "layer"), "loss of all subsets"),
+    "skipping": View((4.8, 3.1), _skipping, ("r", *SEARCH, "skip"), "layer by layer"),
+    "trade_off": View((3.6, 3.1), _trade_off, ("r", *SEARCH, "skip"), "mean loss"),
 }
 
 

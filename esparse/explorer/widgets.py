@@ -20,7 +20,7 @@ from traitlets import Any
 from .grid import MIXTRAL, SHARES, Choice, Explorer
 from .views import DPI, VIEWS, Stage
 
-CONTROLS = ("r", "method", "layer", "skip")
+CONTROLS = ("r", "method", "mix", "residual", "layer", "skip")
 SKIPPING = ("a share of the pairs", "one beta", "a beta for each layer")
 # JupyterLab may send a control's messages to different threads of the kernel: only one draws at a time.
 LOCK = threading.RLock()
@@ -63,13 +63,17 @@ class Dashboard:
 
     def __init__(self, explorer: Explorer, views: Sequence[str] = tuple(VIEWS), controls: Sequence[str] = CONTROLS):
         self.explorer = explorer
-        self.controls = [name for name in controls if name != "skip" or explorer.k > 1]
+        enumerates = "enumerate" in explorer.methods
+        useful = {"skip": explorer.k > 1, "mix": enumerates and len(explorer.grids) == 2, "residual": enumerates}
+        self.controls = [name for name in controls if useful.get(name, True)]
         self.betas = [0.5] * explorer.layers
         self.r = Slider("experts kept, r", explorer.sizes, explorer.default.r)
         self.method = _buttons("method", explorer.methods)
+        percent = [round(100 * share) for share in SHARES]
+        self.mix, self.residual = Slider("other corpus, %", percent, 0), Slider("residual loss, %", percent, 0)
         self.layer = Slider("layer", range(explorer.layers), 0)
         self.mode = _buttons("skip by", SKIPPING if "layer" in self.controls else SKIPPING[:2])
-        self.share = Slider("share skipped, %", [round(100 * share) for share in SHARES], 50 if "skip" in self.controls else 0)
+        self.share = Slider("share skipped, %", percent, 50 if "skip" in self.controls else 0)
         self.beta = Slider("beta", explorer.betas, min(0.5, explorer.betas[-1]))
         self.message, self.readout = ipywidgets.HTML(), ipywidgets.HTML()
         self.stages = {name: Stage(name, explorer.frame) for name in views}
@@ -77,7 +81,8 @@ class Dashboard:
         self.pictures = {VIEWS[name].parts: ipywidgets.HTML() for name in views}
         self.moved, self.turn = "", 0  # the part of the choice that changed last; the number of changes
         self._image = lru_cache(maxsize=1024)(self._draw)
-        boxes = {"r": [self.r], "method": [self.method], "layer": [self.layer], "skip": [self.mode, self.share, self.beta]}
+        boxes = {name: [getattr(self, name)] for name in ("r", "method", "mix", "residual", "layer")}
+        boxes["skip"] = [self.mode, self.share, self.beta]
         for part, controls_of_part in boxes.items():
             for control in controls_of_part:
                 control.observe(self._guarded(partial(self._change, part, control)), "value")
@@ -99,14 +104,18 @@ class Dashboard:
     @property
     def choice(self) -> Choice:
         skip = ("share", self.share.value / 100) if self.mode.value == SKIPPING[0] else ("betas", tuple(self.betas))
-        return Choice(self.r.value, self.method.value, self.layer.value, skip)
+        shares = (self.mix.value / 100, self.residual.value / 100)
+        return Choice(self.r.value, self.method.value, self.layer.value, skip, *shares)
 
     def _change(self, part: str = "", control=None) -> None:
-        """Synchronise the beta slider with `betas`: it sets the beta of all layers, or of the layer that is shown.
+        """Bring the controls in line with each other, then refresh the views.
 
-        part: of the choice, which the control changes.
+        The beta slider sets the beta of all layers, or of the layer that is shown. Only enumeration has the sliders of
+        mixtures. part: the part of the choice that the control changes.
         """
         mode = SKIPPING.index(self.mode.value)
+        for field in (*self.mix.children, *self.residual.children):
+            field.disabled = self.method.value != "enumerate"
         self.share.layout.display = "none" if mode else None
         self.beta.layout.display = None if mode else "none"
         if mode == 1:
@@ -164,8 +173,10 @@ class Dashboard:
         alt = html.escape(self.explorer.caption(name, choice), quote=True)
         # "sync" decodes the image together with the change, so that no frame is blank.
         image = f'<img decoding="sync" width="{width}" height="{height}" alt="{alt}" src="data:image/png;base64,{png}">'
-        title = f"<figcaption>{html.escape(self.explorer.title(name, choice))}</figcaption>"
-        return f'<figure style="margin: 0; text-align: center; line-height: 1.5">{title}{image}</figure>'
+        # The figure is as wide as its picture, and its title has room for two lines: a long title moves no picture.
+        room = "height: 3em; display: flex; align-items: end; justify-content: center"
+        title = f'<figcaption style="{room}">{html.escape(self.explorer.title(name, choice))}</figcaption>'
+        return f'<figure style="margin: 0; width: {width}px; text-align: center; line-height: 1.5">{title}{image}</figure>'
 
 
 def _alert(sentence: str) -> str:

@@ -5,7 +5,6 @@ import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -20,7 +19,7 @@ from ..moe.layers import MoELayer, moe_layers
 from ..moe.masking import masked_layer
 from ..pruning.mask import masked
 from ..pruning.plan import PruningPlan
-from ..pruning.search import all_subsets, best_subset, search_layer, subset_losses
+from ..pruning.search import affordable, best_subset, search_layer, subset_losses
 from ..tiny_model.build import trained_folder
 from ..tiny_model.training import Recipe, preset_model
 from ..tracing.losses import losses_of
@@ -151,13 +150,6 @@ def bench_search(out: Path | None = None) -> str:
 
 
 # --- many experts ---------------------------------------------------------------------------------------------------
-
-
-def affordable(layer: LayerTrace, r: int) -> bool:
-    """Whether enumeration accepts this layer and r."""
-    with suppress(ValueError):
-        return bool(all_subsets(layer, r))
-    return False
 
 
 def compare(layers: Sequence[LayerTrace], r: int) -> dict[str, dict]:

@@ -15,7 +15,7 @@ from ..moe.running import check_held, uncompiled
 from .plan import PruningPlan
 
 
-def _planned_layers(model, plan: PruningPlan) -> list[tuple[MoELayer, list[int]]]:
+def planned_layers(model, plan: PruningPlan) -> list[tuple[MoELayer, list[int]]]:
     """The model's MoE layers, each with the experts that it keeps. Raises ValueError for a plan made with another model."""
     layers = moe_layers(model)
     plan.check(fingerprint(model), [(layer.n, layer.k, layer.router) for layer in layers])
@@ -30,7 +30,7 @@ def masked(model, plan: PruningPlan) -> Iterator[None]:
     Raises ValueError for a plan made with another model.
     """
     with ExitStack() as stack, uncompiled():
-        for layer, kept in _planned_layers(model, plan):
+        for layer, kept in planned_layers(model, plan):
             stack.enter_context(masked_layer(layer, kept))
         yield
 
@@ -42,7 +42,7 @@ def prune(model, plan: PruningPlan):
     Raises ValueError, before anything changes, for a plan made with another model and for offloaded MoE layers.
     """
     check_held((layer.block for layer in moe_layers(model)), "prune from disk to disk, with prune_checkpoint")
-    planned = _planned_layers(model, plan)
+    planned = planned_layers(model, plan)
     n, configs = planned[0][0].n, [model.config, model.config.get_text_config()]
     for layer, kept in planned:
         prune_layer(layer, kept)

@@ -11,17 +11,17 @@ from ..tracing.trace import check_experts
 
 @dataclass
 class PruningPlan:
-    """The experts that each layer keeps, in rising order, and their losses on the calibration set.
+    """The experts that each layer keeps, in rising order, and their losses on the calibration set (None: unknown).
 
     runner_up: the loss of the second best subset, where all were tried. model, tokens: digests of the model and of the
-    calibration set. betas: for skipping on top of the plan, one per layer, or None. loss: what `losses` are, see
-    `search_experts`.
+    calibration set (of a mixture: of its sets and their shares). betas: for skipping on top of the plan, one per layer, or
+    None. loss: what `losses` are, see `search_experts`.
     """
 
     method: str
     r: int
     kept: list[list[int]]
-    losses: list[float]
+    losses: list[float | None]
     model: str
     tokens: str
     runner_up: list[float] | None = None

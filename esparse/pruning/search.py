@@ -3,15 +3,17 @@
 import itertools
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..files import digest
 from ..moe.identity import check_fingerprint
 from ..moe.layers import decoder_layers
 from ..moe.running import check_tokens
-from ..tracing.losses import check_loss, has_choice_table, losses_from_choices, losses_of, reconstruction_loss, weighed
+from ..tracing.losses import check_loss, has_choice_table, losses_from_choices, losses_of, mixed, reconstruction_loss, weighed
 from ..tracing.recorder import tokens_digest
 from ..tracing.trace import LayerTrace, Trace
 from ..tracing.walk import Walk
@@ -41,34 +43,65 @@ def all_subsets(layer: LayerTrace, r: int) -> list[tuple[int, ...]]:
     return [tuple(itertools.chain(*parts)) for parts in itertools.product(*parts)]
 
 
+def affordable(layer: LayerTrace, r: int) -> bool:
+    """Whether enumeration accepts this layer and r."""
+    with suppress(ValueError):
+        return bool(all_subsets(layer, r))
+    return False
+
+
 def subset_losses(layer: LayerTrace, r: int) -> tuple[list[tuple[int, ...]], Tensor]:
     """Every subset of r experts and its reconstruction loss (Eq. 3), float64 [subsets]. Raises ValueError as `all_subsets`."""
     subsets = all_subsets(layer, r)
     return subsets, losses_from_choices(layer, subsets) if has_choice_table(layer) else losses_of(layer, subsets)
 
 
-def best_subset(layer: LayerTrace, r: int) -> Found:
-    """The subset of r experts with the smallest loss, that loss, and the runner-up's (the same loss if there is none)."""
+def best_subset(layer: LayerTrace, r: int, protected: Sequence[int] = ()) -> Found:
+    """The subset of r experts with the smallest loss among those that hold the protected ones, that loss, and the runner-up's
+    (the same loss if there is none)."""
     subsets, losses = subset_losses(layer, r)
-    first = [subsets[i] for i in ranked(losses)[:2].tolist()]
+    allowed = [i for i in ranked(losses).tolist() if set(protected) <= set(subsets[i])]
+    first = [subsets[i] for i in allowed[:2]]
     found = [reconstruction_loss(layer, subset) for subset in first]  # as for every other method
     return list(first[0]), found[0], max(found)
 
 
-def search_layer(layer: LayerTrace, r: int, method: str, generator: torch.Generator | None = None) -> Found:
-    """The r experts to keep in one layer. Raises ValueError for r out of range and an unknown method."""
+def search_layer(
+    layer: LayerTrace, r: int, method: str, generator: torch.Generator | None = None, protected: Sequence[int] = ()
+) -> Found:
+    """The r experts to keep in one layer, the protected ones among them. Raises ValueError for r out of range, an unknown
+    method, and protected experts that are none or more than can be kept."""
     check_method(method)
     layer.check_size(r)
+    _check_protected(layer, r, protected)
     if method in ("enumerate", "progressive"):  # which differ in the hidden states that were traced
-        return best_subset(layer, r)
+        return best_subset(layer, r, protected)
+    kept = choose_experts(layer, r, method, generator, protected)
+    return kept, reconstruction_loss(layer, kept), None
+
+
+def choose_experts(
+    layer: LayerTrace, r: int, method: str, generator: torch.Generator | None = None, protected: Sequence[int] = ()
+) -> list[int]:
+    """The r experts that greedy removal, a score or "random" keeps in one layer, in rising order; their loss is not computed.
+    Greedy removal protects none."""
     if method == "greedy":
-        kept = remove_greedily(layer, r)
-    elif method in EXPERT_SCORES:
-        kept = best_by_score(layer, r, expert_scores(layer, method))
-    else:
-        generator = generator or torch.Generator().manual_seed(0)
-        kept = best_by_score(layer, r, torch.rand(layer.n, generator=generator))
-    return sorted(kept), reconstruction_loss(layer, kept), None
+        return sorted(remove_greedily(layer, r))
+    generator = generator or torch.Generator().manual_seed(0)
+    scores = expert_scores(layer, method) if method in EXPERT_SCORES else torch.rand(layer.n, generator=generator)
+    safe = torch.tensor(protected, dtype=torch.long, device=scores.device)
+    return sorted(best_by_score(layer, r, scores.index_fill(0, safe, math.inf)))
+
+
+def _check_protected(layer: LayerTrace, r: int, protected: Sequence[int]) -> None:
+    """ValueError unless r experts, equally many of each group, can hold the protected ones."""
+    if not set(protected) <= set(range(layer.n)):
+        raise ValueError(f"{layer.name}: protected experts must be numbers from 0 to {layer.n - 1}, got {protected}.")
+    groups = expert_groups(layer)
+    most = max(len(set(protected) & set(group)) for group in groups)
+    if most > r // len(groups):
+        each = f", since each of {len(groups)} groups keeps {r // len(groups)}" * (len(groups) > 1)
+        raise ValueError(f"{layer.name}: {r} experts cannot hold {most} protected ones{each}.")
 
 
 def check_method(method: str) -> None:
@@ -77,34 +110,71 @@ def check_method(method: str) -> None:
 
 
 def search_experts(
-    trace: Trace,
+    trace: Trace | Sequence[Trace],
     r: int,
     *,
     method: str = "enumerate",
     loss: str = "eq3",
+    weights: Sequence[float] | None = None,
     model=None,
     tokens: Tensor | None = None,
     seed: int = 0,
+    protect: Sequence[Sequence[int]] | None = None,
 ) -> PruningPlan:
     """Choose r experts to keep in every layer.
 
+    trace: one, or several of the same model, each on a corpus of its own. weights: how much each corpus counts, whatever its
+    length (None: all equally). Divided by their sum, weights are shares, and a squared loss is T sum_i share_i L_i^2 / T_i, see
+    `tracing.losses.mixed`. The plan's `tokens` is a digest of all corpora and shares. A trace of weight 0 is left out; if one
+    trace is left, the plan is that of this trace alone.
     method: "enumerate" (Eq. 3, exact, layer by layer), "greedy" (removal one by one, then swaps: for more experts than
     can be enumerated), "progressive" (Table 6: each layer is searched on the outputs of the already pruned layers; needs
     `model` and the `tokens` of the trace), a score of `expert_scores`, "random" (drawn from `seed`).
     loss: "eq3", the paper's ||change||^2 summed over tokens; "residual", which divides it by ||h + z||^2 of the residual
     stream behind the layer; "output", by ||z||^2 of the layer's output. Scores take the same norms.
-    Raises ValueError for r out of range, an unknown method or loss, or a model that is not the trace's.
+    protect: experts of each layer that must stay, as from `super_experts`; not for "greedy" and "progressive".
+    Raises ValueError for r out of range, an unknown method or loss, a model that is not the trace's, traces that do not belong
+    together, bad weights, and "progressive" with several traces.
     """
     check_method(method)
     check_loss(loss)
-    for layer in trace.layers:
+    traces, shares = mixture_shares([trace] if isinstance(trace, Trace) else trace, weights)
+    if method == "progressive" and len(traces) > 1:
+        raise ValueError("method='progressive' walks through one calibration set: give one trace, or choose another method.")
+    for layer in traces[0].layers:
         layer.check_size(r)
+    if protect and method in ("greedy", "progressive"):
+        raise ValueError(f"method={method!r} cannot protect experts: use enumerate, a score or random.")
     if method == "progressive":
-        return _progressive_plan(trace, r, loss, model, tokens)
+        return _progressive_plan(traces[0], r, loss, model, tokens)
     generator = torch.Generator().manual_seed(seed)
-    layers = tqdm(trace.layers, desc=method, unit="layer", leave=False)
-    found = [search_layer(weighed(layer, loss), r, method, generator) for layer in layers]
-    return make_plan(method, loss, r, found, trace.model, trace.tokens)
+    layers, safe = zip(*(one.layers for one in traces), strict=True), protect or [()] * len(traces[0].layers)
+    if len(safe) != len(traces[0].layers):
+        raise ValueError(f"Got protected experts for {len(safe)} layers, but the trace has {len(traces[0].layers)}.")
+    found = [
+        search_layer(mixed([weighed(layer, loss) for layer in same], shares), r, method, generator, experts)
+        for same, experts in tqdm(zip(layers, safe, strict=True), total=len(safe), desc=method, unit="layer", leave=False)
+    ]
+    return make_plan(method, loss, r, found, traces[0].model, mixture_digest(traces, shares))
+
+
+def mixture_shares(traces: Sequence[Trace], weights: Sequence[float] | None = None) -> tuple[list[Trace], list[float]]:
+    """The traces whose weight is not 0, and their weights (None: all equal) divided by the sum. Raises ValueError for bad
+    weights, and for traces of different models or sizes."""
+    if len({(one.model, len(one.layers), one.keep) for one in traces}) != 1:
+        raise ValueError("A mixture needs traces of one model that answer down to the same number of experts.")
+    weights = [1.0] * len(traces) if weights is None else list(map(float, weights))
+    if len(weights) != len(traces) or not all(0 <= weight < math.inf for weight in weights) or not any(weights):
+        raise ValueError(f"Give {len(traces)} finite weights, one for each trace, none negative and not all 0, got {weights}.")
+    scaled = [weight / max(weights) for weight in weights]  # so that their sum is finite
+    used = [(one, weight / sum(scaled)) for one, weight in zip(traces, scaled, strict=True) if weight]
+    return [one for one, _ in used], [share for _, share in used]
+
+
+def mixture_digest(traces: Sequence[Trace], shares: Sequence[float]) -> str:
+    """The digest of a mixture's calibration sets; of one trace, its own."""
+    sets = [one.tokens for one in traces]
+    return sets[0] if len(sets) == 1 else digest("mixture", sets, shares)
 
 
 def make_plan(method: str, loss: str, r: int, found: Sequence[Found], model: str, tokens: str) -> PruningPlan:

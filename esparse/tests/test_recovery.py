@@ -87,33 +87,6 @@ def test_scales_refuse_what_does_not_belong_together():
         esparse.scale_experts(pruned, Trace(trace.layers, "another", trace.tokens), plan)
 
 
-@torch.no_grad()
-def test_the_choice_by_output_is_the_best_of_each_layer_in_turn():
-    model = random_model("mixtral", 5, 2)
-    trace = esparse.trace(model, TOKENS, keep=3)
-    expected = model(OTHER).logits.log_softmax(-1)
-
-    def kl(kept):
-        plan = esparse.PruningPlan("", 3, kept, [0.0] * 3, trace.model, trace.tokens)
-        with esparse.masked(model, plan):
-            mine = model(OTHER).logits.log_softmax(-1)
-        return (expected.exp() * (expected - mine)).sum(-1).mean().item()
-
-    close = []
-    for layer in trace.layers:
-        subsets, losses = esparse.subset_losses(layer, 3)
-        close.append([list(subsets[i]) for i in losses.argsort()[:4].tolist()])
-    kept = [options[0] for options in close]
-    first = kl(kept)
-    for number, options in enumerate(close):
-        kept = min(([*kept[:number], option, *kept[number + 1 :]] for option in options), key=kl)
-    plan, found = esparse.choose_by_output(model, trace, 3, OTHER, candidates=4, batch_size=3)
-    assert plan.kept == kept and plan.method == "output"
-    assert (found["before"], found["after"]) == (pytest.approx(first, rel=1e-5), pytest.approx(kl(kept), rel=1e-5))
-    assert plan.losses == [pytest.approx(esparse.reconstruction_loss(*pair), rel=1e-5)
-                           for pair in zip(trace.layers, kept, strict=True)]  # fmt: skip
-
-
 def plain_differences(student, teacher, kept, tokens) -> list[list[float]]:
     """Mean squared differences of experts' outputs, expert by expert and token by token."""
     found = []
@@ -175,7 +148,7 @@ def test_lambda_makes_both_losses_alike_in_the_first_batch():
 
 def agreement(student, teacher) -> float:
     expected = teacher(OTHER).logits.log_softmax(-1)
-    return recovery._kl(expected, student(OTHER).logits).item() / OTHER.numel()
+    return recovery.kl(expected, student(OTHER).logits).item() / OTHER.numel()
 
 
 @pytest.mark.parametrize("method", recovery.TRAINED_METHODS)

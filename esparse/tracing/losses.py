@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from operator import mul
 
 import torch
 from torch import Tensor
@@ -104,12 +105,39 @@ def weighed(layer: LayerTrace, loss: str) -> LayerTrace:
     norm = layer.stream_norm if loss == "residual" else targets(layer)[1]
     if norm is None:
         raise ValueError(f"{layer.name}: this trace lacks the norms of the residual stream: trace the whole model.")
-    factor = torch.where(norm > 0, 1 / norm, 0.0)
-    products = {"gram": layer.gram * factor[:, None].to(layer.gram.dtype)}
+    return _scaled(layer, torch.where(norm > 0, 1 / norm, 0.0))
+
+
+def _scaled(layer: LayerTrace, factors: Tensor) -> LayerTrace:
+    """The trace with each token's inner products multiplied by its factor, [tokens]."""
+    products = {"gram": layer.gram * factors[:, None].to(layer.gram.dtype)}
     if layer.target_dot is not None:
-        products["target_dot"] = layer.target_dot * factor[:, None].to(layer.target_dot.dtype)
-        products["target_norm"] = layer.target_norm * factor
+        products["target_dot"] = layer.target_dot * factors[:, None].to(layer.target_dot.dtype)
+        products["target_norm"] = layer.target_norm * factors
     return replace(layer, **products)
+
+
+def token_count(layer: LayerTrace) -> int:
+    """The number of traced tokens, over all ranks."""
+    return int(layer.sum_over_ranks(torch.tensor(len(layer.order), device=layer.order.device)))
+
+
+def mixed(layers: Sequence[LayerTrace], shares: Sequence[float]) -> LayerTrace:
+    """The trace of one layer on a mixture of corpora, from its traces on each, already `weighed`.
+
+    shares: each corpus's, positive, of sum 1. Every squared loss is T sum_i share_i L_i^2 / T_i for the losses L_i on the T_i
+    tokens of corpus i, T = sum_i share_i T_i: equal shares count the corpora equally, however long they are. In scores, a token
+    of corpus i counts as T share_i / T_i tokens.
+    """
+    if len(layers) == 1:
+        return layers[0]
+    sizes = list(map(token_count, layers))
+    total, pieces = sum(map(mul, shares, sizes)), []
+    for layer, share, size in zip(layers, shares, sizes, strict=True):
+        counts = torch.full_like(layer.token_counts, total * share / size)
+        pieces.append(replace(_scaled(layer, counts), counts=counts).tensors())
+    length = layers[0].length if len({layer.length for layer in layers}) == 1 else None
+    return replace(layers[0], length=length, **{name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]})
 
 
 def losses_of(layer: LayerTrace, subsets: Sequence[Sequence[int]]) -> Tensor:

@@ -62,11 +62,15 @@ class Recorder:
         self.recorded["logits"].append(logits)
         self.recorded["order"].append(torch.cat([chosen, rest, *shared], 1))
 
-    def pass_stream(self, _decoder, _inputs, output) -> None:
-        """Forward hook of the decoder layer: records the squared norms of the residual stream behind it."""
-        stream = flat_output(output)
-        wide = torch.promote_types(stream.dtype, torch.float32)
-        self.recorded["stream_norm"].append(torch.linalg.vector_norm(stream, dim=1, dtype=wide).square())
+    def pass_stream(self, before: Tensor | None, after: Tensor) -> None:
+        """Records the squared norm of the residual stream [sequences, length, d] behind the decoder layer, and its cosine with
+        the stream before the block, if that is known. Parallel streams (DeepSeek-V4: [sequences, length, streams, d]) count
+        together."""
+        after = after.flatten(2).flatten(0, 1).to(torch.promote_types(after.dtype, torch.float32))
+        self.recorded["stream_norm"].append(torch.linalg.vector_norm(after, dim=1).square())
+        if before is not None:
+            cosine = nn.functional.cosine_similarity(before.flatten(2).flatten(0, 1).to(after.dtype), after, dim=1)
+            self.recorded["stream_cosine"].append(cosine)
 
     def __call__(self, _experts, hidden_states: Tensor, _index, weights: Tensor) -> Tensor:
         """[tokens, d] -> [tokens, d], for one chunk of tokens at a time; a chunk that does not fit into memory is halved."""
@@ -125,9 +129,10 @@ class Recorder:
             self.recorded[name].append(tensor)
         return result
 
-    def finish(self) -> LayerTrace:
+    def finish(self, length: int | None = None) -> LayerTrace:
+        """The trace of all calls so far; length: tokens of a sequence, if the calls hold whole sequences."""
         tensors = {name: torch.cat(recorded) for name, recorded in self.recorded.items()}
-        return LayerTrace(self.layer.name, self.layer.k, self.layer.router, keep=self.keep, **tensors)
+        return LayerTrace(self.layer.name, self.layer.k, self.layer.router, keep=self.keep, length=length, **tensors)
 
 
 def chunk_size(layer: MoELayer, m: int, like: Tensor) -> int:
@@ -139,6 +144,34 @@ def chunk_size(layer: MoELayer, m: int, like: Tensor) -> int:
 
 
 @contextmanager
+def recording_stream(recorder: Recorder, decoder: nn.Module) -> Iterator[None]:
+    """Puts hooks on a decoder layer that record the residual stream. The stream before the block is the input of the norm whose
+    output the gate takes."""
+    entered: dict[int, tuple[Tensor, Tensor]] = {}  # input and output by the output's address, which no other tensor takes over
+    before: list[Tensor | None] = []
+
+    def enter(_module, inputs, output) -> None:
+        if inputs and torch.is_tensor(inputs[0]) and torch.is_tensor(output) and inputs[0].shape == output.shape:
+            entered[output.data_ptr()] = inputs[0], output
+
+    def at_gate(_gate, inputs, _output) -> None:
+        before[:] = [entered.get(inputs[0].data_ptr(), (None,))[0]]
+
+    def leave(_decoder, _inputs, output) -> None:
+        entering, after = before.pop(), output[0] if isinstance(output, tuple) else output
+        same = entering is not None and entering.shape == after.shape
+        recorder.pass_stream(entering if same else None, after)
+        entered.clear()
+
+    with ExitStack() as stack:
+        for module in decoder.children():
+            stack.enter_context(module.register_forward_hook(enter))
+        stack.enter_context(recorder.layer.gate.register_forward_hook(at_gate))
+        stack.enter_context(decoder.register_forward_hook(leave))
+        yield
+
+
+@contextmanager
 def recording(recorders: Sequence[Recorder], decoders: Iterable[nn.Module] = ()) -> Iterator[None]:
     """Puts recorders in place of their layers' experts, and their hooks on the gates and on the decoder layers, if given."""
     layers = [recorder.layer for recorder in recorders]
@@ -147,7 +180,7 @@ def recording(recorders: Sequence[Recorder], decoders: Iterable[nn.Module] = ())
         for recorder in recorders:
             stack.enter_context(recorder.layer.gate.register_forward_hook(recorder.route))
             if recorder.layer.experts in holders:
-                stack.enter_context(holders[recorder.layer.experts].register_forward_hook(recorder.pass_stream))
+                stack.enter_context(recording_stream(recorder, holders[recorder.layer.experts]))
         yield
 
 
@@ -191,7 +224,7 @@ def trace(model, tokens: Tensor, *, keep: int | None = None, batch_size: int = 8
     with evaluating(model), recording(recorders, decoder_layers(model)):
         for batch in tqdm(tokens.split(batch_size), desc="trace", unit="batch"):
             model.base_model(batch.to(input_device(model)), use_cache=False)
-    return Trace([recorder.finish() for recorder in recorders], fingerprint(model), tokens_digest(tokens))
+    return Trace([recorder.finish(tokens.shape[1]) for recorder in recorders], fingerprint(model), tokens_digest(tokens))
 
 
 @torch.no_grad()

@@ -70,8 +70,8 @@ def co_selection(layer: LayerTrace, kept: Sequence[int] | None = None) -> Tensor
     selection frequency."""
     chosen = layer.order.gather(1, layer.routing(kept)[0])  # [tokens, k]
     hot = torch.zeros(len(chosen), layer.n + 1, dtype=torch.float64, device=chosen.device).scatter_(1, chosen, 1.0)
-    hot = hot[:, : layer.n]
-    return layer.sum_over_ranks(hot.T @ hot) / layer.sum_over_ranks(torch.tensor(len(hot), device=hot.device))
+    hot, counts = hot[:, : layer.n], layer.token_counts
+    return layer.sum_over_ranks(hot.T @ (hot * counts[:, None])) / layer.sum_over_ranks(counts.sum())
 
 
 def routing_divergence(one: LayerTrace, other: LayerTrace) -> float:

@@ -20,7 +20,7 @@ from ..files import new_folder, read_json, write_json
 from ..machine import everyone, summed
 from ..moe.routers import Router, read_router
 
-FORMAT = 4  # of saved traces
+FORMAT = 5  # of saved traces
 
 
 def reach(n: int, k: int, keep: int | None, router: Router) -> int:
@@ -44,7 +44,11 @@ class LayerTrace:
     float32. A progressive trace compares with z, the layer's output on the original stream: target_dot [tokens, m] holds
     <f_i, z>, target_norm [tokens] ||z||^2. Without them z is the layer's own output.
     stream_norm: [tokens], ||h + z||^2 of the residual stream behind the decoder layer, in the same dtype; None for the trace
-    of a block alone.
+    of a block alone. stream_cosine: [tokens], cos(h, h + z) of the streams before the block and behind the layer; None also
+    where no norm of the decoder layer stands before the router.
+    length: tokens of a calibration sequence; the sequences follow one another. None for the trace of a block alone.
+    counts: [tokens] float64, each token's weight in a mixture of corpora; `losses.mixed` has multiplied the inner products by
+    it. None: 1 for each.
     """
 
     name: str
@@ -56,8 +60,11 @@ class LayerTrace:
     target_dot: Tensor | None = None
     target_norm: Tensor | None = None
     stream_norm: Tensor | None = None
+    stream_cosine: Tensor | None = None
     keep: int | None = None  # the smallest r this trace can answer for
     split: bool = False  # whether other ranks of torch.distributed hold the other tokens
+    length: int | None = None
+    counts: Tensor | None = None
 
     def __post_init__(self):
         within = self.order.shape[1] - (self.router.extra_logits > 0)
@@ -71,6 +78,12 @@ class LayerTrace:
     def weights(self) -> Tensor:
         """Routing weights [tokens, k] of the full layer, as in `order`."""
         return self.router.weights(self.logits, self.order[:, : self.k])
+
+    @property
+    def token_counts(self) -> Tensor:
+        """Each token's weight: `counts`, or ones; float64 [tokens]."""
+        ones = torch.ones(len(self.order), dtype=torch.float64, device=self.order.device)
+        return ones if self.counts is None else self.counts
 
     def check(self, kept: Sequence[int]) -> list[int]:
         """The kept experts in rising order; ValueError if they are no subset this trace can answer for."""
@@ -159,6 +172,9 @@ def part(layer: LayerTrace, tokens: Tensor | slice) -> LayerTrace:
 
 def parts(layer: LayerTrace, rows: int) -> Iterator[LayerTrace]:
     """The trace in consecutive parts of at most so many tokens."""
+    if len(layer.order) <= rows:
+        yield layer  # itself, whose `weights` are cached
+        return
     for start in range(0, len(layer.order), rows):
         yield part(layer, slice(start, start + rows))
 
@@ -201,7 +217,7 @@ def save_layer(layer: LayerTrace, path: Path) -> dict:
     """Write a layer's tensors; returns its entry in `trace.json`."""
     tensors = {name: value.cpu().contiguous() for name, value in layer.tensors().items()}
     save_file(tensors | {"order": tensors["order"].to(torch.int16)}, path)
-    return {"name": layer.name, "k": layer.k, "keep": layer.keep, "router": asdict(layer.router)}
+    return {"name": layer.name, "k": layer.k, "keep": layer.keep, "length": layer.length, "router": asdict(layer.router)}
 
 
 def write_about(folder: Path, model: str, tokens: str, layers: list[dict]) -> None:
@@ -217,4 +233,5 @@ def _load_layer(path: Path, about: dict) -> LayerTrace:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is missing or truncated ({error}): trace again.") from None
     tensors["order"] = tensors["order"].long()
-    return LayerTrace(about["name"], about["k"], read_router(about["router"]), keep=about["keep"], **tensors)
+    own = {"keep": about["keep"], "length": about["length"]}
+    return LayerTrace(about["name"], about["k"], read_router(about["router"]), **own, **tensors)

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from ..moe.experts import Scratch
 from ..moe.layers import MoELayer, decoder_layers, experts_returning, find_moe, flat_output
 from ..moe.masking import masked_layer
-from ..moe.running import evaluating, input_device, uncompiled
-from .recorder import Recorder, check_gram, recording
+from ..moe.running import evaluating, input_device, router_logits_off, uncompiled
+from .recorder import Recorder, check_gram, recording, recording_stream
 from .trace import LayerTrace
 
 BATCH = 8  # sequences a forward pass
+FIRST_LOOK = 8  # sequences after which a walk first asks whether the choice has settled
 
 State = tuple[Tensor | None, ...]  # hidden states, then other outputs of a layer that the next one takes
 
@@ -36,8 +37,8 @@ class Bypass(nn.Module):
 
 
 @contextmanager
-def single_layer(model: nn.Module, number: int) -> Iterator[nn.Module]:
-    """Yields one decoder layer of the model, in evaluation mode; the model bypasses the other layers meanwhile."""
+def single_layer(model: nn.Module, number: int | None) -> Iterator[nn.Module | None]:
+    """Yields one decoder layer of the model (None: none), in evaluation mode; the model bypasses the other layers meanwhile."""
     layers = decoder_layers(model)
     former = list(layers)
     try:
@@ -45,10 +46,17 @@ def single_layer(model: nn.Module, number: int) -> Iterator[nn.Module]:
             if other != number and not isinstance(layer, Bypass):
                 layers[other] = Bypass(layer)
         with evaluating(model), uncompiled():
-            yield former[number]
+            yield None if number is None else former[number]
     finally:
         for other, layer in enumerate(former):
             layers[other] = layer
+
+
+def _pass_on(model: nn.Module, more: Sequence[Tensor | None]) -> None:
+    """Makes the bypassed layers return these values behind the hidden states."""
+    for layer in decoder_layers(model):
+        if isinstance(layer, Bypass):
+            layer.__dict__["more"] = more
 
 
 class _StopForward(Exception):
@@ -75,9 +83,7 @@ def forward_layer(model: nn.Module, layer: nn.Module, batch: Tensor, state: Stat
     def leave(_module, _args, output):
         raise _StopForward(output)
 
-    for other in decoder_layers(model):
-        if isinstance(other, Bypass):
-            other.__dict__["more"] = more
+    _pass_on(model, more)
     try:
         with layer.register_forward_pre_hook(enter, with_kwargs=True), layer.register_forward_hook(leave):
             model.base_model(batch, use_cache=False)
@@ -85,6 +91,14 @@ def forward_layer(model: nn.Module, layer: nn.Module, batch: Tensor, state: Stat
         output = stopped.args[0]
         return output if isinstance(output, tuple) else (output,)
     raise ValueError(f"{type(model).__name__} does not run its decoder layers one after the other.")
+
+
+def forward_head(model: nn.Module, batch: Tensor, state: State) -> Tensor:
+    """The logits [sequences, length, vocabulary] for token ids [sequences, length], from the last decoder layer's output."""
+    with single_layer(model, None), router_logits_off(model):
+        _pass_on(model, state[1:])
+        with decoder_layers(model)[-1].register_forward_hook(lambda *_: state if len(state) > 1 else state[0]):
+            return model(batch, use_cache=False).logits
 
 
 @dataclass
@@ -123,10 +137,12 @@ class Walk:
             after[b] = (forward or self.forward)(decoder, b, stream)
         self.streams[stream] = after
 
-    def trace_layer(self, number: int, keep: int | None) -> LayerTrace | None:
+    def trace_layer(self, number: int, keep: int | None, choose: Callable | None = None) -> LayerTrace | None:
         """Take the original stream past a decoder layer; returns the trace of its MoE layer, or None without one.
 
         If `progressive`, the trace is that of the pruned stream, which waits before the MoE layer until `follow`.
+        choose(trace), if given, is called after 8, 16, 32, ... sequences and returns the experts to keep. Once two successive
+        results are the same, the trace is complete, and the other sequences pass through the layer unrecorded.
         """
         with single_layer(self.model, number) as decoder:
             layer = find_moe(decoder)
@@ -136,19 +152,36 @@ class Walk:
                 return None
             check_gram([layer], self.tokens.numel(), keep, input_device(self.model))
             recorder = Recorder(layer, keep, self.chunk_tokens, self.scratch)
-            if self.progressive:
-                self.advance(decoder, number, forward=lambda decoder, b, _: self._record_pruned(decoder, recorder, b))
-            else:
-                with recording([recorder], [decoder]):
-                    self.advance(decoder, number)
-        traced = recorder.finish()
+            self.advance(decoder, number, forward=self._until_settled(recorder, choose))
+        traced = recorder.finish(self.tokens.shape[1])
         traced.split = self.split
         return traced
+
+    def _until_settled(self, recorder: Recorder, choose: Callable | None) -> Callable:
+        """A function in place of `forward` that records, until `choose` has given the same answer twice in a row."""
+        answers, look = [], FIRST_LOOK
+
+        def forward(decoder: nn.Module, b: int, _stream: str) -> State:
+            nonlocal look
+            if len(answers) > 1 and answers[-1] == answers[-2]:
+                return self.forward(decoder, b)
+            after = (self._record_pruned if self.progressive else self._record)(decoder, recorder, b)
+            seen = (b + 1) * self.batch_size
+            if choose and look <= seen < len(self.tokens):
+                answers.append(choose(recorder.finish(self.tokens.shape[1])))
+                look = 2 * seen
+            return after
+
+        return forward
+
+    def _record(self, decoder: nn.Module, recorder: Recorder, b: int) -> State:
+        with recording([recorder], [decoder]):
+            return self.forward(decoder, b)
 
     def _record_pruned(self, decoder: nn.Module, recorder: Recorder, b: int) -> State:
         """Record the pruned stream with the original stream's block outputs as target; returns the original stream's output."""
         layer = recorder.layer
-        with block_outputs(layer) as target:
+        with block_outputs(layer) as target, recording_stream(recorder, decoder):
             after = self.forward(decoder, b)
         # The target excludes the shared experts' output on the pruned stream, which removing experts cannot change.
         if layer.output_is_linear and layer.shared and not layer.router.shared:
@@ -156,7 +189,6 @@ class Walk:
                 self.forward(decoder, b, "pruned")
             target[0] = target[0] - rest[0]
         recorder.target = target[0]
-        recorder.pass_stream(decoder, (), after)
         with recording([recorder]):
             self.forward(decoder, b, "pruned")
         return after

@@ -448,6 +448,7 @@ def test_out_of_memory_leaves_no_destination_and_goes_on(source, tmp_path, monke
         ({"calibration": random_tokens(seed=1)}, "another calibration set"),
         ({"dtype": torch.bfloat16}, "another dtype"),
         ({"batch_size": 1}, "another batch_size"),
+        ({"until_stable": True}, "another until_stable"),
     ],
 )
 def test_going_on_with_other_inputs_is_refused(source, tmp_path, monkeypatch, change, words):
@@ -507,6 +508,9 @@ def test_processes_together_choose_as_one(processes, method, tmp_path):
     assert [layer["kept"] for layer in many] == [layer["kept"] for layer in one]
     for key in ("loss", "beta", "beta_pruned"):
         assert [layer[key] for layer in many] == pytest.approx([layer[key] for layer in one], rel=1e-6)
+    for layer, whole in zip(many, one, strict=True) if method == "enumerate" else ():
+        margin = pytest.approx(whole["certainty"]["margin"], rel=1e-3)
+        assert layer["certainty"] == whole["certainty"] | {"margin": margin}
     assert all(torch.equal(tensors(tmp_path / "one")[name], tensor) for name, tensor in tensors(tmp_path / "many").items())
 
 

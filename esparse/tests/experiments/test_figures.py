@@ -158,7 +158,7 @@ def test_two_figures_say_the_same_where_a_few_tokens_make_the_difference(one, ot
 
 @pytest.fixture
 def published(drawn, tmp_path, monkeypatch):
-    """A checkout of its own with two figures and a notebook that shows them, and a run that draws them."""
+    """A checkout of its own with figures and a notebook that shows two of them, and a run that draws them."""
     for kind in ("notebooks", "figures"):
         (tmp_path / "checkout" / kind).mkdir(parents=True)
     cell = lambda source, **data: nbformat.v4.new_code_cell(source, outputs=[nbformat.v4.new_output("display_data", data)])  # noqa: E731
@@ -171,7 +171,7 @@ def published(drawn, tmp_path, monkeypatch):
     )
     nbformat.write(notebook, tmp_path / "checkout" / "notebooks" / "02_c4_vs_math.ipynb")
     (tmp_path / "run" / "figures").mkdir(parents=True)
-    for name in ("02_divergence", "02_kept_experts"):
+    for name in ("02_divergence", "02_kept_experts", "02_mixture"):
         for folder, kind in itertools.product(("checkout", "run"), ("png", "pdf", "json")):
             shutil.copy(drawn(name)[0].with_suffix(f".{kind}"), tmp_path / folder / "figures")
     monkeypatch.setattr(notebooks, "checkout", lambda: tmp_path / "checkout")

@@ -31,16 +31,17 @@ NOTEBOOKS = ("03_expert_pruning", "05_dynamic_skipping", "11_explorer")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 KEPT = checkout() / ".runs" / "browser"  # screenshots of what failed
 # Key press to decoded image: every picture that comes after a key is noted with the milliseconds it took. Flicker: frames
-# in which fewer pictures stand, or one is not there to be painted, or the page below them has moved, are counted.
+# in which fewer pictures stand, one is not there to be painted, or one has another height or place in its row, are counted.
 WATCH = """() => {
   window.taken = []; window.flickered = 0; window.frames = 0;
   const shown = () => [...document.querySelectorAll('.jupyter-widgets img')];
-  const count = shown().length, heights = () => shown().map((image) => image.offsetHeight).join();
-  const first = heights();
+  const left = (image) => image.getBoundingClientRect().x - image.closest('.widget-vbox').getBoundingClientRect().x;
+  const count = shown().length, places = () => shown().map((image) => [image.offsetHeight, Math.round(left(image))]).join();
+  const first = places();
   const look = () => {
     const images = shown();
     window.frames += 1;
-    window.flickered += images.length < count || heights() !== first || images.some((i) => !i.complete || !i.naturalWidth);
+    window.flickered += images.length < count || places() !== first || images.some((i) => !i.complete || !i.naturalWidth);
     requestAnimationFrame(look);
   };
   requestAnimationFrame(look);
@@ -244,6 +245,8 @@ def test_every_control_of_the_explorer_by_keyboard(open_notebook, run, whole):
     driver.through(board.r, 5)
     driver.up(board.r)
     driver.through(board.layer, 6)
+    for slider in (board.mix, board.residual):
+        driver.through(slider, len(SHARES), whole)
     for method in board.explorer.methods[::-1]:
         driver.choose(board.method, method)
     driver.through(board.share, len(SHARES), whole)
@@ -277,6 +280,10 @@ def test_a_key_press_changes_the_pictures_within_a_tenth_of_a_second(open_notebo
         for some in (20, -20):
             driver.up(board.beta, some)
         driver.choose(board.mode, widgets.SKIPPING[0])
+        driver.choose(board.method, "enumerate")
+        for slider in (board.mix, board.residual):
+            for some in (10, -10):
+                driver.up(slider, some)
         taken = sorted(page.evaluate("() => window.taken"))
         p95 = min(p95, taken[int(0.95 * len(taken))])
         print(f"key press to decoded image: median {statistics.median(taken):.0f} ms, p95 {p95:.0f} ms, {len(taken)} images")

@@ -28,7 +28,7 @@ from esparse.pruning.scores import EXPERT_SCORES
 from esparse.tests.conftest import random_model, random_tokens
 from esparse.tests.families import family_model
 from esparse.tiny_model.training import preset_model
-from esparse.tracing.losses import output_norm
+from esparse.tracing.losses import output_norm, weighed
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +89,70 @@ def test_the_grid_is_the_trace(traces, shown):
         assert drawn["better"] == 0 and drawn["loss"] == pytest.approx(drawn["losses"][0])
 
 
+@pytest.mark.parametrize("loss", ["eq3", "residual"])
+def test_mixtures_on_the_grid_are_those_searched(traces, shown, loss):
+    """At either end of the other slider; shown are the losses of Eq. 3 on each corpus."""
+    pairs = {"web": [*traces.values()], "arithmetic": [*traces.values()][::-1]}
+    for corpus, (mix, r) in itertools.product(traces, ((0.0, 6), (0.35, 5), (0.5, 6), (0.9, 4), (1.0, 7))):
+        plan = esparse.search_experts(pairs[corpus], r, weights=[1 - mix, mix], loss=loss)
+        place = Choice(r, "enumerate", 0, ("share", 0.0), mix, float(loss == "residual"))
+        assert shown.kept(corpus, place) == plan.kept
+        layers = zip(traces[corpus].layers, plan.kept, strict=True)
+        losses = [esparse.reconstruction_loss(layer, kept) / output_norm(layer) for layer, kept in layers]
+        assert shown.skipping(corpus, place)["loss"] == pytest.approx(losses, rel=1e-4)
+        assert shown.landscape(corpus, place)["loss"] == pytest.approx(losses[0], rel=1e-4)
+    assert shown.kept("web", Choice(6, "enumerate", mix=0.5)) == shown.kept("arithmetic", Choice(6, "enumerate", mix=0.5))
+
+
+def test_between_both_losses_the_sum_of_shares_of_the_output_decides(traces, shown):
+    """Brute force over every subset of a layer, with squared losses and norms per token."""
+    subsets = list(itertools.combinations(range(8), 6))
+    for number, (mix, residual) in itertools.product((0, 3, 5), ((0.0, 0.5), (0.25, 0.4), (0.8, 0.95))):
+        sums = np.zeros(len(subsets))
+        for name, share in (("eq3", 1 - residual), ("residual", residual)):
+            layers = [weighed(trace.layers[number], name) for trace in traces.values()]
+            per_token = lambda values: np.square(values) / [len(layer.order) for layer in layers] @ [1 - mix, mix]  # noqa: B023, E731
+            losses = [[esparse.reconstruction_loss(layer, subset) for layer in layers] for subset in subsets]
+            sums += share * per_token(losses) / per_token([output_norm(layer) for layer in layers])
+        kept = shown.kept("web", Choice(6, "enumerate", mix=mix, residual=residual))[number]
+        assert sums[subsets.index(tuple(kept))] == pytest.approx(sums.min(), rel=1e-6)
+
+
+def test_sliders_of_mixtures_act_where_subsets_are_enumerated(shown, traces, tmp_path):
+    board = widgets.Dashboard(shown)
+    alone = figures(board)
+    assert "other corpus" not in alone["kept"]
+    board.mix.value, board.residual.value = 25, 40
+    assert board.choice == Choice(6, "enumerate", 0, ("share", 0.5), 0.25, 0.4)
+    assert "r = 6, enumerate (25% other corpus, 40% residual loss)<" in figures(board)["trade_off"]
+    assert shown.plan("web", board.choice).label == "method: enumerate (25% other corpus, 40% residual loss), r = 6"
+    assert shown.plan("web", board.choice).kept == shown.kept("web", board.choice)
+    assert "6 of 8 experts by enumerate (25% other corpus, 40% residual loss)" in board.readout.value
+    board.method.value = "frequency"
+    fields = (*board.mix.children, *board.residual.children)
+    assert all(field.disabled for field in fields) and "r = 6, frequency<" in figures(board)["kept"]
+    frequent = figures(board)
+    board.mix.value = 50
+    assert figures(board) == frequent and board.message.value == ""
+    assert shown.neighbours(board.choice, [0])["mix"] == shown.neighbours(board.choice, [0])["residual"] == []
+    board.method.value, board.mix.value, board.residual.value = "enumerate", 0, 0
+    assert not any(field.disabled for field in fields) and figures(board) == alone
+    for slider in (board.mix, board.residual):
+        seen = set()
+        for percent in slider.values:
+            slider.value = percent
+            seen.add(figures(board)["trade_off"])
+            for told in shown.describe(board.choice).values():
+                assert all(html.escape(words) in board.readout.value for words in told.values())
+        assert len(seen) == 21 and board.message.value == ""
+    single = widgets.Dashboard(Explorer({"web": traces["web"]}, tmp_path))
+    assert "mix" not in single.controls and "residual" in single.controls
+    single.residual.value = 100
+    assert single.message.value == ""
+    found = esparse.search_experts(traces["web"], 6, loss="residual").kept
+    assert single.explorer.kept("web", single.choice) == found != single.explorer.kept("web", Choice(6, "enumerate"))
+
+
 def test_no_subset_beats_the_optimum_whatever_rounding_does(traces, tmp_path, monkeypatch):
     """The losses of all subsets by a route that rounds otherwise than the one that the plans' losses come by."""
     generator = torch.Generator().manual_seed(0)
@@ -123,7 +187,7 @@ def test_shares_from_none_to_all(traces, shown):
 
 def test_what_is_computed_is_kept(traces, shown, tmp_path, monkeypatch):
     first = Explorer(traces, tmp_path)
-    monkeypatch.setattr(grid, "grid", None)
+    monkeypatch.setattr(grid, "grids", None)
     assert Explorer(traces, tmp_path).frame == first.frame == shown.frame
 
 
@@ -221,7 +285,8 @@ def test_neighbours_are_one_step_away(shown):
     def places(choice: Choice) -> list[float]:  # where the controls stand, in steps
         skip = choice.skip[1] if choice.skip[0] == "betas" else [20 * choice.skip[1]]
         scale = 100 if choice.skip[0] == "betas" else 1
-        return [choice.r, choice.layer, *(round(scale * value) for value in skip)]
+        shares = [round(20 * share) for share in (choice.mix, choice.residual)]
+        return [choice.r, choice.layer, *shares, *(round(scale * value) for value in skip)]
 
     for skip, layers, count in (
         (("share", 0.0), range(6), 1),
@@ -231,12 +296,12 @@ def test_neighbours_are_one_step_away(shown):
         (("betas", (0.4,) * 6), range(6), 2),
         (("betas", (1.0,) * 6), range(6), 1),
     ):
-        choice = Choice(6, "enumerate", 2, skip)
+        choice = Choice(6, "enumerate", 2, skip, 0.0, 0.65)
         near = list(itertools.chain(*shown.neighbours(choice, layers).values()))
         for other in near:
             if other.skip != skip and skip[0] == "betas":
                 assert {i for i in range(6) if other.skip[1][i] != skip[1][i]} == set(layers)
-        assert len(set(near)) == len(near) == 2 + len(shown.methods[1:]) + 2 + count
+        assert len(set(near)) == len(near) == 2 + len(shown.methods[1:]) + 1 + 2 + 2 + count
         assert {other.method for other in near if other.method != "enumerate"} == set(shown.methods[1:])
         for other in near:
             moved = {after - before for before, after in zip(places(choice), places(other), strict=True)} - {0}
@@ -245,11 +310,11 @@ def test_neighbours_are_one_step_away(shown):
     assert [other.r for other in ends["r"]] == [7] and [other.layer for other in ends["layer"]] == [1]
 
 
-# Pictures at first, for r = 5, and ahead for r = 4; if there are such controls for other methods; the next layer; if there
-# are such controls for another share twice.
+# Pictures at first, for r = 5, and ahead for r = 4; if there are such controls for other methods and two mixtures; the next
+# layer; if there are such controls for another share twice.
 @pytest.mark.parametrize(
     ("controls", "drawn"),
-    [(widgets.CONTROLS, 5 + 4 + 4 + (len(EXPERT_SCORES) + 1) * 4 + 2 + 2 * 2), (("r", "layer"), 5 + 4 + 4 + 2)],
+    [(widgets.CONTROLS, 5 + 4 + 4 + (len(EXPERT_SCORES) + 1) * 4 + 2 * 4 + 2 + 2 * 2), (("r", "layer"), 5 + 4 + 4 + 2)],
 )
 def test_the_next_step_is_drawn_ahead(shown, monkeypatch, controls, drawn):
     """While nothing happens, one picture at a time, and first what the control that moved last would show."""
@@ -364,11 +429,11 @@ def test_every_control_through_its_range(shown):
     assert len(seen["co_selection"]) == 6 and len(seen["kept"]) == 5 and len(seen["trade_off"]) == 5 - 1 + 21
     for method in shown.methods:
         board.method.value = method
-        assert board.choice.method == method and f"<figcaption>experts kept, r = 8, {method}<" in figures(board)["kept"]
-    assert "<figcaption>experts chosen together, layer 5<" in figures(board)["co_selection"]
+        assert board.choice.method == method and f">experts kept, r = 8, {method}</figcaption>" in figures(board)["kept"]
+    assert ">experts chosen together, layer 5</figcaption>" in figures(board)["co_selection"]
     for figure in figures(board).values():
         image = r'<img decoding="sync" width="\d+" height="\d+" alt="[^"]+\." src="data:image/png;base64,[^"]+">'
-        assert re.fullmatch(f"<figure [^>]+><figcaption>[^<]+</figcaption>{image}</figure>", figure)
+        assert re.fullmatch(f"<figure [^>]+><figcaption [^>]+>[^<]+</figcaption>{image}</figure>", figure)
 
 
 def test_betas_for_all_and_for_each_layer(shown):
@@ -413,7 +478,8 @@ def test_notebooks_get_a_panel_or_the_dashboard_of_an_explorer_or_a_run(shown):
 def test_controls_have_names(shown):
     page = widgets.Page(shown)
     board = page.dashboard
-    numbers = [board.r.number, board.layer.number, board.share.number, board.beta.number, board.method, board.mode]
+    sliders = (board.r, board.mix, board.residual, board.layer, board.share, board.beta)
+    numbers = [*(slider.number for slider in sliders), board.method, board.mode]
     named = [*numbers, page.path, page.plan_path, page.corpus, page.button]
     assert all(control.description for control in named) and len({c.description for c in named}) == len(named)
 
@@ -535,7 +601,7 @@ def test_betas_and_axes_reach_all_pairs_of_more_than_two_experts(tmp_path):
     shown = Explorer({"one": esparse.trace(random_model("qwen3", 8, 4), random_tokens(), keep=6)}, tmp_path)
     last = Choice(6, "enumerate", 0, ("betas", (shown.betas[-1],) * shown.layers))
     assert shown.betas[-1] == 3 and min(shown.skipping("one", last)["dropped"]) > 0.99
-    top = max(shown.grids["one"]["places"]["enumerate 6"]["share loss"][0])
+    top = max(loss for row in shown.grids["one"]["rows"]["6"][0] for loss in row["share loss"])
     assert shown.frame["loss"] >= top
 
 

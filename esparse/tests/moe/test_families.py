@@ -16,7 +16,7 @@ from esparse.files import checkout
 from esparse.moe.layers import moe_layers
 from esparse.moe.routers import pruned_table
 from esparse.pruning.plan import PruningPlan
-from esparse.pruning.scores import EXPERT_SCORES
+from esparse.pruning.scores import available_scores
 from esparse.pruning.search import search_layer
 from esparse.tests.conftest import EXHAUSTIVE, apart, block_input, random_tokens
 from esparse.tests.families import (
@@ -178,11 +178,12 @@ def test_choosing_no_expert_stays_a_choice():
 
 @pytest.mark.parametrize("family", ["deepseek_v4", "inkling_text", "zaya"])
 def test_every_search_finds_what_trying_all_finds(family):
-    layer = esparse.trace(family_model(family), random_tokens()).layers[-1]
+    trace = esparse.trace(family_model(family), random_tokens())
+    layer = trace.layers[-1]
     losses = {subset: esparse.reconstruction_loss(layer, subset) for subset in itertools.combinations(range(8), 6)}
     kept, loss, _ = search_layer(layer, 6, "enumerate")
     assert losses[tuple(kept)] == pytest.approx(min(losses.values()), rel=1e-5) and loss == pytest.approx(losses[tuple(kept)])
-    for method in ("greedy", *EXPERT_SCORES, "random"):
+    for method in ("greedy", *available_scores(trace), "random"):
         kept, loss, _ = search_layer(layer, 6, method)
         assert loss == pytest.approx(losses[tuple(kept)], rel=1e-5)
 
@@ -214,7 +215,7 @@ def test_groups_keep_equally_many():
         esparse.reconstruction_loss(trace.layers[0], [0, 1, 2, 3, 4, 5])
     with pytest.raises(ValueError, match="groups must keep equally many"):
         esparse.search_experts(trace, 5)
-    for method in ("enumerate", "greedy", *EXPERT_SCORES, "random"):
+    for method in ("enumerate", "greedy", *available_scores(trace), "random"):
         for kept in esparse.search_experts(trace, 6, method=method).kept:
             assert sum(e < 4 for e in kept) == 3
 

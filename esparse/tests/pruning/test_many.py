@@ -8,7 +8,7 @@ import torch
 
 import esparse
 from esparse.measure import search_cost
-from esparse.moe.layers import moe_layers
+from esparse.moe.layers import decoder_layers, flat_output, moe_layers
 from esparse.pruning import search
 from esparse.pruning.scores import EXPERT_SCORES
 from esparse.tests.conftest import EXHAUSTIVE, block_input, random_model, random_tokens
@@ -60,22 +60,32 @@ def test_greedy_against_all_subsets_for_every_kind_of_router(family):
 @pytest.mark.parametrize("family", ["mixtral", "olmoe"])
 @torch.no_grad()
 def test_scores_are_their_definitions(family):
-    """Mean over the tokens routed to an expert, in plain Python from the experts' own outputs."""
-    model, tokens = random_model(family, 8, 2), random_tokens()
+    """Sums and means over the tokens routed to an expert, in plain Python from the experts' own outputs."""
+    model, tokens, stream = random_model(family, 8, 2), random_tokens(), []
+    decoder = decoder_layers(model)[0]
+    with (
+        decoder.post_attention_layernorm.register_forward_pre_hook(lambda _module, inputs: stream.append(inputs[0])),
+        decoder.register_forward_hook(lambda _module, _inputs, output: stream.append(flat_output(output))),
+    ):
+        traced = esparse.trace(model, tokens).layers[0]
+    turned = 1 - torch.nn.functional.cosine_similarity(stream[0].flatten(0, 1), stream[1], dim=1)
     layer, x = moe_layers(model)[0], block_input(model, 0, tokens).flatten(0, 1)
     _, weights, chosen = layer.gate(x)
-    sums = {kind: [0.0] * 8 for kind in ("reap", "activation")}
-    counts = [0] * 8
+    sums = {kind: [0.0] * 8 for kind in ("reap", "activation", "contribution", "easy-ep", "cosine")}
+    counts, whole = [0] * 8, layer.block(x[None])[0]
     for token, place in itertools.product(range(len(x)), range(2)):
         expert = chosen[token, place].item()
         out = layer.experts(x[token : token + 1], chosen[token : token + 1, place, None], torch.ones(1, 1, dtype=x.dtype))
         counts[expert] += 1
         sums["activation"][expert] += out.norm().item()
-        sums["reap"][expert] += weights[token, place].item() * out.norm().item()
-    traced = esparse.trace(model, tokens).layers[0]
+        for kind, factor in (("reap", 1.0), ("contribution", 1.0), ("easy-ep", turned[token].item())):
+            sums[kind][expert] += weights[token, place].item() * out.norm().item() * factor
+        without = whole[token] - weights[token, place] * out[0]
+        sums["cosine"][expert] += 1 - torch.nn.functional.cosine_similarity(whole[token], without, dim=0).item()
     assert {*sums, "frequency"} == EXPERT_SCORES.keys()
     for kind, total in sums.items():
-        expected = [a / max(1, count) for a, count in zip(total, counts, strict=True)]
+        mean = kind in ("reap", "activation")
+        expected = [a / max(1, count) if mean else a for a, count in zip(total, counts, strict=True)]
         assert esparse.expert_scores(traced, kind).tolist() == pytest.approx(expected, rel=1e-6)
         best = sorted(sorted(range(8), key=lambda e: -expected[e])[:5])
         assert search.search_layer(traced, 5, kind)[0] == best

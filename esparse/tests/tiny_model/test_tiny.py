@@ -3,13 +3,15 @@
 import subprocess
 import sys
 import zipfile
+from collections import Counter
 
 import pytest
 import torch
 
 import esparse
-from esparse.files import checkout, data_folder
+from esparse.files import SHIPPED, checkout, data_folder
 from esparse.measure.evaluation import TINY_TASKS
+from esparse.tests.conftest import apart
 from esparse.tiny_model import training
 from esparse.tracing.statistics import routing_divergence
 
@@ -56,9 +58,13 @@ def test_it_is_a_stock_mixtral_with_every_digit_one_token(tiny):
 
 
 def test_data_is_small():
-    files = [path for path in data_folder().rglob("*") if path.is_file() and "results" not in path.parts]
-    assert sum(path.stat().st_size for path in files) < 20e6
-    assert not [path for path in files if path.suffix in (".bin", ".pt", ".pkl")]
+    sizes = Counter()
+    for path in data_folder().rglob("*"):
+        if path.is_file() and "results" not in path.parts:
+            part = path.relative_to(data_folder()).parts[0]
+            sizes[part if part in SHIPPED else "else"] += path.stat().st_size
+    assert {*sizes} == {*SHIPPED, "else"} and sizes.pop("else") < 2e6 and max(sizes.values()) < 11e6
+    assert not [path for path in data_folder().rglob("*") if path.suffix in (".bin", ".pt", ".pkl")]
 
 
 def test_matched_calibration_is_better_on_its_own_corpus(tiny):
@@ -77,12 +83,47 @@ def test_matched_calibration_is_better_on_its_own_corpus(tiny):
 def test_the_recipe_makes_the_same_model_twice_and_learns(monkeypatch):
     tokenizer = training.train_tokenizer(documents=300)
     one, two, other = (training.train_model(tokenizer, training.Recipe(steps=3), seed=seed) for seed in (1, 1, 2))
-    apart = lambda a, b: max((p - q).abs().max().item() for p, q in zip(a.parameters(), b.parameters(), strict=True))  # noqa: E731
-    assert apart(one, two) < 1e-3 < 1e-2 < apart(one, other)  # the last bits of threaded products may differ under load
+    largest = lambda a, b: max((p - q).abs().max().item() for p, q in zip(a.parameters(), b.parameters(), strict=True))  # noqa: E731
+    assert largest(one, two) < 1e-3 < 1e-2 < largest(one, other)  # the last bits of threaded products may differ under load
     monkeypatch.setattr(training, "STEP_SEQUENCES", {"web": 1, "arithmetic": 1})
     model = training.train_model(tokenizer, training.Recipe(steps=100, sequences=2))
     unseen = torch.stack([next(training.packed_sequences(corpus, tokenizer, seed=9)) for corpus in ("web", "arithmetic")])
     assert model(unseen, labels=unseen).loss < 5  # ln(1024) = 6.9 at the start
+
+
+@torch.no_grad()
+def test_copied_experts_compute_what_the_dense_one_does():
+    dense = training.preset_model("tiny-upcycled", 3, num_local_experts=1, num_experts_per_tok=1)
+    model, tokens = training.upcycled(dense, "tiny-upcycled", 4), torch.arange(3, 103)[None]
+    assert apart(model(tokens).logits, dense(tokens).logits) < 1e-5
+    gates = [layer.gate.weight for layer in esparse.moe_layers(model)]
+    fresh = [layer.gate.weight for layer in esparse.moe_layers(training.preset_model("tiny-upcycled", 4))]
+    assert all(map(torch.equal, gates, fresh))
+
+
+def test_the_dense_share_leaves_a_step_for_the_routers():
+    assert training.RECIPES["tiny-upcycled"].dense_steps == 600 and training.TINY.dense_steps == 0
+    assert training.Recipe(steps=3, dense=0.9).dense_steps == 2
+    assert str(training.Recipe(steps=600, dense=0.5)).startswith("tiny, trained for 600 steps, 300 of them dense, of 8 seq")
+    with pytest.raises(ValueError, match="The share of dense steps must be from 0 to below 1, got 1.0"):
+        training.Recipe(dense=1.0)
+
+
+def test_the_upcycled_models_experts_are_alike_and_route_by_corpus(tiny):
+    """The cosine of two experts' weights is about a half; those of the model from nothing are unrelated."""
+    model, tokenizer = esparse.load_model("tiny-upcycled")
+
+    def alike(model) -> float:
+        weights = [layer.experts.down_proj.flatten(1) for layer in esparse.moe_layers(model)]
+        return torch.stack([torch.nn.functional.cosine_similarity(w[0], w[1], dim=0) for w in weights]).min().item()
+
+    assert alike(tiny[0]) < 0.1 < 0.3 < alike(model)
+    web, arithmetic = (
+        esparse.trace(model, esparse.calibration_tokens(corpus, tokenizer, sequences=8, length=128))
+        for corpus in ("web", "arithmetic")
+    )
+    distances = [routing_divergence(*pair) for pair in zip(web.layers, arithmetic.layers, strict=True)]
+    assert min(distances) > 0.05 and max(distances) > 0.2
 
 
 def test_presets_come_with_random_weights():

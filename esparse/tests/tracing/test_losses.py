@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ import esparse
 from esparse.moe.layers import decoder_layers, moe_layers
 from esparse.pruning.scores import expert_scores
 from esparse.tests.conftest import apart, block_input, random_model, random_tokens
+from esparse.tests.families import family_model
 from esparse.tests.tracing.test_exactness import pruned_block
 from esparse.tracing.losses import LOSSES, expert_scales, skip_curve, weighed
-from esparse.tracing.recorder import trace_block
+from esparse.tracing.recorder import recording_stream, trace_block
 
 TOKENS = random_tokens(3, 16)
 RELATIVE = [loss for loss in LOSSES if loss != "eq3"]
@@ -72,6 +74,43 @@ def test_skipping_scales_and_scores_take_the_same_norms(loss):
 
     sizes = mixed * outputs.norm(dim=2) / divisor[:, None]
     assert apart(expert_scores(traced, "reap"), sizes.sum(0) / (mixed > 0).sum(0)) < 1e-9
+
+
+@torch.no_grad()
+def test_parallel_residual_streams_of_a_token_count_together():
+    """DeepSeek-V4 has four, [sequences, length, 4, d]."""
+    model, seen = family_model("deepseek_v4"), []
+    traced = esparse.trace(model, TOKENS).layers[1]
+    with decoder_layers(model)[1].register_forward_hook(lambda _module, _inputs, output: seen.append(output)):
+        model(TOKENS)
+    tokens = [seen[0][s, t] for s in range(TOKENS.shape[0]) for t in range(TOKENS.shape[1])]
+    assert tokens[0].shape == (4, 32)
+    assert apart(traced.stream_norm, torch.stack([streams.square().sum() for streams in tokens])) < 1e-5
+
+
+class TakesTheStream(torch.nn.Module):
+    """A decoder layer whose gate takes the stream itself, as Gemma 4's, at the address of its norm's output, if free."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.gate = torch.nn.Tanh(), torch.nn.Linear(32, 4)
+
+    def forward(self, x):
+        address, held = self.norm(x).data_ptr(), []
+        while len(held) < 100 and address not in [tensor.data_ptr() for tensor in held]:
+            held.append(torch.empty_like(x))
+        self.gate(held[-1].copy_(x))
+        return x
+
+
+@torch.no_grad()
+def test_a_gate_that_takes_the_stream_itself_has_no_stream_before_its_norm():
+    decoder, found = TakesTheStream(), []
+    passed = SimpleNamespace(layer=decoder, pass_stream=lambda before, _after: found.append(before))
+    with recording_stream(passed, decoder):
+        for sequences, length in ((3, 100), (8, 512), (64, 512)):
+            decoder(torch.ones(sequences, length, 32))
+    assert found == [None] * 3
 
 
 @torch.no_grad()
