@@ -122,8 +122,10 @@ def choose_by_output(
     found = dict(zip(gates, ranked_subsets(trace, r, candidates), strict=True))
     single = {label: {number: some[label][0] for number, some in found.items()} for label in found[min(found)]}
     embedded: Stream = [()] * len(branches.batches)
-    _, *kls = branches.mean_kls(0, [embedded] * (1 + len(single)), [{}, *single.values()])
-    report = {"single": dict(zip(single, kls, strict=True))}
+    distinct = {tuple(plan.values()): plan for plan in single.values()}  # frequency is the same under every loss
+    _, *kls = branches.mean_kls(0, [embedded] * (1 + len(distinct)), [{}, *distinct.values()])
+    kls = dict(zip(distinct, kls, strict=True))
+    report = {"single": {label: kls[tuple(plan.values())] for label, plan in single.items()}}
     report["start"] = start = min(single, key=report["single"].get)
     report["before"] = report["single"][start]
     options = {number: in_turn([*some.values()], candidates) for number, some in found.items()}

@@ -7,11 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 import pandas as pd
 
 from ..measure.evaluation import perplexity
-from ..measure.search_cost import affordable
 from ..pruning.novices import mean_outputs, novices
 from ..pruning.plan import PruningPlan
 from ..pruning.scores import available_scores, super_experts
-from ..pruning.search import search_experts
+from ..pruning.search import affordable, search_experts
 from ..tracing.losses import LOSSES
 from ..tracing.recorder import tokens_digest
 from .figures import PAST, register
@@ -80,23 +79,17 @@ def _quality_with_constants(run: Run, corpus: str, plan: PruningPlan) -> dict:
 def ranking(rows: Sequence[dict], sizes: Sequence[int]) -> pd.DataFrame:
     """The geometric mean of held-out perplexity over both corpora and these sizes: a row for each method and loss; a column for
     each seed, once calibrated on the corpus of the test ("own") and once on the other one."""
-    found: dict = {}
+    corpora, found = list(dict.fromkeys(row["calibration"] for row in rows if row["calibration"])), {}
     for row in rows:
         if row["method"] == "none" or row["r"] not in sizes:
             continue
         label = row["method"] + f", {row['loss']}" * (row["loss"] not in (None, "eq3"))
-        for place, value in enumerate(row["perplexity"]):
-            corpora = ("own", "other") if row["calibration"] is None else _relation(rows, row, place)
-            for corpus in corpora:
-                found.setdefault(label, {}).setdefault((corpus, row["seed"]), []).append(math.log(value))
+        for corpus, value in zip(corpora, row["perplexity"], strict=True):
+            calibrated = {None: ("own", "other"), corpus: ("own",)}.get(row["calibration"], ("other",))
+            for relation in calibrated:
+                found.setdefault(label, {}).setdefault((relation, row["seed"]), []).append(math.log(value))
     means = {label: {key: math.exp(sum(logs) / len(logs)) for key, logs in cells.items()} for label, cells in found.items()}
     return pd.DataFrame(means).T.sort_index(axis=1, ascending=[False, True]).sort_values(("own", rows[0]["seed"]))
-
-
-def _relation(rows: Sequence[dict], row: dict, place: int) -> tuple[str]:
-    """("own",) if the perplexity at this place is that of the row's calibration corpus, else ("other",)."""
-    corpora = list(dict.fromkeys(other["calibration"] for other in rows if other["calibration"]))
-    return ("own" if corpora[place] == row["calibration"] else "other",)
 
 
 def redundancy(run: Run, studies: Mapping[str, Sequence[dict]]) -> dict:

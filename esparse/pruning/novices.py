@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..moe.experts import pair_outputs, run_experts
+from ..moe.experts import pair_outputs, weighted_sum
 from ..moe.layers import moe_layers, replaced_experts
 from ..moe.running import check_tokens, evaluating, input_device, uncompiled
 from .mask import planned_layers
@@ -39,7 +39,8 @@ def _add_outputs(total: dict[str, Tensor], experts, hidden_states: Tensor, index
     routed = weights.flatten() != 0  # for no expert, a gate returns some expert with weight 0
     total["outputs"].index_add_(0, index.flatten()[routed], outputs.flatten(0, 1)[routed].double())
     total["counts"] += torch.bincount(index.flatten()[routed], minlength=n)
-    return run_experts(experts, hidden_states, index, weights)
+    ranks = torch.arange(index.shape[1], device=index.device).expand_as(index)
+    return weighted_sum(outputs, index, weights, ranks, "eager" if index.device.type == "cpu" else "grouped_mm")
 
 
 @contextmanager
