@@ -43,7 +43,7 @@ def _data(folder, keep_model) -> Iterator[str]:
     if not keep_model:
         for name in RECIPES:
             refuse_existing(folder / name)
-        yield "Training takes about half an hour on two quiet cores."
+        yield "Training takes more than 20 minutes on two quiet cores."
     build.write_corpora(folder)
     build.write_tasks(folder)
     if not keep_model:
