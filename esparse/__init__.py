@@ -33,7 +33,7 @@ _PUBLIC = {
     ".pruning.certainty": ("certainty",),
     ".pruning.mask": ("masked", "prune"),
     ".pruning.mixture": ("mixtures",),
-    ".pruning.novices": ("mean_outputs", "novices"),
+    ".pruning.novices": ("fold_changes", "mean_changes", "mean_outputs", "novices"),
     ".pruning.plan": ("PruningPlan",),
     ".pruning.price": ("price",),
     ".pruning.scores": ("expert_scores", "super_experts"),

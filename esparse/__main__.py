@@ -15,6 +15,7 @@ import esparse
 STUDIES = ("criteria", "domain_specific", "recovery", "weight_pruning", "quantised")  # over training seeds
 SIZES = ("small", "medium", "full")
 # The modules of the other benchmarks. Each is imported alone: a GPU machine may lack what the others need.
+ESTIMATED = ("method", "sequences", "length", "dtype", "batch_size")  # of the options of prune, what an estimate depends on
 BENCHES = {"search": ".measure.search_cost", "stream": ".measure.streaming_cost", "many": ".measure.search_cost"}
 
 
@@ -52,23 +53,25 @@ def _data(folder, keep_model) -> Iterator[str]:
     yield f"{folder} written in {time.perf_counter() - started:.0f} s"
 
 
-def _prune(
-    source, destination, experts, plan, dry_run, calibration, seed, device, chunk_tokens, loss, until_stable, **options
-) -> Iterator[str]:
+def _prune(source, destination, experts, plan, dry_run, revision, **options) -> Iterator[str]:
     from .machine import is_first, join_ranks
 
+    given = _given(options)
     if (experts is None) == (plan is None):
         raise ValueError("Say either how many experts to keep (--experts R) or which (--plan FILE).")
+    if plan and given:
+        without = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise ValueError(f"A plan names the experts to keep, and nothing is calibrated or computed: leave out {without}.")
     join_ranks()
     plan = plan and esparse.PruningPlan.load(plan)
     if is_first():  # an estimate measures the speed of the machine, which one process should have to itself
-        needs = esparse.preflight(source, plan.r if plan else experts, destination=destination, **options)
+        asked = {"sequences": 0, "length": 0} if plan else {name: given[name] for name in ESTIMATED if name in given}
+        asked |= {"destination": destination, "revision": revision}
+        needs = esparse.preflight(source, plan.r if plan else experts, **asked)
         yield from (f"{name + ':':10}{value}" for name, value in needs.items())
     if dry_run:
         return
-    options |= {"calibration": calibration, "seed": seed, "device": device, "chunk_tokens": chunk_tokens, "loss": loss}
-    options |= {"until_stable": until_stable}
-    report = esparse.prune_checkpoint(source, destination, plan or experts, **options)
+    report = esparse.prune_checkpoint(source, destination, plan or experts, revision=revision, **given)
     yield f"{destination}: {report['n']} to {report['r']} experts in {report['seconds']:.0f} s"
     yield f"at most {report['peak_gb']:.1f} GB of memory" + f"; left out: {report['left_out']}" * bool(report["left_out"])
     yield from _not_copied(report)
@@ -137,14 +140,15 @@ def _acceptance(model, settings, folder) -> Iterator[str]:
 
 
 def _bench(name, out, **recipe) -> Iterator[str]:
-    recipe = {key: value for key, value in recipe.items() if value is not None}
+    recipe = _given(recipe)
     if name in STUDIES:
         from dataclasses import replace
 
         from .experiments.seeds import bench_study
-        from .tiny_model.training import RECIPES, TINY
+        from .tiny_model.training import RECIPES, Recipe
 
-        yield bench_study(name, out, recipe=replace(RECIPES.get(recipe.get("preset"), TINY), **recipe))
+        known = RECIPES.get(recipe.setdefault("preset", "tiny"), Recipe())
+        yield bench_study(name, out, recipe=replace(known, **recipe))
     elif recipe:
         raise ValueError(f"Only studies train models: {', '.join(STUDIES)}; {name} takes no recipe.")
     elif name in SIZES:
@@ -153,6 +157,11 @@ def _bench(name, out, **recipe) -> Iterator[str]:
         yield bench(name, out)
     else:
         yield getattr(import_module(BENCHES[name], __package__), f"bench_{name}")(out)
+
+
+def _given(options: dict) -> dict:
+    """The options in the command; the called function knows the defaults of the others."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _dtype(name: str):
@@ -172,7 +181,12 @@ def _count(text: str) -> int:
 
 def _option(*names: str, help: str, **settings) -> tuple:
     """One argument of a command, as `add_argument` takes it; the help ends in the default, if there is one."""
-    return names, settings | {"help": help + " (%(default)s)" * bool(settings.get("default"))}
+    return names, settings | {"help": help + f" ({settings.get('default')})" * bool(settings.get("default"))}
+
+
+def _unset(*options: tuple) -> list[tuple]:
+    """Options whose defaults only the help tells, so that a command sees which were given."""
+    return [(names, settings | {"default": None}) for names, settings in options]
 
 
 PLAN = _option("--plan", metavar="FILE", help="the pruning plan, as prune, search_experts or the explorer saved it")
@@ -183,7 +197,7 @@ SET = _option(
 RUN_DIR = _option("--run-dir", dest="folder", metavar="DIR", help="where copies, traces, plans, results and figures are kept")
 LENGTH = _option("--length", default=2048, type=_count, metavar="L", help="tokens of each")
 SEED = _option("--seed", default=42, type=int, metavar="S", help="which documents are drawn")
-LOSS = _option("--loss", default="eq3", help="eq3, residual or output: what a change is measured by")
+LOSS = _option("--loss", default="residual", help="residual, eq3 (the paper's) or output: what a change is measured by")
 DEVICE_MAP = _option("--device-map", metavar="MAP", help="such as auto")
 CORPUS = "c4, math, gsm8k, web, arithmetic, a file or folder, or a mix of them such as 'code.jsonl*3+c4'"
 FOLDERS = (
@@ -221,11 +235,9 @@ COMMANDS = {
         "prune a checkpoint from disk to disk, one layer in memory at a time",
         *(*FOLDERS, PLAN),
         _option("--experts", type=_count, metavar="R", help="experts to keep in each layer"),
-        _option("--method", default="enumerate", help="enumerate, greedy, progressive, reap, ..."),
-        LOSS,
-        *CALIBRATION,
+        *_unset(_option("--method", default="enumerate", help="enumerate, greedy, progressive, reap, ..."), LOSS, *CALIBRATION),
         _option("--chunk-tokens", type=_count, metavar="T", help="tokens whose expert outputs are held (as fit)"),
-        _option("--until-stable", action="store_true", help="stop calibrating a layer once its choice stays the same"),
+        *_unset(_option("--until-stable", action="store_true", help="stop calibrating a layer once its choice stays the same")),
         _option("--dry-run", action="store_true", help="only say what it would take"),
     ),
     _weights: (
@@ -280,7 +292,7 @@ COMMANDS = {
         "measure search, memory and speed on this machine",
         _option("name", choices=(*SIZES, *BENCHES, *STUDIES), help="what to measure, or to study over training seeds"),
         _option("--out", type=Path, metavar="FILE", help="also write the result as JSON"),
-        _option("--preset", help="of a study's models: tiny, tiny-upcycled, small-16 with 51 M parameters (tiny)"),
+        _option("--preset", help="of a study's models: tiny, tiny-scratch, small-16 with 51 M parameters (tiny)"),
         _option("--steps", type=_count, metavar="N", help="of their training (3600)"),
         _option("--sequences", type=_count, metavar="N", help="of 256 tokens a step (8)"),
         _option("--text", nargs=2, metavar="FILE", help="two files to train on as well, general and domain"),

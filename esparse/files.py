@@ -13,7 +13,7 @@ from typing import Any
 from huggingface_hub.utils import WeakFileLock
 
 PACKAGE = Path(__file__).resolve().parent
-SHIPPED = ("tiny", "tiny-upcycled")  # the trained models in `data/`: from nothing, and copied from a dense one
+SHIPPED = ("tiny", "tiny-scratch")  # the trained models in `data/`: experts copied from a dense model, or from nothing
 
 
 def checkout() -> Path:

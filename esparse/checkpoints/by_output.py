@@ -20,8 +20,7 @@ from ..pruning.search import make_plan
 from ..tracing.losses import reconstruction_loss
 from ..tracing.trace import Trace
 from ..tracing.walk import BATCH, State, forward_head, forward_layer, single_layer
-from .layout import Checkpoint, Layout, count_experts
-from .reader import CheckpointReader, fetch
+from .layout import opened
 from .streaming import Streamed
 
 Stream = Sequence[State]  # the hidden states of each batch under one plan
@@ -137,8 +136,7 @@ def choose_by_output(
 
 def _from_disk(source: str | Path, revision: str | None = None, dtype=None, device=None) -> tuple[nn.Module, Callable]:
     """A checkpoint's model without its decoder layers, and the context that reads one of them."""
-    reader = CheckpointReader(fetch(str(source), revision))
-    streamed = Streamed(Checkpoint(reader, Layout(reader.config, count_experts(reader.config))), dtype, device, head=True)
+    streamed = Streamed(opened(source, revision), dtype, device, head=True)
     if streamed.model.get_output_embeddings() is None:
         raise ValueError(f"{type(streamed.model).__name__} has no output layer of its own: load the whole model into memory.")
     return streamed.model, streamed.layer

@@ -13,8 +13,7 @@ from ..files import digest, read_json
 from ..moe.identity import gate_digest
 from ..moe.layers import MoELayer, find_moe
 from ..pruning.plan import PruningPlan
-from .layout import Checkpoint, Layout, count_experts
-from .reader import CheckpointReader, fetch
+from .layout import opened
 from .streaming import Streamed
 
 NEARER = 0.5  # how far a changed expert may lie from its own, as a share of the distance from the next
@@ -24,36 +23,33 @@ COLUMNS = 2**16  # weights of each expert that are compared at once
 def kept_experts(full: str | Path, other: str | Path) -> PruningPlan:
     """The plan by which `other` was pruned from `full`, a folder of safetensors or a hub id.
 
-    other: such a folder or hub id with fewer experts a layer; or a JSON file: a saved plan, which is returned as it is, or the
-    `report_path` of llm-compressor's REAPPruningModifier, kept experts by module name. Of two folders the experts' weights are
-    compared, in any order, layout and dtype, with one layer of each in memory. First experts are matched bit by bit, in the
-    dtype of `other`. An expert without a match, such as a trained or scaled one, is taken for the nearest (Frobenius norm of
-    the difference) if the next is more than twice as far. The mean of two experts has no such nearest one. The plan's method
-    says how near the experts are. Its losses are None, its tokens "".
-    Raises ValueError for an expert that is no single one of `full`, for another model, and for a folder that cannot be read.
+    other: such a folder or hub id with fewer experts a layer; or a JSON file: a saved plan, which is returned as it is if it is
+    one of `full`, or the `report_path` of llm-compressor's REAPPruningModifier, kept experts by module name. Of two folders the
+    experts' weights are compared, in any order, layout and dtype, with one layer of each in memory. First experts are matched
+    bit by bit, in the dtype of `other`. An expert without a match, such as a trained or scaled one, is taken for the nearest
+    (Frobenius norm of the difference) if the next is more than twice as far. The mean of two experts has no such nearest one.
+    The plan's method says how near the experts are. Its losses are None, its tokens "".
+    Raises ValueError for an expert that is no single one of `full`, for another model, also a plan's, and for a folder that
+    cannot be read.
     """
     written = Path(other).is_file()
     report = read_json(other, "pruning plan") if written else None
-    if isinstance(report, dict) and "kept" in report:
-        return PruningPlan.load(other)
-    small = None if written else _opened(other)
-    whole = _opened(full, small and small.checkpoint.layout.n)
+    saved = PruningPlan.load(other) if isinstance(report, dict) and "kept" in report else None
+    small = None if written else Streamed(opened(other))
+    whole = Streamed(opened(full, r=small and small.checkpoint.layout.n))
     if small and _shapes(small, "shapes") != _shapes(whole, "small_shapes"):
         raise ValueError(f"{other} was not pruned from {full}: apart from its number of experts it has other tensors.")
     numbers = tqdm(range(len(whole)), desc=f"comparing {Path(other).name}", unit="layer", leave=False)
     found = [about for number in numbers if (about := _compared(whole, small, number))]
     gates, layers, held, ratios = zip(*found, strict=True)
-    kept = [sorted(experts) for experts in held] if small else _reported(other, report)
-    changed = f", experts up to {max(ratios):.1%} as far from their own as from the next" * (max(ratios) > 0)
-    method = f"read from {Path(other).name}{changed}"
-    plan = PruningPlan(method, len(kept[0]), kept, [None] * len(kept), digest(list(gates)), tokens="")
-    plan.check(plan.model, layers)
+    model, plan = digest(list(gates)), saved
+    if plan is None:
+        kept = [sorted(experts) for experts in held] if small else _reported(other, report)
+        changed = f", experts up to {max(ratios):.1%} as far from their own as from the next" * (max(ratios) > 0)
+        method = f"read from {Path(other).name}{changed}"
+        plan = PruningPlan(method, len(kept[0]), kept, [None] * len(kept), model, tokens="")
+    plan.check(model, layers)
     return plan
-
-
-def _opened(source: str | Path, r: int | None = None) -> Streamed:
-    reader = CheckpointReader(fetch(str(source)))
-    return Streamed(Checkpoint(reader, Layout(reader.config, r or count_experts(reader.config))))
 
 
 def _shapes(model: Streamed, which: str) -> dict[str, tuple[int, ...]]:

@@ -26,10 +26,9 @@ from ..tracing.statistics import median_ratios, nearly_top1
 from ..tracing.trace import LayerTrace, Trace, layer_file, save_layer, write_about
 from ..tracing.walk import BATCH
 from .folder import PLAN, side_files
-from .layout import Checkpoint, Layout, count_experts, expert_counts
+from .layout import expert_counts, opened
 from .models import load_tokenizer
 from .progress import ResumableJob
-from .reader import CheckpointReader, fetch
 from .streaming import CheckpointWalk, Streamed
 from .writer import CheckpointWriter
 
@@ -43,10 +42,9 @@ class _Job:
     def __init__(self, source, destination, revision: str | None, r: int | None = None, dtype=None, device=None):
         """r: the experts to keep of each layer (None: all). Checks the source's headers and side files."""
         self.destination = refuse_existing(destination)
-        reader = CheckpointReader(fetch(str(source), revision))
-        n = count_experts(reader.config)
-        self.checkpoint = Checkpoint(reader, Layout(reader.config, n if r is None else r))
-        self.copied, not_copied = side_files(reader.folder, same_experts=r in (None, n))
+        self.checkpoint = opened(source, revision, r)
+        reader = self.checkpoint.source
+        self.copied, not_copied = side_files(reader.folder, same_experts=r in (None, self.checkpoint.layout.n))
         self.origin = {"source": str(source), "revision": revision, "quantised": reader.method, "not_copied": not_copied}
         self.origin |= {"left_out": self.checkpoint.left_out, "carried": len(self.checkpoint.carried)}
         self.dtype, self.device = dtype, device
@@ -146,7 +144,7 @@ def prune_checkpoint(
     length: int = 2048,
     seed: int = 42,
     method: str = "enumerate",
-    loss: str = "eq3",
+    loss: str = "residual",
     revision: str | None = None,
     dtype: torch.dtype | str | None = None,
     device: str | torch.device | None = None,

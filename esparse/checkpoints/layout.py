@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from math import prod
+from pathlib import Path
 
 import torch
 import transformers
@@ -31,7 +32,7 @@ from ..moe.layers import COUNT_NAMES, count_names, decoder_layers, is_known, moe
 from ..moe.routers import pruned_table
 from ..pruning.mask import cut
 from ..tracing.trace import check_experts
-from .reader import CheckpointReader
+from .reader import CheckpointReader, fetch
 
 PREDICTING = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "mtp_num_layers")
 _NUMBERED = re.compile(r"(.*\.experts\.)(\d+)(\..*)")
@@ -379,3 +380,10 @@ class _Lazy:
 
     def __getitem__(self, _) -> torch.Tensor:
         return self.read()
+
+
+def opened(source: str | Path, revision: str | None = None, r: int | None = None) -> Checkpoint:
+    """The checkpoint of a folder or hub id, to be cut to r experts a layer (None: all stay). Raises what `fetch`,
+    `CheckpointReader`, `Layout` and `Checkpoint` do."""
+    reader = CheckpointReader(fetch(str(source), revision))
+    return Checkpoint(reader, Layout(reader.config, count_experts(reader.config) if r is None else r))

@@ -16,7 +16,7 @@ from ..pruning.plan import PruningPlan
 from ..pruning.skipping import disable_skipping, enable_skipping, skipping_betas
 from ..tiny_model.training import PRESETS, preset_model
 from .folder import CONFIG, PLAN, SKIPPING_FILE, tensors
-from .layout import Checkpoint, Layout, count_experts, stock_class, written_config
+from .layout import count_experts, opened, stock_class, written_config
 from .reader import CheckpointReader, described, fetch, model_from_hub, read_config
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
@@ -62,8 +62,8 @@ def load_model(
         model, tokenizer = esparse.load_model()                                     # the embedded, trained tiny Mixtral
         model, tokenizer = esparse.load_model("mistralai/Mixtral-8x7B-v0.1", device_map="auto")
 
-    name: "tiny", "tiny-upcycled" (of the same shape; its experts were copied from a dense model, then trained), a preset
-    with random weights ("tiny-16", "tiny-32", "small-16"), a local folder, or a hub id.
+    name: "tiny" (whose experts were copied from a dense model, then trained), "tiny-scratch" (of the same shape, trained from
+    nothing), a preset with random weights ("tiny-16", "tiny-32", "small-16"), a local folder, or a hub id.
     dtype: see `read_dtype`; None is float32 for the tiny models (the fastest on a CPU) and the checkpoint's own for others;
     "int8" holds every linear map and every expert matrix in 8 bits with a scale for each row, through torchao.
     A folder saved with skipping is loaded skipping. Only safetensors are read, and no remote code runs.
@@ -110,8 +110,7 @@ def _remember_gates(model, source: str, revision: str | None) -> None:
     reader = CheckpointReader(fetch(source, revision))
     if {entry.dtype for entry in reader.entries.values()} <= {*gates, None}:
         return
-    stored = Checkpoint(reader, Layout(reader.config, count_experts(reader.config)))
-    remember_stored(model, moe_blocks(model), stored.read)
+    remember_stored(model, moe_blocks(model), opened(source, revision).read)
 
 
 def read_betas(path: str | Path) -> list[float]:

@@ -149,5 +149,5 @@ def _download(source: str | Path, revision: str | None, wanted: list[str]) -> Pa
 
 def model_from_hub(load: Callable, source: str | Path):
     """`corpora.from_hub` for a model."""
-    here = "offline there are 'tiny-upcycled', 'tiny' and local folders"
+    here = "offline there are 'tiny', 'tiny-scratch' and local folders"
     return from_hub(load, f"the model {str(source)!r}", str(source), here)

@@ -31,7 +31,7 @@ def acceptance(model: str, *, general: str = "c4", domain: str = "math", **optio
         raise ValueError(f"Both corpora are called {run.label(general)}: the comparison takes two.")
     traces = map(run.trace, labels.values())  # the general corpus is compared with C4, the domain corpus with MATH
     betas = {printed: median_betas(trace) for printed, trace in zip(paper("betas"), traces, strict=True)}
-    kept = {label: run.plan(corpus, 6).kept for label, corpus in labels.items()}
+    kept = {label: run.plan(corpus, 6, loss="eq3").kept for label, corpus in labels.items()}
     config = transformers.AutoConfig.from_pretrained(run.source, trust_remote_code=False)
     sizes = {r: weights_mib(config, r) for r in (8, 6, 4)}
     return [*compare_betas(betas), compare_layers(kept), *compare_memory(sizes)]

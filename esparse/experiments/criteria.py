@@ -2,7 +2,8 @@
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 
 import pandas as pd
 
@@ -27,13 +28,15 @@ def criteria_rows(run: Run) -> Iterator[dict]:
     """Held-out perplexity on both corpora for every method, loss, calibration corpus and r; tasks at one r."""
     yield {"r": run.experts, "method": "none", "loss": None, "calibration": None} | run.quality()
     cases = possible_cases(run)
+    protected = cache(lambda corpus: super_experts(run.trace(corpus)))
+    constants = cache(lambda corpus: mean_outputs(run.model, run.tokens(corpus)))
     for r, corpus in itertools.product(run.sizes, (run.general, run.domain)):
         about = {"r": r, "calibration": corpus}
         for method, loss in cases:
             yield about | {"method": method, "loss": loss} | _quality(run, run.plan(corpus, r, method, loss=loss))
-        yield from _more_rows(run, corpus, r, about)
+        yield from _more_rows(run, corpus, r, about, protected, constants)
     for r, draw in itertools.product(run.sizes, range(DRAWS)):
-        plan = run.plan(run.general, r, "random", seed=run.seed + draw)
+        plan = run.plan(run.general, r, "random", seed=run.seed + draw, loss="eq3")
         about = {"r": r, "method": "random", "loss": None, "calibration": None, "draw": draw}
         yield about | run.quality(plan, tasks=False)
 
@@ -48,28 +51,28 @@ def possible_cases(run: Run) -> list[tuple[str, str]]:
     return [case for case in cases if case[0] in {"greedy", *available_scores(trace)}]
 
 
-def _more_rows(run: Run, corpus: str, r: int, about: dict) -> Iterator[dict]:
+def _more_rows(run: Run, corpus: str, r: int, about: dict, protected: Callable, constants: Callable) -> Iterator[dict]:
     """Three more choices: by the model's output; by frequency with super experts protected; by frequency with constants in
-    place of the removed experts."""
+    place of the removed experts. protected, constants: both by corpus."""
     chosen, _ = run.chosen_by_output(corpus, r)
     yield about | {"method": "by output", "loss": None} | _quality(run, chosen)
-    traced, about = run.trace(corpus), about | {"loss": "eq3"}
-    safe = search_experts(traced, r, method="frequency", protect=super_experts(traced))
+    about = about | {"loss": "eq3"}
+    safe = search_experts(run.trace(corpus), r, method="frequency", loss="eq3", protect=protected(corpus))
     yield about | {"method": "frequency, super experts stay"} | _quality(run, safe)
-    plan = run.plan(corpus, r, "frequency")
-    yield about | {"method": "frequency, constants"} | _quality_with_constants(run, corpus, plan)
+    plan = run.plan(corpus, r, "frequency", loss="eq3")
+    yield about | {"method": "frequency, constants"} | _quality_with_constants(run, corpus, plan, constants)
 
 
 def _quality(run: Run, plan: PruningPlan) -> dict:
     return run.quality(plan, tasks=plan.r == run.size)
 
 
-def _quality_with_constants(run: Run, corpus: str, plan: PruningPlan) -> dict:
+def _quality_with_constants(run: Run, corpus: str, plan: PruningPlan, constants: Callable) -> dict:
     """Held-out perplexities with the removed experts' mean outputs on a corpus in their place."""
     tokens = run.tokens(corpus)
 
     def measure() -> list[float]:
-        with novices(run.model, plan, mean_outputs(run.model, tokens)):
+        with novices(run.model, plan, constants(corpus)):
             return [perplexity(run.model, run.held_out(other)) for other in (run.general, run.domain)]
 
     found = run.cached(measure, run.model_key, plan.kept, "novices", tokens_digest(tokens))

@@ -45,10 +45,12 @@ def pruned_rows(run: Run, r: int, beta_corpora: Sequence[str] = ()) -> Iterator[
 
 
 def skipping_rows(run: Run, plan: PruningPlan | None, about: dict, beta_corpora: Sequence[str]) -> Iterator[dict]:
-    """A run's model masked to a plan, without skipping and with its median betas on each corpus."""
+    """A run's model masked to a plan, without skipping and with its median betas on each corpus. Of the models that skip, the
+    tasks are scored on those of Table 8: the full model, and those that METHOD pruned for the domain."""
+    shown = about["method"] == "none" or (about["method"], about["calibration"]) == (run.method, run.domain)
     for corpus in (None, *beta_corpora):
         betas = median_betas(run.trace(corpus), plan and plan.kept) if corpus else None
-        yield about | {"betas": corpus} | run.quality(plan, betas)
+        yield about | {"betas": corpus} | run.quality(plan, betas, tasks=shown or not corpus)
 
 
 def domain_figure(run: Run, rows: Sequence[dict], paper: Sequence[dict]) -> dict:

@@ -17,6 +17,11 @@ from .figures import PAST, draws
 from .run import Run
 from .tables import MEASURES, pick
 
+# The lines of Tables 2 and 6, whose losses are Eq. 3, and enumeration by the default loss.
+CASES = {"enumeration, Eq. 3": {"method": "enumerate", "loss": "eq3"}, "progressive": {"method": "progressive", "loss": "eq3"}}
+CASES |= {"frequency": {"method": "frequency", "loss": "eq3"}}
+CASES |= {"enumeration, residual": {"method": "enumerate", "loss": "residual"}}
+
 
 def landscape(run: Run, r: int) -> dict:
     """Every subset's loss in every layer, divided by the norm of the layer's output, on calibration and held-out tokens.
@@ -24,7 +29,7 @@ def landscape(run: Run, r: int) -> dict:
     `chosen` holds the position of each method's subset in the list of subsets.
     """
     calibration, held_out = run.trace(run.general), run.trace(run.general, tokens=run.held_out(run.general))
-    plans = {method: run.plan(run.general, r, method).kept for method in ("enumerate", "greedy", "frequency")}
+    plans = {method: run.plan(run.general, r, method, loss="eq3").kept for method in ("enumerate", "greedy", "frequency")}
     layers = []
     for i, (layer, other) in enumerate(zip(calibration.layers, held_out.layers, strict=True)):
         subsets, losses = subset_losses(layer, r)
@@ -35,13 +40,13 @@ def landscape(run: Run, r: int) -> dict:
 
 
 def methods(run: Run, r_random: int, draws: int = 10) -> dict:
-    """Tables 2 and 6: every method at every r, and `draws` random plans at one r, calibrated on the general corpus."""
-    cases = [(r, method, 0) for r in run.sizes for method in ("enumerate", "progressive", "frequency")]
-    cases += [(r_random, "random", draw) for draw in range(draws)]
+    """Tables 2 and 6: each of `CASES` at every r, and `draws` random plans at one r, calibrated on the general corpus."""
+    cases = [(r, case, 0) for r in run.sizes for case in CASES.values()]
+    cases += [(r_random, {"method": "random", "loss": "eq3"}, draw) for draw in range(draws)]
     rows = [{"method": "none", "r": run.experts, **run.quality()}]
-    for r, method, draw in cases:
-        plan = run.plan(run.general, r, method, seed=run.seed + draw)
-        rows.append({"method": method, "r": r, **run.quality(plan)})
+    for r, case, draw in cases:
+        plan = run.plan(run.general, r, seed=run.seed + draw, **case)
+        rows.append(case | {"r": r} | run.quality(plan))
     return {"corpora": [run.label(run.general), run.label(run.domain)], "rows": rows}
 
 
@@ -69,8 +74,8 @@ def without_heaviest(run: Run, share: float = 0.01) -> dict[int, dict[str, float
     norms = [output_norms(layer) for layer in trace.layers]
     light = [part(layer, norm <= norm.quantile(1 - share)) for layer, norm in zip(trace.layers, norms, strict=True)]
     for r in run.sizes:
-        plans = {"on all tokens": run.plan(run.general, r, "enumerate")}
-        plans[f"without the heaviest {share:.0%}"] = search_experts(replace(trace, layers=light), r)
+        plans = {"on all tokens": run.plan(run.general, r, "enumerate", loss="eq3")}
+        plans[f"without the heaviest {share:.0%}"] = search_experts(replace(trace, layers=light), r, loss="eq3")
         found[r] = {label: run.perplexity(run.general, plan) for label, plan in plans.items()}
     return found
 
@@ -132,27 +137,29 @@ def _held_out(figure: NotebookFigure, data: dict) -> None:
 def _methods(figure: NotebookFigure, data: dict) -> None:
     """Perplexity and task scores over the experts kept, a line a method; the paper's beside."""
     [(perplexity, tasks, paper)] = figure.panels(9, 2.9, 1, 3)
-    numbers, random = {"enumerate": 0, "progressive": 1, "frequency": 2}, pick(data["rows"], method="random")
+    random = pick(data["rows"], method="random")
     for axes, value in ((perplexity, MEASURES["general"]), (tasks, MEASURES["average"])):
-        _method_lines(axes, data["rows"], numbers, value, errors=axes is tasks)
+        _method_lines(axes, data["rows"], CASES, value, errors=axes is tasks)
         at, label = [row["r"] + 0.12 for row in random], f"random ({len(random)} draws)"
         axes.plot(at, list(map(value, random)), "x", color="0.4", label=label)
     perplexity.set(ylabel=f"perplexity, {data['corpora'][0]}", title="held-out perplexity")
     log_axis(perplexity)
     tasks.set(ylabel="average of the tasks, %", title="tasks (bars: standard error)")
-    legend_below(tasks, 4)
-    _method_lines(paper, pick(data["paper"], model="Mixtral 8x7B"), numbers | {"random": 7}, MEASURES["average"])
+    legend_below(tasks, 5)
+    theirs = {label: {"method": case["method"]} for label, case in CASES.items() if case["loss"] == "eq3"}
+    theirs["random"] = {"method": "random"}
+    _method_lines(paper, pick(data["paper"], model="Mixtral 8x7B"), theirs, MEASURES["average"])
     of_the_paper(paper, "Mixtral 8x7B (Tables 2, 6)", ylabel="average of 8 zero-shot tasks, %")
-    paper.legend()
+    paper.legend(fontsize=7)
 
 
-def _method_lines(axes, rows: Sequence[dict], numbers: Mapping[str, int], value: Callable, errors: bool = False) -> None:
-    """A line for each method over the experts kept, starting at the full model. numbers: the methods' line styles."""
-    for method, number in numbers.items():
-        points = sorted(pick(rows, method="none")[:1] + pick(rows, method=method), key=lambda row: -row["r"])
+def _method_lines(axes, rows: Sequence[dict], cases: Mapping[str, dict], value: Callable, errors: bool = False) -> None:
+    """A line for each case over the experts kept, starting at the full model."""
+    for label, case in cases.items():
+        points = sorted(pick(rows, method="none")[:1] + pick(rows, **case), key=lambda row: -row["r"])
         bars = [row["stderr"] for row in points] if errors else None
         at = [row["r"] for row in points]
-        axes.errorbar(at, list(map(value, points)), bars, capsize=2, label=method, **line_style(number))
+        axes.errorbar(at, list(map(value, points)), bars, capsize=2, label=label, **line_style([*CASES, "random"].index(label)))
     axes.invert_xaxis()
     axes.set_xlabel("experts kept, r")
 

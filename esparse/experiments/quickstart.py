@@ -8,7 +8,7 @@ from matplotlib.patches import Rectangle
 from ..pruning.scores import ranked
 from ..pruning.search import search_layer, subset_losses
 from ..style import COLOURS, NotebookFigure, grouped_bars
-from ..tracing.losses import output_norm
+from ..tracing.losses import output_norm, weighed
 from ..tracing.statistics import median_betas
 from ..tracing.trace import LayerTrace, Trace
 from .figures import PAST, draws
@@ -31,7 +31,7 @@ def method_scheme(run: Run, r: int, number: int = 0) -> dict:
 
     Each token is the middle one of a sixth of all, sorted by ratio, and is given as [first weight, sum of the others].
     """
-    layer = run.trace(run.general).layers[number]
+    layer = weighed(run.trace(run.general).layers[number], "residual")
     norm, beta = output_norm(layer), median_betas(Trace([layer], "", ""))[0]
     halves = torch.stack([layer.weights[:, 0], layer.weights[:, 1:].sum(1)], 1)
     rising = (halves[:, 1] / halves[:, 0]).argsort(stable=True)

@@ -108,37 +108,37 @@ def _settings(run: Run, plan: PruningPlan | None, text: str | None = None) -> li
 
 
 def won_back(rows: Sequence[dict]) -> list[dict]:
-    """The share of what pruning lost that each recovery method wins back, in percent.
+    """What each recovery method wins back.
 
-    "in perplexity" and "of tuned" are of the mean log perplexity over both corpora. The first is relative to the full
-    model, the second to the full model tuned alike, if there is one. "in exact match" is relative to the full model.
+    "in perplexity" and "of tuned" are shares, in percent, of the mean log perplexity over both corpora that pruning lost: the
+    first relative to the full model, the second to the full model tuned alike, if there is one. "points" is the exact match
+    that it gains, in percent of all items.
     """
     log = lambda row: sum(map(math.log, row["perplexity"])) / len(row["perplexity"])  # noqa: E731
-    measures = {"in perplexity": (log, "full"), "of tuned": (log, "full, tuned")}
-    measures["in exact match"] = (MEASURES["exact match"], "full")
     found = []
     for row in (row for row in rows if row["method"] in RECOVERY_METHODS):
         (pruned,) = pick(rows, seed=row["seed"], method="pruned", r=row["r"], calibration=row["calibration"])
         about = {key: row[key] for key in ("seed", "r", "calibration", "method", "seconds", "trained")}
-        for name, (value, goal) in measures.items():
+        for name, goal in (("in perplexity", "full"), ("of tuned", "full, tuned")):
             for full in pick(rows, seed=row["seed"], method=goal):
-                lost = value(pruned) - value(full)
-                about[name] = 100 * (value(pruned) - value(row)) / lost if lost else math.nan
-        found.append(about)
+                lost = log(pruned) - log(full)
+                about[name] = 100 * (log(pruned) - log(row)) / lost if lost else math.nan
+        found.append(about | {"points": MEASURES["exact match"](row) - MEASURES["exact match"](pruned)})
     return found
 
 
 def recovery_figure(rows: Sequence[dict]) -> dict:
-    """The share that each method wins back, over its seconds and its number of trained parameters: a point for each r,
-    calibration corpus and seed."""
+    """What each method wins back, over its seconds and its number of trained parameters: a point for each r, calibration corpus
+    and seed."""
     found, made = won_back(rows), []
-    xlabels = {"seconds": "seconds", "trained": "trained parameters"}
-    for share, x in itertools.product(("in perplexity", "in exact match"), xlabels):
+    measures = {"of tuned": ("log perplexity", "won back, %"), "points": ("exact match", "gained, points")}
+    for (measure, (title, ylabel)), x in itertools.product(measures.items(), ("seconds", "trained")):
         points = []
         for method in RECOVERY_METHODS:
             some = pick(found, method=method)
-            points.append({"label": method, "x": [row[x] for row in some], "y": [row[share] for row in some]})
-        made.append({"title": share, "xlabel": xlabels[x], "ylabel": "won back, %", "points": points})
+            points.append({"label": method, "x": [row[x] for row in some], "y": [row[measure] for row in some]})
+        xlabel = "trained parameters" if x == "trained" else x
+        made.append({"title": title, "xlabel": xlabel, "ylabel": ylabel, "points": points})
     return {"panels": made}
 
 
@@ -152,7 +152,7 @@ def tuned_figure(run: Run, rows: Sequence[dict], paper: Sequence[dict]) -> dict:
     return {"panels": [*measure_panels(run, ["exact match"], ours, name, xlabel="", title=title), beside]}
 
 
-RECOVERY = "Points: the share of the loss won back over seconds and trained parameters."
+RECOVERY = "Points: log perplexity won back and exact match gained, over seconds and trained parameters."
 FINE_TUNING = "Exact match before and after fine-tuning, full model and pruned ones; the paper's beside."
 register("08_recovery", "Section 4.2", panels, RECOVERY)
 register("08_fine_tuning", "Table 4", panels, FINE_TUNING)

@@ -236,7 +236,7 @@ class Run:
         return Explorer(traces, self.folder / "explorer", self.model_name, shape)
 
     def plan(
-        self, corpus: str, r: int, method: str | None = None, *, seed: int | None = None, loss: str = "eq3"
+        self, corpus: str, r: int, method: str | None = None, *, seed: int | None = None, loss: str = "residual"
     ) -> PruningPlan:
         """The experts to keep, by `method` (None: METHOD) and `loss`, calibrated on a corpus; made once, then read."""
         method, seed = method or self.method, self.seed if seed is None else seed

@@ -63,9 +63,9 @@ def _measures(rows: Sequence[dict], by: Sequence[str]) -> pd.DataFrame:
 
 
 def by_size(found: pd.DataFrame, measure: str, digits: int = 2) -> pd.DataFrame:
-    """One measure of a table from `compared` as text: a column for each r, least to most in each cell."""
+    """One measure of a table from `compared` as text: a column for each r, least to most in each cell. Rows without it go."""
     text = "{:.{d}f} to {:.{d}f}".replace(" ", "\N{NO-BREAK SPACE}")
-    cells = found[measure][["least", "most"]].apply(lambda row: text.format(*row, d=digits), axis=1)
+    cells = found[measure][["least", "most"]].dropna().apply(lambda row: text.format(*row, d=digits), axis=1)
     wide = cells.unstack("r", fill_value="")  # sorted: pandas 2 mixes up unsorted levels
     return wide.reindex(index=cells.index.droplevel("r").unique(), columns=cells.index.unique("r"))
 

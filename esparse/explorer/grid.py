@@ -18,14 +18,14 @@ from ..pruning.mixture import layer_mixtures
 from ..pruning.plan import PruningPlan
 from ..pruning.scores import EXPERT_SCORES, available_scores, ranked
 from ..pruning.search import affordable, choose_experts, subset_losses
-from ..tracing.losses import output_norm, skip_curve
+from ..tracing.losses import losses_of, output_norm, skip_curve, weighed
 from ..tracing.statistics import betas_of_shares, co_selection
 from ..tracing.trace import LayerTrace, Trace
 from .views import VIEWS
 
 BETAS = [i / 100 for i in range(101)]  # for two experts a token; see `beta_grid`
 SHARES = [i / 20 for i in range(21)]
-FORMAT = 6  # a stored grid of another format is computed again
+FORMAT = 8  # a stored grid of another format is computed again
 POINTS = 200  # at most, of a loss landscape
 ENUMERABLE = 5000  # subsets of a layer; with more, no landscape is drawn
 MIXTRAL = MIXTRAL_8X7B | {"name": "Mixtral 8x7B", "num_local_experts": 8, "num_experts_per_tok": 2}
@@ -91,11 +91,12 @@ def _enumerated(traces: Sequence[Trace], r: int) -> list[dict[str, list[tuple[in
 
 
 def _chosen(trace: Trace, r: int, methods: Sequence[str]) -> dict[str, list[tuple[int, ...]]]:
-    """The experts that each method but enumeration keeps in each layer, by `_key` of the choice."""
+    """The experts that each method but enumeration keeps in each layer by the residual loss, by `_key` of the choice."""
     generator, chosen = torch.Generator().manual_seed(0), {}
+    layers = [weighed(layer, "residual") for layer in trace.layers]
     for method in methods:
         if method != "enumerate":
-            kept = [tuple(choose_experts(layer, r, method, generator)) for layer in trace.layers]
+            kept = [tuple(choose_experts(layer, r, method, generator)) for layer in layers]
             chosen[_key(Choice(r, method))] = kept
     return chosen
 
@@ -110,7 +111,9 @@ def _of_size(trace: Trace, r: int, choices: Mapping[str, Sequence[tuple[int, ...
         norm = output_norm(layer)
         landscape, better = _landscape(layer, r, norm)
         landscapes.append(landscape)
-        rows.append([_row(layer, kept, norm, better.get(kept, 0)) for kept in some])
+        residual = losses_of(weighed(layer, "residual"), some).tolist()
+        found = [_row(layer, kept, norm, better.get(kept, 0)) for kept in some]
+        rows.append([row | {"residual": loss} for row, loss in zip(found, residual, strict=True)])
     return {"places": places, "rows": {str(r): rows}, "landscape": {str(r): landscapes}}
 
 
@@ -164,7 +167,7 @@ class Choice:
     layer: int = 0
     skip: tuple = ("share", 0.0)
     mix: float = 0.0
-    residual: float = 0.0
+    residual: float = 1.0
 
 
 class Explorer:
@@ -351,7 +354,7 @@ class Explorer:
 
     def plan(self, name: str, choice: Choice) -> PruningPlan:
         """The choice as `prune` and `prune_checkpoint` take it, calibrated on a corpus, with its betas for skipping. Its losses
-        are Eq. 3's on this corpus, whatever is mixed in.
+        are on this corpus, whatever is mixed in: Eq. 3's if enumeration goes by it in part, else the residual loss.
 
         Raises ValueError if every expert stays, since nothing is pruned.
         """
@@ -359,7 +362,9 @@ class Explorer:
             raise ValueError(f"r = {self.n} keeps every expert: there is nothing to prune; choose a smaller r.")
         one, rows = self.grids[name], self._rows(name, choice)
         betas = self.skipping(name, choice)["beta"] if self.k > 1 else None
-        return PruningPlan(_searched(choice), choice.r, rows["kept"], rows["eq3"], one["model"], one["tokens"], betas=betas)
+        loss = "eq3" if choice.method == "enumerate" and choice.residual < 1 else "residual"
+        about = {"model": one["model"], "tokens": one["tokens"], "betas": betas, "loss": loss}
+        return PruningPlan(_searched(choice), choice.r, rows["kept"], rows[loss], **about)
 
     def commands(self, path: str | Path) -> list[str]:
         """The commands that use an exported plan."""
@@ -374,7 +379,7 @@ def _key(choice: Choice) -> str:
 
 def _searched(choice: Choice) -> str:
     """How the experts are chosen, in a few words."""
-    shares = {"other corpus": choice.mix, "residual loss": choice.residual} if choice.method == "enumerate" else {}
+    shares = {"other corpus": choice.mix, "Eq. 3": 1 - choice.residual} if choice.method == "enumerate" else {}
     mixed = ", ".join(f"{100 * share:.0f}% {name}" for name, share in shares.items() if share)
     return choice.method + f" ({mixed})" * bool(mixed)
 

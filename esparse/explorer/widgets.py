@@ -70,7 +70,7 @@ class Dashboard:
         self.r = Slider("experts kept, r", explorer.sizes, explorer.default.r)
         self.method = _buttons("method", explorer.methods)
         percent = [round(100 * share) for share in SHARES]
-        self.mix, self.residual = Slider("other corpus, %", percent, 0), Slider("residual loss, %", percent, 0)
+        self.mix, self.residual = Slider("other corpus, %", percent, 0), Slider("residual loss, %", percent, 100)
         self.layer = Slider("layer", range(explorer.layers), 0)
         self.mode = _buttons("skip by", SKIPPING if "layer" in self.controls else SKIPPING[:2])
         self.share = Slider("share skipped, %", percent, 50 if "skip" in self.controls else 0)

@@ -21,7 +21,7 @@ from ..moe.running import check_tokens, evaluating, input_device, router_logits_
 if TYPE_CHECKING:
     import pandas as pd
 
-TINY_TASKS = ("web_facts", "web_walks", "web_reference", "web_yes_no", "arithmetic_result", "arithmetic_problems")
+TINY_TASKS = ("web_facts", "web_walks", "web_reference", "arithmetic_result", "arithmetic_problems")
 # The paper's eight tasks (Table 2), zero-shot accuracy.
 PAPER_TASKS = ("arc_challenge", "arc_easy", "boolq", "hellaswag", "mmlu", "openbookqa", "rte", "winogrande")
 # GSM8K comes with its five examples; MATH is lm-eval's group over the seven subjects.
@@ -58,7 +58,7 @@ def evaluate(
         esparse.evaluate(model, tokenizer, "paper").value.mean()
 
     tasks: one or several, or several joined by commas. Each is a task, group or tag of lm-eval, a pattern such as "web_*",
-    or a suite: "tiny" (the embedded six), "paper" (its eight, zero-shot `acc`), "domain" (GSM8K 5-shot strict match, and
+    or a suite: "tiny" (the embedded five), "paper" (its eight, zero-shot `acc`), "domain" (GSM8K 5-shot strict match, and
     MATH), "perplexity" (WikiText per word). limit: the first items of each task (None: all). num_fewshot: None takes each
     task's own. Works inside `masked` and `skipping`, and under `accelerate launch`, where the processes share the items.
     Returns a table indexed by task with `metric`, `value` (a share, or a perplexity), `stderr` and `items`; a tag, or a

@@ -228,9 +228,9 @@ def random_cases(count: int) -> list[tuple[LayerTrace, int]]:
 
 
 def trained_cases() -> list[tuple[LayerTrace, int]]:
-    """The layers of the embedded model (down to 7, 6, 5, 4 experts) and of the trained one with 16 (to 12, 8)."""
+    """The layers of models trained from nothing: with 8 experts (down to 7, 6, 5, 4) and with 16 (to 12, 8)."""
     cases = []
-    for (model, tokenizer), sizes in ((load_model("tiny"), (7, 6, 5, 4)), (trained("tiny-16"), (12, 8))):
+    for (model, tokenizer), sizes in ((load_model("tiny-scratch"), (7, 6, 5, 4)), (trained("tiny-16"), (12, 8))):
         for corpus in ("web", "arithmetic"):
             traced = trace(model, calibration_tokens(corpus, tokenizer, sequences=16, length=128), keep=min(sizes))
             cases += [(layer, r) for layer in traced.layers for r in sizes]

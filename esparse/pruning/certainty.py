@@ -12,7 +12,7 @@ from .search import all_subsets, check_method, choose_experts, subset_losses
 
 
 def certainty(
-    trace: Trace, r: int, *, method: str = "enumerate", loss: str = "eq3", draws: int = 1000, seed: int = 0
+    trace: Trace, r: int, *, method: str = "enumerate", loss: str = "residual", draws: int = 1000, seed: int = 0
 ) -> list[dict]:
     """How sure the choice of r experts is in every layer, from the trace alone.
 

@@ -97,14 +97,14 @@ class Mixtures:
         return PruningPlan(method, self.r, kept, losses, traces[0].model, mixture_digest(traces, shares), loss=self.loss)
 
 
-def mixtures(one: Trace, other: Trace, r: int, *, loss: str = "eq3") -> Mixtures:
+def mixtures(one: Trace, other: Trace, r: int, *, loss: str = "residual") -> Mixtures:
     """The best subsets of r experts for every mixture of two traces; raises as `search_experts(..., method="enumerate")`."""
     mixture_shares([one, other])
     layers = [layer_mixtures(pair, r, loss) for pair in zip(one.layers, other.layers, strict=True)]
     return Mixtures(layers, [one, other], r, loss)
 
 
-def layer_mixtures(layers: Sequence[LayerTrace], r: int, loss: str = "eq3") -> LayerMixtures:
+def layer_mixtures(layers: Sequence[LayerTrace], r: int, loss: str) -> LayerMixtures:
     """The losses of all subsets of r experts of one layer, from its traces on two corpora."""
     layers = [weighed(layer, loss) for layer in layers]
     (subsets, one), (_, other) = (subset_losses(layer, r) for layer in layers)

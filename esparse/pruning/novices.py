@@ -1,18 +1,20 @@
-"""Constants in place of removed experts (MoNE, arXiv 2507.00390): what a pruned model would gain from them.
+"""Constants in place of removed experts: what a pruned model would gain from them, and folding them into biases.
 
-The router stays that of the full model. A removed expert returns its mean output, a vector, for every token.
+MoNE (arXiv 2507.00390) keeps the router of the full model, and a removed expert returns its mean output, a vector, for every
+token. A pruned model can hold one constant per layer where its experts have biases: the mean change of the layer's output.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..moe.experts import pair_outputs, weighted_sum
-from ..moe.layers import moe_layers, replaced_experts
-from ..moe.running import check_tokens, evaluating, input_device, uncompiled
+from ..moe.layers import MoELayer, moe_layers, replaced_experts
+from ..moe.masking import masked_layer
+from ..moe.running import check_held, check_tokens, evaluating, input_device, uncompiled
 from .mask import planned_layers
 from .plan import PruningPlan
 
@@ -68,3 +70,53 @@ def _with_constants(
     wide = torch.promote_types(outputs.dtype, torch.float32)
     outputs = torch.where(replaced[:, :, None], constant[index].to(wide), outputs.to(wide))
     return (weights[:, :, None].to(wide) * outputs).sum(1).to(hidden_states.dtype)
+
+
+@torch.no_grad()
+def mean_changes(model, plan: PruningPlan, tokens: Tensor, batch_size: int = 8) -> list[Tensor]:
+    """What a plan takes from the sum of the experts' outputs in every MoE layer, on the full model's hidden states, as a mean
+    over the tokens [sequences, length]: float64 [d]. Raises ValueError for a plan made with another model."""
+    check_tokens(model, tokens)
+    planned = planned_layers(model, plan)
+    with ExitStack() as stack, evaluating(model), uncompiled():
+        sums = [stack.enter_context(_recorded_changes(layer, kept)) for layer, kept in planned]
+        for batch in tokens.split(batch_size):
+            model.base_model(batch.to(input_device(model)), use_cache=False)
+    return [sum(found) / tokens.numel() for found in sums]
+
+
+@contextmanager
+def _recorded_changes(layer: MoELayer, kept: Sequence[int]) -> Iterator[list[Tensor]]:
+    """A list that gets, for each forward pass of the layer's block, the change summed over its tokens: float64 [d]."""
+    sums, outputs = [], []
+
+    def run_masked(block, args, kwargs, _output):
+        if len(outputs) == 1:  # else this is the masked run itself
+            with masked_layer(layer, kept):
+                block(*args, **kwargs)
+            full, pruned = (output.double().flatten(0, -2).sum(0) for output in outputs)
+            sums.append(full - pruned)
+            outputs.clear()
+
+    recording = layer.experts.register_forward_hook(lambda _experts, _args, output: outputs.append(output))
+    with recording, layer.block.register_forward_hook(run_masked, with_kwargs=True):
+        yield sums
+
+
+@torch.no_grad()
+def fold_changes(model, changes: Sequence[Tensor]) -> None:
+    """Add the constants [d] of `mean_changes` to a pruned model's outputs, in place, through its experts' biases.
+
+    Raises ValueError, before anything changes, where experts have no bias after the last map, or where a token's routing
+    weights have no fixed sum, and for other numbers of layers; also for offloaded experts.
+    """
+    layers = moe_layers(model)
+    if len(changes) != len(layers):
+        raise ValueError(f"Give a constant for each of the {len(layers)} MoE layers, as mean_changes does, got {len(changes)}.")
+    for layer in layers:
+        if not (layer.experts.has_bias and layer.router.normalises) or layer.router.shared or layer.router.expert_scale:
+            raise ValueError(f"{layer.name}: its experts have no biases, or weights of no fixed sum, so it holds no constant.")
+    check_held((layer.experts for layer in layers), "load the pruned model without offloading")
+    for layer, change in zip(layers, changes, strict=True):
+        bias = layer.experts.down_proj_bias
+        bias.add_((change / layer.router.scale).to(bias))

@@ -9,7 +9,7 @@ from .scores import ranked
 from .search import affordable, search_layer, subset_losses
 
 
-def price(trace: Trace, plan: PruningPlan, *, loss: str = "eq3") -> list[dict]:
+def price(trace: Trace, plan: PruningPlan, *, loss: str = "residual") -> list[dict]:
     """Each layer's loss under a plan, whoever made it, beside the optimum's; then a row for all layers.
 
     A row holds

@@ -114,7 +114,7 @@ def search_experts(
     r: int,
     *,
     method: str = "enumerate",
-    loss: str = "eq3",
+    loss: str = "residual",
     weights: Sequence[float] | None = None,
     model=None,
     tokens: Tensor | None = None,
@@ -127,11 +127,12 @@ def search_experts(
     length (None: all equally). Divided by their sum, weights are shares, and a squared loss is T sum_i share_i L_i^2 / T_i, see
     `tracing.losses.mixed`. The plan's `tokens` is a digest of all corpora and shares. A trace of weight 0 is left out; if one
     trace is left, the plan is that of this trace alone.
-    method: "enumerate" (Eq. 3, exact, layer by layer), "greedy" (removal one by one, then swaps: for more experts than
+    method: "enumerate" (all subsets, layer by layer), "greedy" (removal one by one, then swaps: for more experts than
     can be enumerated), "progressive" (Table 6: each layer is searched on the outputs of the already pruned layers; needs
     `model` and the `tokens` of the trace), a score of `expert_scores`, "random" (drawn from `seed`).
     loss: "eq3", the paper's ||change||^2 summed over tokens; "residual", which divides it by ||h + z||^2 of the residual
-    stream behind the layer; "output", by ||z||^2 of the layer's output. Scores take the same norms.
+    stream behind the layer, and has chosen better (data/results/README.md); "output", by ||z||^2 of the layer's output.
+    Scores take the same norms.
     protect: experts of each layer that must stay, as from `super_experts`; not for "greedy" and "progressive".
     Raises ValueError for r out of range, an unknown method or loss, a model that is not the trace's, traces that do not belong
     together, bad weights, and "progressive" with several traces.

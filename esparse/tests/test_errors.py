@@ -255,7 +255,7 @@ def test_no_network_for_a_corpus(tiny, corpus, alternatives):
 @pytest.mark.usefixtures("impatient")
 def test_no_network_for_a_model():
     with pytest.raises(
-        ConnectionError, match="Could not get the model 'nobody/nothing' from the hub .*'tiny' and local folders"
+        ConnectionError, match="Could not get the model 'nobody/nothing' from the hub .*'tiny-scratch' and local folders"
     ):
         esparse.load_model("nobody/nothing")
     with pytest.raises(FileNotFoundError, match="no model folder at /nowhere"):

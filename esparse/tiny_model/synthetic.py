@@ -246,12 +246,6 @@ def _reference_item(rng: random.Random) -> dict:
     return _item(rng, f"{begun} {ending}", right + ".", [f"{p}." for p in (partner, *others)])
 
 
-def _yes_no_item(rng: random.Random) -> dict:
-    passage, people, relations = _passage(rng)
-    question, answer = _asked(rng, people, relations)
-    return {"query": f"{passage}\n{question}", "choices": ["no", "yes"], "label": int(answer == "yes")}
-
-
 def _result_item(rng: random.Random) -> dict:
     """A worked problem up to its last sum. The answers: the right result, near misses and a digit swap."""
     problem = draw_problem(rng, held_out=True)
@@ -268,7 +262,6 @@ TASKS = {
     "web_facts": _fact_item,
     "web_walks": _walk_item,
     "web_reference": _reference_item,
-    "web_yes_no": _yes_no_item,
     "arithmetic_result": _result_item,
     "arithmetic_problems": lambda rng: _generation_item(draw_problem(rng, held_out=True)),
 }

@@ -104,7 +104,8 @@ def weighed(layer: LayerTrace, loss: str) -> LayerTrace:
         return layer
     norm = layer.stream_norm if loss == "residual" else targets(layer)[1]
     if norm is None:
-        raise ValueError(f"{layer.name}: this trace lacks the norms of the residual stream: trace the whole model.")
+        remedy = "trace the whole model, or take loss='eq3'"
+        raise ValueError(f"{layer.name}: this trace lacks the norms of the residual stream: {remedy}.")
     return _scaled(layer, torch.where(norm > 0, 1 / norm, 0.0))
 
 

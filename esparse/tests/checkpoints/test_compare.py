@@ -143,6 +143,17 @@ def test_equal_experts_cannot_be_told_apart(tmp_path):
         esparse.kept_experts(tmp_path / "full", tmp_path / "pruned")
 
 
+def test_a_saved_plan_is_held_against_the_full_model(full, tmp_path):
+    esparse.PruningPlan("by hand", 6, KEPT, [0.0] * 3, full[2].model, "").save(tmp_path / "own.json")
+    assert esparse.kept_experts(full[0], tmp_path / "own.json") == full[2]
+    saved(tmp_path / "other", seed=1)
+    with pytest.raises(ValueError, match="made with another model"):
+        esparse.kept_experts(tmp_path / "other", tmp_path / "own.json")
+    esparse.PruningPlan("by hand", 6, [[*range(5), 8], *KEPT[1:]], [0.0] * 3, full[2].model, "").save(tmp_path / "wrong.json")
+    with pytest.raises(ValueError, match=r"must keep 6 different experts .* got \[0, 1, 2, 3, 4, 8\]"):
+        esparse.kept_experts(full[0], tmp_path / "wrong.json")
+
+
 def test_folders_of_other_models_are_refused(full, small, tmp_path):
     small.save_pretrained(tmp_path / "pruned")
     saved(tmp_path / "seed", seed=1)
@@ -227,5 +238,9 @@ def test_the_command_prices_a_folder(tiny, tmp_path, call):
         assert words[0] == row["layer"] and found == pytest.approx([row["loss"], row["optimum"]], rel=1e-4)
         assert words[4:-2] == [str(row["rank"]), "28"] * (row["rank"] is not None)
         assert float(words[-1]) == pytest.approx(row["gain"], abs=1e-5)
+    said = call("price", "tiny", tmp_path / "pruned" / "plan.json", *options[:4], *options[6:])
+    rows = esparse.price(trace, esparse.PruningPlan.load(tmp_path / "pruned" / "plan.json"), loss="residual")  # the default
+    found = [float(line.split()[1]) for line in said.stdout.splitlines()[2:]]
+    assert found == pytest.approx([row["loss"] for row in rows], rel=1e-4)
     refused = call("price", "tiny", tmp_path / "pruned", "--loss", "l1")  # said before anything is read
     assert (refused.returncode, refused.stdout) == (2, "") and "Unknown loss 'l1': choose from eq3" in refused.stderr

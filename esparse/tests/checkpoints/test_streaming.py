@@ -1,8 +1,10 @@
 """Checkpoints from disk to disk: bit for bit, from every format, through crashes, and over several processes."""
 
+import inspect
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,8 +23,10 @@ from esparse.checkpoints import folder, jobs, progress, reader, streaming, write
 from esparse.checkpoints.folder import INDEX, SINGLE
 from esparse.checkpoints.layout import PREDICTING, Checkpoint, Layout
 from esparse.files import data_folder
+from esparse.moe.identity import fingerprint
 from esparse.tests.conftest import random_tokens, sampled
 from esparse.tests.families import CARRIED, FAMILIES, SAMPLE, family_model
+from esparse.tracing.losses import weighed
 
 TOKENS = random_tokens()
 
@@ -124,7 +128,7 @@ def test_report_and_card_say_what_was_done(source, tmp_path):
         esparse.median_betas(trace, plan.kept), rel=1e-5
     )
     assert report["calibration set"] == trace.tokens and torch.__version__.startswith(report["versions"]["torch"])
-    assert "method: enumerate, r = 6" in (tmp_path / "pruned" / "README.md").read_text()
+    assert "method: enumerate, loss: residual, r = 6" in (tmp_path / "pruned" / "README.md").read_text()
     assert esparse.PruningPlan.load(tmp_path / "pruned" / "plan.json").kept == plan.kept
 
 
@@ -287,7 +291,7 @@ def test_sources_and_requests_that_cannot_be(source, tmp_path):
     with pytest.raises(FileNotFoundError, match="no model folder"):
         esparse.prune_checkpoint(tmp_path / "nowhere", tmp_path / "pruned", 6, calibration=TOKENS)
     with pytest.raises(
-        ConnectionError, match="Could not get the model 'nobody/nothing' from the hub .*'tiny' and local folders"
+        ConnectionError, match="Could not get the model 'nobody/nothing' from the hub .*'tiny-scratch' and local folders"
     ):
         esparse.prune_checkpoint("nobody/nothing", tmp_path / "pruned", 6, calibration=TOKENS)
     (tmp_path / "there").mkdir()
@@ -586,6 +590,31 @@ def test_of_a_hub_id_the_hub_names_the_dtypes(parameters, said, monkeypatch):
     assert needs["disk"].startswith(f"{size / 1e6:.0f} MB for the result {said}")
 
 
+def test_with_a_plan_the_command_takes_nothing_that_only_a_choice_needs(tiny, tmp_path, call):
+    file, out = tmp_path / "plan.json", tmp_path / "pruned"
+    esparse.PruningPlan("by hand", 6, [[*range(6)]] * 6, [0.0] * 6, fingerprint(tiny[0]), "").save(file)
+    for words, said in (
+        (["--until-stable"], "--until-stable"),
+        (["--loss", "residual"], "--loss"),  # also where it is the default
+        (["--seed", 1, "--calibration", "web", "--batch-size", 8], "--calibration, --seed, --batch-size"),
+    ):
+        refused = call("prune", "data/tiny", out, "--plan", file, *words)
+        assert (refused.returncode, refused.stdout) == (2, "")
+        assert refused.stderr.endswith(f"nothing is calibrated or computed: leave out {said}.\n")
+    assert "Say either how many" in call("prune", "data/tiny", out, "--plan", file, "--experts", 6).stderr
+    said = call("prune", "data/tiny", out, "--plan", file, "--dry-run").stdout
+    assert "on 0 tokens" in said and " and 0 bytes while it works" in said and not out.exists()
+    assert call("prune", "data/tiny", out, "--plan", file).returncode == 0
+    assert esparse.PruningPlan.load(out / "plan.json") == esparse.PruningPlan.load(file)
+
+
+def test_the_command_tells_the_defaults_of_the_function():
+    (commands,) = __main__._parser()._subparsers._group_actions
+    defaults, told = inspect.signature(esparse.prune_checkpoint).parameters, commands.choices["prune"].format_help()
+    for name in ("calibration", "sequences", "length", "seed", "method", "loss", "batch_size"):
+        assert re.search(rf"--{name.replace('_', '-')} .*?\({defaults[name].default}\)", told, flags=re.DOTALL)
+
+
 @pytest.mark.parametrize("rate, said", [(1e9, True), (1e11, False)])
 def test_a_cpu_slow_in_the_dtype_is_told_how_long_float32_takes(monkeypatch, rate, said):
     rates = {torch.bfloat16: rate, torch.float32: 1e11}
@@ -599,10 +628,16 @@ def test_a_cpu_slow_in_the_dtype_is_told_how_long_float32_takes(monkeypatch, rat
     assert ("--dtype float32" in needs["time"]) == said
 
 
-def test_the_command_prunes_and_what_comes_out_loads(tmp_path, capsys):
+def test_the_command_prunes_and_what_comes_out_loads(tiny, tmp_path, capsys):
     words = ["prune", "data/tiny", str(tmp_path / "pruned"), "--experts", "6", "--calibration", "web", "--sequences", "8"]
+    words += ["--dtype", "float32"]
     assert __main__.main([*words, "--length", "64"]) == 0
     assert "8 to 6 experts" in capsys.readouterr().out
+    made = esparse.PruningPlan.load(tmp_path / "pruned" / "plan.json")
+    trace = esparse.trace(tiny[0], esparse.calibration_tokens("web", tiny[1], sequences=8, length=64), keep=6)
+    pairs = zip(trace.layers, made.kept, strict=True)
+    losses = [esparse.reconstruction_loss(weighed(layer, "residual"), kept) for layer, kept in pairs]
+    assert made.loss == "residual" and made.losses == pytest.approx(losses, rel=1e-4)  # without --loss
     model, tokenizer = esparse.load_model(str(tmp_path / "pruned"))
     assert model.config.num_local_experts == 6 and tokenizer("one").input_ids
     with safe_open(next((tmp_path / "pruned").glob("model-00001*")), framework="pt") as file:

@@ -52,6 +52,27 @@ def test_where_subsets_are_too_many_greedy_removal_stands_in(run, monkeypatch):
     assert (line["label"], line["mean"]) == ("Eq. 3", [1.5])
 
 
+@pytest.mark.slow
+def test_a_model_of_sixteen_experts_is_studied_and_what_a_corpus_gives_is_computed_once(tmp_path, monkeypatch):
+    """With random weights, which prove nothing of the numbers: every case is possible, at every size."""
+    calls = []
+    counted = lambda own: lambda *given: calls.append(own) or own(*given)  # noqa: E731
+    for name in ("super_experts", "mean_outputs"):
+        monkeypatch.setattr(criteria, name, counted(getattr(criteria, name)))
+    monkeypatch.setattr(criteria, "DRAWS", 1)
+    run = Run("tiny-16", sequences=2, length=16, keep=[15, 14], tasks=[], folder=tmp_path)
+    assert set(criteria.possible_cases(run)) == set(criteria.CASES)
+    rows = list(criteria.criteria_rows(run))
+    assert len(rows) == 1 + 2 * 2 * (len(criteria.CASES) + 3) + 2 and len(calls) == 2 * len(set(calls)) == 4
+    assert all(math.isfinite(value) for row in rows for value in row["perplexity"])
+    means = esparse.mean_outputs(run.model, run.tokens("arithmetic"))
+    for r in (15, 14):
+        [row] = pick(rows, r=r, method="frequency, constants", calibration="arithmetic")
+        with esparse.novices(run.model, run.plan("arithmetic", r, "frequency"), means):
+            expected = [esparse.perplexity(run.model, run.held_out(corpus)) for corpus in ("web", "arithmetic")]
+        assert row["perplexity"] == pytest.approx(expected, rel=1e-4)
+
+
 def test_the_ranking_is_a_geometric_mean_on_the_own_and_on_the_other_corpus(rows):
     table = criteria.ranking(rows, [6])
     web, arithmetic = (pick(rows, method="reap", calibration=corpus)[0]["perplexity"] for corpus in ("web", "arithmetic"))

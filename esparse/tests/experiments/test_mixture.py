@@ -4,7 +4,7 @@ import pytest
 
 import esparse
 from esparse.experiments import divergence, domain, figures
-from esparse.tracing.losses import output_norm
+from esparse.tracing.losses import output_norm, weighed
 
 
 @pytest.fixture(scope="module")
@@ -13,12 +13,13 @@ def run(tmp_path_factory):
 
 
 def relative(traces, kept) -> list[float]:
-    """Mean over layers of loss / output norm, on each corpus."""
-    losses = [[esparse.reconstruction_loss(*pair) for pair in zip(one.layers, kept, strict=True)] for one in traces]
-    return [
-        sum(loss / output_norm(layer) for loss, layer in zip(some, one.layers, strict=True)) / len(kept)
-        for some, one in zip(losses, traces, strict=True)
-    ]
+    """Mean over layers of loss / output norm, both relative to the residual stream, on each corpus."""
+    means = []
+    for one in traces:
+        layers = [weighed(layer, "residual") for layer in one.layers]
+        ratios = [esparse.reconstruction_loss(*pair) / output_norm(pair[0]) for pair in zip(layers, kept, strict=True)]
+        means.append(sum(ratios) / len(kept))
+    return means
 
 
 def test_the_frontier_of_losses(run):

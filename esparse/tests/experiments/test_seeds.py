@@ -29,7 +29,7 @@ def run(tmp_path_factory):
 
 
 def test_rows_are_the_quality_of_what_they_say(run, tiny):
-    about, plan = {"r": 6, "calibration": "web+arithmetic"}, run.plan("web+arithmetic", 6)
+    about, plan = {"r": 6, "method": "enumerate", "calibration": "arithmetic"}, run.plan("arithmetic", 6)
     rows = list(domain.skipping_rows(run, plan, about, ("arithmetic",)))
     assert [row["betas"] for row in rows] == [None, "arithmetic"] and all(about.items() <= row.items() for row in rows)
     betas = esparse.median_betas(run.trace("arithmetic"), plan.kept)
@@ -38,6 +38,8 @@ def test_rows_are_the_quality_of_what_they_say(run, tiny):
         expected = [esparse.perplexity(tiny[0], run.held_out(corpus)) for corpus in ("web", "arithmetic")]
     assert rows[-1]["perplexity"] == pytest.approx(expected, rel=1e-5)
     assert rows[-1]["average"] == pytest.approx(100 * table.value.mean())
+    *_, other = domain.skipping_rows(run, plan, about | {"calibration": "web"}, ("arithmetic",))
+    assert other == rows[-1] | {"calibration": "web", "average": None, "stderr": None, "tasks": {}}  # not in Table 8
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -132,7 +134,8 @@ def files(tmp_path):
 
 
 def test_recipes_divide_a_step_and_refuse_what_cannot_be(files, tmp_path):
-    assert Recipe().rows == {"web": 5, "arithmetic": 3} and str(Recipe()) == "the tiny model's"
+    assert Recipe().rows == {"web": 5, "arithmetic": 3} and str(training.TINY) == "the tiny model's"
+    assert str(Recipe("tiny-scratch")) == "the tiny-scratch model's" and str(Recipe()).startswith("tiny, trained for 3600 ")
     recipe = Recipe("small-16", 20_000, 64, files)
     assert list(recipe.rows.values()) == [20, 12, 20, 12] and sum(recipe.rows.values()) == 64
     assert str(recipe).endswith("64 sequences of web, arithmetic, one.txt, other.txt")  # no path of a machine
@@ -158,7 +161,8 @@ def test_models_of_a_recipe_are_kept_by_what_its_files_hold(files, tmp_path):
     copy = shutil.copy(files[0], tmp_path / "copy.txt")
     assert Recipe(sequences=16, text=(str(copy), files[1])).key == key != Recipe(sequences=16).key
     (tmp_path / "one.txt").write_text("other text")
-    assert Recipe(sequences=16, text=files).key != key and Recipe().key == "tiny"
+    assert Recipe(sequences=16, text=files).key != key
+    assert (training.TINY.key, Recipe("tiny-scratch").key) == ("tiny", "tiny-scratch") and Recipe().key.startswith("tiny-")
 
 
 def test_a_model_of_a_recipe_is_trained_once_and_kept(tmp_path, tiny, monkeypatch):
@@ -216,7 +220,8 @@ def test_the_larger_sibling_is_trained_and_studied_on_text_without_lm_eval(files
 
     def rows(run):
         run = replace(run, sequences=2, length=32)
-        yield from domain.skipping_rows(run, run.plan(run.domain, 12), {"r": 12}, (run.general,))
+        about = {"r": 12, "method": run.method, "calibration": run.domain}
+        yield from domain.skipping_rows(run, run.plan(run.domain, 12), about, (run.general,))
 
     monkeypatch.setitem(seeds.STUDIES, "domain_specific", {"rows": rows})
     words = ["bench", "domain_specific", "--preset", "small-16", "--steps", "1", "--sequences", "16", "--out"]
@@ -237,6 +242,26 @@ def test_only_studies_take_a_recipe(capsys):
     assert "Only studies train models" in capsys.readouterr().err
     assert __main__.main(["bench", "recovery", "--preset", "small"]) == 2
     assert "There is no preset 'small': choose from tiny" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "recipe"),
+    [
+        ((), training.TINY),
+        (("--steps", "7"), replace(training.TINY, steps=7)),
+        (("--preset", "tiny-scratch"), Recipe("tiny-scratch")),
+        (("--preset", "tiny-16", "--steps", "7"), Recipe("tiny-16", 7)),  # from nothing, as every model that does not ship
+    ],
+)
+def test_the_command_takes_a_models_own_recipe(words, recipe, monkeypatch):
+    asked = []
+    monkeypatch.setattr(seeds, "bench_study", lambda name, out, recipe: asked.append(recipe) or "")
+    assert __main__.main(["bench", "criteria", *words]) == 0 and asked == [recipe]
+
+
+def test_the_second_model_that_ships_has_its_own_run():
+    assert seeds.seed_run(0, Recipe("tiny-scratch")).model_name == "tiny-scratch"
+    assert not replace(esparse.Run(), model_name="tiny-scratch").embedded  # notebooks' text is about the tiny model's numbers
 
 
 def test_shipped_sizes_follow_from_the_shapes():

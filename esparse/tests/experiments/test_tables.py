@@ -21,7 +21,7 @@ def test_what_a_method_wins_back_is_a_share_of_what_was_lost():
     (tuned,) = recovery.won_back([*rows, fake(0, 8, 1.0, method="full, tuned")])
     assert tuned["of tuned"] == pytest.approx(100 / 3) and tuned["in perplexity"] == found["in perplexity"]
     assert found["in perplexity"] == pytest.approx(50)  # log 8 to log 2, log 4 reached
-    assert found["in exact match"] == pytest.approx(100 * (33.5 - 34) / (32 - 34))
+    assert found["points"] == pytest.approx(33.5 - 34)
 
 
 def test_exact_match_is_that_of_a_task_that_is_scored_so():

@@ -203,13 +203,14 @@ class Driver:
 
     def through(self, slider: widgets.Slider, count: int, step_by_step: bool = True) -> None:
         """From where it stands to its end, and back over its whole range; else only the first two steps of either way, and
-        each end as it is typed."""
+        each end as it is typed, first the one where it does not stand."""
         assert len(slider.values) == count
         if step_by_step:
             self.up(slider, count - 1 - slider.values.index(slider.value))
             self.up(slider, 1 - count)
         else:
-            for end, way in ((-1, 2), (0, -2)):
+            ends = [(-1, 2), (0, -2)]
+            for end, way in ends if slider.value != slider.values[-1] else reversed(ends):
                 self.up(slider, way)
                 self.type(slider, slider.values[end])
 
@@ -281,8 +282,8 @@ def test_a_key_press_changes_the_pictures_within_a_tenth_of_a_second(open_notebo
             driver.up(board.beta, some)
         driver.choose(board.mode, widgets.SKIPPING[0])
         driver.choose(board.method, "enumerate")
-        for slider in (board.mix, board.residual):
-            for some in (10, -10):
+        for slider, ways in ((board.mix, (10, -10)), (board.residual, (-10, 10))):
+            for some in ways:
                 driver.up(slider, some)
         taken = sorted(page.evaluate("() => window.taken"))
         p95 = min(p95, taken[int(0.95 * len(taken))])

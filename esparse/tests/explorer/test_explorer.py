@@ -84,7 +84,7 @@ def test_the_grid_is_the_trace(traces, shown):
             torch.tensor(table), esparse.co_selection(trace.layers[2]).fill_diagonal_(0).double().to(torch.float32)
         )
         _, losses = esparse.subset_losses(trace.layers[2], 6)
-        drawn = shown.view("landscape", Choice(6, "enumerate", 2))["corpora"][corpus]
+        drawn = shown.view("landscape", Choice(6, "enumerate", 2, residual=0.0))["corpora"][corpus]
         assert drawn["losses"] == pytest.approx((losses.sort().values / output_norm(trace.layers[2])).tolist())
         assert drawn["better"] == 0 and drawn["loss"] == pytest.approx(drawn["losses"][0])
 
@@ -124,10 +124,10 @@ def test_sliders_of_mixtures_act_where_subsets_are_enumerated(shown, traces, tmp
     assert "other corpus" not in alone["kept"]
     board.mix.value, board.residual.value = 25, 40
     assert board.choice == Choice(6, "enumerate", 0, ("share", 0.5), 0.25, 0.4)
-    assert "r = 6, enumerate (25% other corpus, 40% residual loss)<" in figures(board)["trade_off"]
-    assert shown.plan("web", board.choice).label == "method: enumerate (25% other corpus, 40% residual loss), r = 6"
+    assert "r = 6, enumerate (25% other corpus, 60% Eq. 3)<" in figures(board)["trade_off"]
+    assert shown.plan("web", board.choice).label == "method: enumerate (25% other corpus, 60% Eq. 3), r = 6"
     assert shown.plan("web", board.choice).kept == shown.kept("web", board.choice)
-    assert "6 of 8 experts by enumerate (25% other corpus, 40% residual loss)" in board.readout.value
+    assert "6 of 8 experts by enumerate (25% other corpus, 60% Eq. 3)" in board.readout.value
     board.method.value = "frequency"
     fields = (*board.mix.children, *board.residual.children)
     assert all(field.disabled for field in fields) and "r = 6, frequency<" in figures(board)["kept"]
@@ -135,7 +135,7 @@ def test_sliders_of_mixtures_act_where_subsets_are_enumerated(shown, traces, tmp
     board.mix.value = 50
     assert figures(board) == frequent and board.message.value == ""
     assert shown.neighbours(board.choice, [0])["mix"] == shown.neighbours(board.choice, [0])["residual"] == []
-    board.method.value, board.mix.value, board.residual.value = "enumerate", 0, 0
+    board.method.value, board.mix.value, board.residual.value = "enumerate", 0, 100
     assert not any(field.disabled for field in fields) and figures(board) == alone
     for slider in (board.mix, board.residual):
         seen = set()
@@ -147,10 +147,11 @@ def test_sliders_of_mixtures_act_where_subsets_are_enumerated(shown, traces, tmp
         assert len(seen) == 21 and board.message.value == ""
     single = widgets.Dashboard(Explorer({"web": traces["web"]}, tmp_path))
     assert "mix" not in single.controls and "residual" in single.controls
-    single.residual.value = 100
-    assert single.message.value == ""
-    found = esparse.search_experts(traces["web"], 6, loss="residual").kept
-    assert single.explorer.kept("web", single.choice) == found != single.explorer.kept("web", Choice(6, "enumerate"))
+    found = {loss: esparse.search_experts(traces["web"], 6, loss=loss).kept for loss in ("residual", "eq3")}
+    assert single.residual.value == 100 and single.explorer.kept("web", single.choice) == found["residual"] != found["eq3"]
+    single.residual.value = 0
+    assert single.message.value == "" and single.explorer.kept("web", single.choice) == found["eq3"]
+    assert "6 of 8 experts by enumerate (100% Eq. 3)" in single.readout.value
 
 
 def test_no_subset_beats_the_optimum_whatever_rounding_does(traces, tmp_path, monkeypatch):
@@ -166,7 +167,7 @@ def test_no_subset_beats_the_optimum_whatever_rounding_does(traces, tmp_path, mo
     for r, (i, layer) in itertools.product(shown.sizes[:-1], enumerate(traces["web"].layers)):
         subsets, losses = esparse.subset_losses(layer, r)
         for method in ("enumerate", "frequency"):
-            place = Choice(r, method, i)
+            place = Choice(r, method, i, residual=0.0)
             drawn = shown.view("landscape", place)["corpora"]["web"]
             at = subsets.index(tuple(shown.kept("web", place)[i]))
             assert drawn["better"] == (losses < losses[at]).sum() and drawn["others"] == len(subsets) - 1
@@ -495,7 +496,11 @@ def test_an_exported_plan_prunes_and_skips(shown, traces, tiny, tmp_path, monkey
     assert f"prune MODEL pruned --plan {tmp_path / 'plan.json'}" in page.written.value  # from any folder
     plan = esparse.PruningPlan.load("plan.json")
     assert (plan.r, plan.kept) == (5, shown.kept("web", page.dashboard.choice))
-    assert plan.losses == pytest.approx(esparse.search_experts(traces["web"], 5).losses)
+    expected = esparse.search_experts(traces["web"], 5)
+    assert plan.losses == pytest.approx(expected.losses, rel=1e-4) and plan.label == expected.label
+    by_eq3 = shown.plan("web", Choice(5, "enumerate", residual=0.0))
+    expected = esparse.search_experts(traces["web"], 5, loss="eq3").losses
+    assert by_eq3.losses == pytest.approx(expected, rel=1e-4) and by_eq3.loss == "eq3"
     assert plan.betas == shown.skipping("web", page.dashboard.choice)["beta"]
     page.button.click()
     assert "plan.json already exists" in page.dashboard.message.value

@@ -200,7 +200,8 @@ def test_what_a_walk_cannot_carry_is_refused(family):
 @torch.no_grad()
 def test_a_progressive_loss_is_that_of_the_pruned_block_on_the_pruned_stream(family):
     model, tokens = family_model(family), random_tokens()
-    plan = esparse.search_experts(esparse.trace(model, tokens), 6, method="progressive", model=model, tokens=tokens)
+    options = {"method": "progressive", "loss": "eq3", "model": model, "tokens": tokens}
+    plan = esparse.search_experts(esparse.trace(model, tokens), 6, **options)
     small = esparse.prune(copy.deepcopy(model), plan)
     ends = [(moe_layers(one)[-1], one) for one in (small, model)]
     found, wanted = (output(layer, block_inputs(layer, one, tokens)[0]) for layer, one in ends)

@@ -174,7 +174,7 @@ def test_until_stable_chooses_as_on_the_beginning_and_runs_fewer_experts(method,
     model.save_pretrained(tmp_path / "source")
     walk, expected, losses = Walk(model, MANY, progressive=method == "progressive"), [], []
     for number in range(len(moe_layers(model))):
-        traced = walk.trace_layer(number, 5)
+        traced = weighed(walk.trace_layer(number, 5), "residual")
         expected.append(rule(traced, 5))
         losses.append(esparse.reconstruction_loss(part(traced, slice(0, 12 * expected[-1][0])), expected[-1][1]))
         if method == "progressive":

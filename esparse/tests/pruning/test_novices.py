@@ -10,6 +10,7 @@ from esparse.moe.layers import moe_layers
 from esparse.pruning.scores import super_experts
 from esparse.tests.conftest import apart, block_input, random_model, random_tokens
 from esparse.tests.families import family_model
+from esparse.tracing.losses import weighed
 
 TOKENS = random_tokens()
 
@@ -86,7 +87,8 @@ def test_a_super_expert_stays_whatever_the_method():
         plan = esparse.search_experts(trace, 3, method=method, protect=protected, seed=3)
         free = esparse.search_experts(trace, 3, method=method, seed=3)
         assert 4 in plan.kept[1] and [plan.kept[0], plan.kept[2]] == [free.kept[0], free.kept[2]]
-    losses = {subset: esparse.reconstruction_loss(trace.layers[0], subset) for subset in with_loudest}
+    first = weighed(trace.layers[0], "residual")
+    losses = {subset: esparse.reconstruction_loss(first, subset) for subset in with_loudest}
     plan = esparse.search_experts(trace, 3, protect=[[4], [], []])
     assert tuple(plan.kept[0]) == min(losses, key=losses.get)
     for method, found, message in (
@@ -107,3 +109,27 @@ def test_each_group_holds_its_protected_experts_or_says_that_it_cannot():
         assert plan.kept[0][:2] == [0, 1] and {2, 7} <= {*plan.kept[1]}
         with pytest.raises(ValueError, match="4 experts cannot hold 3 protected ones, since each of 2 groups keeps 2"):
             esparse.search_experts(trace, 4, method=method, protect=[[0, 1, 2], []])
+
+
+@torch.no_grad()
+def test_the_mean_change_is_folded_into_biases():
+    model = family_model("gpt_oss")
+    plan = esparse.search_experts(esparse.trace(model, TOKENS), moe_layers(model)[0].k + 1, method="random")
+    x, layer = block_input(model, 0, TOKENS).flatten(0, 1)[None], moe_layers(model)[0]
+    full = layer.block(x)[0][0]
+    changes = esparse.mean_changes(model, plan, TOKENS, batch_size=3)
+    pruned = esparse.prune(model, plan)
+    before = moe_layers(pruned)[0].block(x)[0][0]
+    assert apart(changes[0], (full - before).double().mean(0)) < 1e-5
+    esparse.fold_changes(pruned, changes)
+    after = moe_layers(pruned)[0].block(x)[0][0]
+    assert apart(after - before, changes[0].expand_as(before)) < 1e-5
+    assert (full - after).norm() < 0.99 * (full - before).norm()  # the mean is the best constant
+
+
+def test_constants_without_a_place_are_refused():
+    model = random_model("mixtral", 5, 2)
+    with pytest.raises(ValueError, match="so it holds no constant"):
+        esparse.fold_changes(model, [torch.zeros(8)] * len(moe_layers(model)))
+    with pytest.raises(ValueError, match="Give a constant for each of the"):
+        esparse.fold_changes(model, [])

@@ -52,8 +52,7 @@ def test_every_column_is_that_of_brute_force(model, loss):
 def test_what_enumeration_chose_ranks_first_and_gains_nothing(tiny_trace):
     for row in esparse.price(tiny_trace, esparse.search_experts(tiny_trace, 6)):
         assert row["rank"] in (1, None) and (row["ratio"], row["gain"]) == (1, 0)
-    layer = tiny_trace.layers[0]
-    subsets, losses = esparse.subset_losses(layer, 6)
+    subsets, losses = esparse.subset_losses(weighed(tiny_trace.layers[0], "residual"), 6)
     plan = esparse.search_experts(tiny_trace, 6)
     for place in (1, 27):  # the second best and the worst
         plan.kept[0] = list(subsets[ranked(losses)[place]])

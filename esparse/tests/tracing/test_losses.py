@@ -149,6 +149,33 @@ def test_from_disk_as_in_memory(tmp_path):
         assert f"(method: {method}, loss: residual, r = 4" in (tmp_path / method / "README.md").read_text()
 
 
+@torch.no_grad()
+def test_the_loss_relative_to_the_residual_stream_is_the_default(tmp_path):
+    """Of every function that takes a loss, by brute force over the subsets of one layer."""
+    model = random_model("mixtral", 6, 2, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "model")
+    traced, layer, x = esparse.trace(model, TOKENS), moe_layers(model)[1], block_input(model, 1, TOKENS)
+    found, eq3, divisor = {}, {}, norms(model, 1, "residual")
+    for kept in itertools.combinations(range(6), 4):
+        change = (pruned_block(layer, kept)(x) - layer.block(x)).flatten(0, 1).norm(dim=1)
+        found[kept], eq3[kept] = (change / divisor).norm().item(), change.norm().item()
+    best, second = sorted(found, key=found.get)[:2]
+    assert min(eq3, key=eq3.get) != best  # the case is one where the losses choose differently
+
+    plan, runner_up = esparse.search_experts(traced, 4), pytest.approx(found[second], rel=1e-4)
+    esparse.prune_checkpoint(tmp_path / "model", tmp_path / "pruned", 4, calibration=TOKENS)
+    mixed = esparse.mixtures(traced, traced, 4)
+    for one in (plan, esparse.PruningPlan.load(tmp_path / "pruned" / "plan.json"), mixed.plan(0.5)):
+        assert (one.kept[1], one.loss) == ([*best], "residual") and one.losses[1] == pytest.approx(found[best], rel=1e-4)
+        assert one.runner_up is None or one.runner_up[1] == runner_up
+    assert mixed.minimax().kept[1] == [*best]
+    plan.kept[1] = [*second]
+    priced = esparse.price(traced, plan)[1]
+    assert (priced["loss"], priced["optimum"]) == (runner_up, pytest.approx(found[best], rel=1e-4)) and priced["rank"] == 2
+    sure = esparse.certainty(traced, 4, draws=2)
+    assert sure[1]["kept"] == [*best] and sure == esparse.certainty(traced, 4, draws=2, loss="residual")
+
+
 def test_a_token_without_a_norm_counts_nothing_and_what_cannot_be_is_said():
     model = random_model("mixtral", 4, 2)
     layer = esparse.trace(model, TOKENS).layers[0]
@@ -159,21 +186,28 @@ def test_a_token_without_a_norm_counts_nothing_and_what_cannot_be_is_said():
     )
     alone = trace_block(moe_layers(model)[0], torch.randn(8, 32).double(), 3)
     assert esparse.reconstruction_loss(weighed(alone, "output"), [0, 1, 2]) > 0
-    with pytest.raises(ValueError, match="this trace lacks the norms of the residual stream: trace the whole model"):
-        weighed(alone, "residual")
+    alone = esparse.Trace([alone], "", "")
+    remedy = "this trace lacks the norms of the residual stream: trace the whole model, or take loss='eq3'"
+    for call in (esparse.search_experts, esparse.certainty, lambda trace, r: esparse.mixtures(trace, trace, r)):
+        with pytest.raises(ValueError, match=remedy):
+            call(alone, 3)
+    assert esparse.search_experts(alone, 3, loss="eq3").losses[0] > 0  # as the sentence says
     with pytest.raises(ValueError, match="Unknown loss 'mse': choose from eq3, residual, output"):
         esparse.search_experts(esparse.trace(model, TOKENS), 3, loss="mse")
 
 
 @pytest.mark.slow
 def test_on_the_tiny_model_the_relative_loss_keeps_better_experts(tiny):
-    """Held-out perplexity on web text at r = 6 and 5, calibrated on web: lower than with Eq. 3."""
+    """Held-out perplexity over that with Eq. 3's experts, on the corpus of the calibration: no worse at any size within 0.5%,
+    and better where half of the experts go."""
     model, tokenizer = tiny
-    traced = esparse.trace(model, esparse.calibration_tokens("web", tokenizer, sequences=64, length=256), keep=5)
-    held_out = esparse.calibration_tokens("web/heldout", tokenizer, sequences=16, length=256)
-    for r in (6, 5):
-        found = {}
-        for loss in ("eq3", "residual"):
-            with esparse.masked(model, esparse.search_experts(traced, r, loss=loss)):
-                found[loss] = esparse.perplexity(model, held_out)
-        assert found["residual"] < found["eq3"]
+    for corpus in ("web", "arithmetic"):
+        traced = esparse.trace(model, esparse.calibration_tokens(corpus, tokenizer, sequences=64, length=256), keep=4)
+        held_out, ratios = esparse.calibration_tokens(f"{corpus}/heldout", tokenizer, sequences=16, length=256), []
+        for r in (6, 5, 4):
+            found = []
+            for loss in ("residual", "eq3"):
+                with esparse.masked(model, esparse.search_experts(traced, r, loss=loss)):
+                    found.append(esparse.perplexity(model, held_out))
+            ratios.append(found[0] / found[1])
+        assert max(ratios) < 1.005 and ratios[-1] < 0.995, ratios
