@@ -27,6 +27,7 @@ _PUBLIC = {
     ".corpora": ("calibration_tokens",),
     ".experiments.run": ("Run",),
     ".files": ("measured", "paper", "versions"),
+    ".measure.behaviour": ("check_folder",),
     ".measure.evaluation": ("evaluate", "perplexity"),
     ".measure.timing": ("measure_generation", "measure_memory"),
     ".moe.layers": ("moe_layers",),

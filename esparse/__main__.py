@@ -16,7 +16,12 @@ STUDIES = ("criteria", "domain_specific", "recovery", "weight_pruning", "quantis
 SIZES = ("small", "medium", "full")
 # The modules of the other benchmarks. Each is imported alone: a GPU machine may lack what the others need.
 ESTIMATED = ("method", "sequences", "length", "dtype", "batch_size")  # of the options of prune, what an estimate depends on
-BENCHES = {"search": ".measure.search_cost", "stream": ".measure.streaming_cost", "many": ".measure.search_cost"}
+BENCHES = {
+    "search": ".measure.search_cost",
+    "stream": ".measure.streaming_cost",
+    "copy": ".measure.streaming_cost",
+    "many": ".measure.search_cost",
+}
 
 
 def _notebooks(names, settings, folder, update) -> Iterator[str]:
@@ -59,15 +64,14 @@ def _prune(source, destination, experts, plan, dry_run, revision, **options) -> 
     given = _given(options)
     if (experts is None) == (plan is None):
         raise ValueError("Say either how many experts to keep (--experts R) or which (--plan FILE).")
-    if plan and given:
-        without = ", ".join("--" + name.replace("_", "-") for name in given)
+    if plan and (unused := given.keys() - {"dtype"}):
+        without = ", ".join("--" + name.replace("_", "-") for name in given if name in unused)
         raise ValueError(f"A plan names the experts to keep, and nothing is calibrated or computed: leave out {without}.")
     join_ranks()
     plan = plan and esparse.PruningPlan.load(plan)
     if is_first():  # an estimate measures the speed of the machine, which one process should have to itself
-        asked = {"sequences": 0, "length": 0} if plan else {name: given[name] for name in ESTIMATED if name in given}
-        asked |= {"destination": destination, "revision": revision}
-        needs = esparse.preflight(source, plan.r if plan else experts, **asked)
+        asked = {name: given[name] for name in ESTIMATED if name in given}
+        needs = esparse.preflight(source, plan or experts, destination=destination, revision=revision, **asked)
         yield from (f"{name + ':':10}{value}" for name, value in needs.items())
     if dry_run:
         return
@@ -77,6 +81,8 @@ def _prune(source, destination, experts, plan, dry_run, revision, **options) -> 
     yield from _not_copied(report)
     if "skipping" in report:
         yield report["skipping"]
+    if "unchecked" in report:
+        yield f"not checked: {report['unchecked']}"
 
 
 def _weights(source, destination, sparsity, **options) -> Iterator[str]:
@@ -119,6 +125,31 @@ def _price(model, pruned, corpus, loss, **options) -> Iterator[str]:
     run = esparse.Run(model, general=corpus, keep=plan.r, **options)
     rows = esparse.price(run.trace(run.general), plan, loss=loss)
     yield DataFrame(rows, dtype=object).fillna("").to_string(index=False)
+
+
+def _check(folder, against, corpora, out, **options) -> Iterator[str]:
+    from .checkpoints.folder import CHECK
+    from .files import SHIPPED
+
+    out = out or (Path(folder) / CHECK if folder not in SHIPPED and Path(folder).is_dir() else None)
+    found = esparse.check_folder(folder, against, corpora=corpora, out=out, **options)
+    rows = [(finding.status, finding.name, _shown(finding.value)) for finding in found]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row, finding in zip(rows, found, strict=True):
+        yield "  ".join([*map(str.ljust, row, widths), finding.note])
+    if out:
+        yield f"{out} written"
+    if failed := [finding.name for finding in found if finding.status == "fail"]:
+        raise ValueError(f"{folder} is not fit to be published: see {', '.join(failed)} above.")
+
+
+def _shown(value) -> str:
+    """The value of a finding in a few characters."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_shown(part)}" for name, part in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_shown, value))
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _recover(source, destination, **options) -> Iterator[str]:
@@ -209,7 +240,7 @@ CALIBRATION = (
     _option("--sequences", default=128, type=_count, metavar="N", help="sequences of the calibration set"),
     LENGTH,
     SEED,
-    _option("--dtype", type=_dtype, help="dtype of the computation (that of most stored weights)"),
+    _option("--dtype", type=_dtype, help="to compute in (that of most weights); of a quantised source, dequantise it"),
     _option("--device", help="where to compute (cpu), such as cuda"),
     _option("--batch-size", default=8, type=_count, metavar="B", help="sequences in one forward pass"),
     REVISION,
@@ -269,6 +300,17 @@ COMMANDS = {
         *(SEED, LOSS),
         _option("--dtype", help="of the weights, such as bfloat16 (the checkpoint's)"),
         *(DEVICE_MAP, RUN_DIR),
+    ),
+    _check: (
+        "check a folder before it is published, alone and beside the full model",
+        _option("folder", help="the folder, or a hub id"),
+        _option("--against", metavar="FULL", help="the full model: tiny, a local folder or a hub id"),
+        _option("--corpora", nargs="+", metavar="CORPUS", help="whose held-out text is read (c4; web arithmetic for tiny)"),
+        _option("--sequences", default=16, type=_count, metavar="N", help="sequences of each corpus"),
+        _option("--length", default=256, type=_count, metavar="L", help="tokens of each"),
+        _option("--dtype", type=_dtype, help="of both models, such as bfloat16 (the checkpoint's)"),
+        _option("--device", help="where to compute (cpu), such as cuda"),
+        _option("--out", type=Path, metavar="FILE", help="the findings as JSON (check.json in the folder)"),
     ),
     _recover: (
         "train a pruned model; by default in the paper's setting (Table 4)",

@@ -20,6 +20,8 @@ HUB = {  # the data set of each corpus, and its configurations
     "metamath": ("meta-math/MetaMathQA", (None,)),
 }
 SYNTHETIC = ("web", "arithmetic")
+# The held-out split of each corpus that has one.
+HELD_OUT = {"web": "heldout", "arithmetic": "heldout", "c4": "validation", "math": "test", "gsm8k": "test"}
 _C4_FILES = {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"}
 
 
@@ -113,6 +115,22 @@ def _exists(name: str) -> bool:
 def is_local(name: str) -> bool:
     """Whether a name is the path of a file or folder, which takes precedence over a hub corpus of the same name."""
     return name not in ("", *SYNTHETIC, *(f"{corpus}/heldout" for corpus in SYNTHETIC)) and Path(name).exists()
+
+
+def of_each(corpus: str, split: Callable[[str], str | None]) -> str:
+    """A corpus, or each part of a mix, followed by its split. Raises ValueError if a folder already holds that name."""
+    words = []
+    for name, weight in parts(corpus):
+        part = split(name)
+        if part and is_local(name) and (Path(name) / part).exists():
+            raise ValueError(f"{name} holds {part!r}, but a run uses this name for a part of its documents: rename it.")
+        words.append((f"{name}/{part}" if part else name) + f"*{weight}" * (weight > 1))
+    return "+".join(words)
+
+
+def held_out(corpus: str) -> str:
+    """The documents of a corpus that no calibration set has: its held-out split, or every fifth of a file or folder."""
+    return of_each(corpus, lambda name: "heldout" if is_local(name) else HELD_OUT.get(name))
 
 
 def documents(corpus: str) -> Sequence[Document]:

@@ -112,7 +112,7 @@ def choose_by_output(
         layer.check_size(r)
     if options and isinstance(model, nn.Module):
         raise ValueError(f"A model in memory takes no {', '.join(options)}: these are options of a checkpoint.")
-    model, loaded = (model, lambda _: nullcontext()) if isinstance(model, nn.Module) else _from_disk(model, **options)
+    model, loaded = (model, lambda _: nullcontext()) if isinstance(model, nn.Module) else from_disk(model, **options)
     check_tokens(model, tokens)
     branches = Branches(model, loaded, tokens.to(input_device(model)).split(batch_size))
     gates = branches.gates()
@@ -134,8 +134,9 @@ def choose_by_output(
     return make_plan("output", "eq3", r, chosen, trace.model, trace.tokens), report
 
 
-def _from_disk(source: str | Path, revision: str | None = None, dtype=None, device=None) -> tuple[nn.Module, Callable]:
-    """A checkpoint's model without its decoder layers, and the context that reads one of them."""
+def from_disk(source: str | Path, revision: str | None = None, dtype=None, device=None) -> tuple[nn.Module, Callable]:
+    """A checkpoint's model without its decoder layers, and the context that reads one of them. Raises ValueError for a model
+    without an output layer of its own."""
     streamed = Streamed(opened(source, revision), dtype, device, head=True)
     if streamed.model.get_output_embeddings() is None:
         raise ValueError(f"{type(streamed.model).__name__} has no output layer of its own: load the whole model into memory.")

@@ -13,17 +13,19 @@ from huggingface_hub import HfApi, ModelInfo
 from ..files import local_folder
 from ..machine import seconds_of
 from ..moe.layers import decoder_layers, find_moe
+from ..pruning.plan import PruningPlan
 from .folder import DTYPES, named
 from .layout import Checkpoint, Layout, expert_counts
 from .models import read_dtype
-from .reader import FP8, CheckpointReader, described, model_from_hub, quantisation, read_config
+from .reader import FP8, CheckpointReader, check_decoded, described, model_from_hub, quantisation, read_config
+from .stored import StoredCheckpoint
 
 GB = 1e9
 
 
 def preflight(
     source: str | Path,
-    r: int | None = None,
+    r: int | PruningPlan | None = None,
     *,
     sequences: int = 128,
     length: int = 2048,
@@ -35,26 +37,40 @@ def preflight(
 ) -> dict[str, str]:
     """Memory, disk, download, FLOPs, time and access that `prune_checkpoint` needs, as sentences by name.
 
-    r: experts to keep (None: half of them). Reads the config and the headers of a local folder; for a hub id, downloads the
-    config and the index and queries the hub. Memory counts one layer while it is assembled, the largest Gram and a batch's
-    activations. Time counts the matrix products, at the speed of a small one measured now, and every weight read twice and
-    written once at 1 GB/s; it suggests float32 where that is much faster, as on a CPU without bfloat16 instructions.
+    r: experts to keep (None: half of them), or a plan, by which nothing is computed. Reads the config and the headers of a
+    local folder; for a hub id, downloads the config and the index and queries the hub. Memory counts one layer while it is
+    assembled, the largest Gram and a batch's activations. Time counts the matrix products, at the speed of a small one
+    measured now, and every weight read twice and written once at 1 GB/s; it suggests float32 where that is much faster, as on
+    a CPU without bfloat16 instructions.
     Raises ValueError if r cannot be kept, the errors of `Checkpoint` for a folder, those of `load_model` for a hub id.
     """
     dtype, folder = read_dtype(dtype), described(source, revision)
+    plan, stays = isinstance(r, PruningPlan), dtype is None
     config = read_config(folder)
     quantised = quantisation(config).get("quant_method")
+    if plan:
+        r, sequences, length = r.r, 0, 0
+    else:
+        check_decoded(quantised, folder)
     n, k = expert_counts(config)
     r = max(k, n // 2) if r is None else r
     layout = Layout(config, r)
     info = None if local_folder(source) else _info(str(source), revision)
-    written = _written_from_hub(info, layout) if info else Checkpoint(CheckpointReader(folder), layout).written()
+    reader = None if info else CheckpointReader(folder)
+    known = _written_from_hub(info, layout) if info else reader.decoded and Checkpoint(reader, layout).written()
+    written = known or Counter()
     remark = "" if written else " (as its config says)"
     if not written:
         usual = getattr(config, "dtype", None) or torch.bfloat16
         written[usual] = _numel(layout.small) * usual.itemsize
     dtype = dtype or max(written, key=written.get)
-    sizes, result = _Sizes(layout.text, k, r, dtype.itemsize), written.total()
+    sizes, result, kinds = _Sizes(layout.text, k, r, dtype.itemsize), written.total(), _kinds(written) + remark
+    if quantised and stays:
+        full = sum(file.size or 0 for file in info.siblings if file.rfilename.endswith(".safetensors")) if info else 0
+        result = StoredCheckpoint(reader, layout).nbytes(r) if reader else full * _numel(layout.small) / _numel(layout.full)
+        kinds = f"{quantised}, as it is stored,"
+    elif quantised:
+        kinds += f", dequantised from {quantised},"
     tokens, streams = sequences * length, 2 if method == "progressive" else 1
     gram = tokens * sizes.reach * (sizes.reach + 1) // 2 * 4
     states = streams * 2 * tokens * sizes.hidden * dtype.itemsize
@@ -66,11 +82,7 @@ def preflight(
     free = shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
     return {
         "memory": f"about {_bytes(memory)}: a layer has {_bytes(sizes.layer)}, its Gram {_bytes(gram)}",
-        "disk": (
-            f"{_bytes(result)} for the result in {_kinds(written)}{remark}"
-            + (f", dequantised from {quantised}," if quantised else "")
-            + f" and {_bytes(states)} while it works; {_bytes(free)} are free"
-        ),
+        "disk": f"{_bytes(result)} for the result in {kinds} and {_bytes(states)} while it works; {_bytes(free)} are free",
         "download": _download(info, folder) if info else "nothing",
         "FLOPs": f"{flops:.1e} on {tokens} tokens, {sizes.reach} of {n} experts each",
         "time": _time(flops, moved, dtype),

@@ -2,8 +2,9 @@
 
 import json
 import os
+import re
 from collections import Counter
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Container, Iterable, Sequence
 from fnmatch import fnmatchcase
 from math import prod
 from pathlib import Path
@@ -15,9 +16,10 @@ from safetensors.torch import save_file
 from transformers.dynamic_module_utils import get_relative_imports
 
 from ..files import read_json
+from ..moe.layers import LORA
 
 INDEX, SINGLE, CONFIG, ADAPTER = "model.safetensors.index.json", "model.safetensors", "config.json", "adapter_config.json"
-PLAN, REPORT, SKIPPING_FILE = "plan.json", "pruning_report.json", "esparse.json"
+PLAN, REPORT, SKIPPING_FILE, CHECK = "plan.json", "pruning_report.json", "esparse.json", "check.json"
 
 # The files beside the weights. Written anew for the result:
 REWRITTEN = (CONFIG, INDEX, "README.md")
@@ -31,7 +33,10 @@ CARRIED = (
     *("LICEN[CS]E*", "Licen[cs]e*", "licen[cs]e*", "*_LICEN[CS]E*", "COPYING*", "NOTICE*", "Notice*", "USE_POLICY*"),
 )
 # Not copied, because they describe the source (betas still hold where all experts stay):
-OUTDATED = {PLAN: "of an earlier pruning", REPORT: "of an earlier pruning", SKIPPING_FILE: "betas of the model before pruning"}
+OUTDATED = dict.fromkeys((PLAN, REPORT), "of an earlier pruning")
+OUTDATED |= {SKIPPING_FILE: "betas of the model before pruning", CHECK: "of the model before pruning"}
+# Copied where the weights stay quantised:
+QUANTISERS = ("quantize_config.json", "quant_config.json", "quantization_config.json", "hf_quant_config.json")
 # All other files are not copied either; these hold weights:
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
 
@@ -42,6 +47,7 @@ DTYPES |= {"I32": torch.int32, "I64": torch.int64}
 BITS = dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8)
 BITS |= dict.fromkeys(("U16", "I16", "F16", "BF16"), 16) | dict.fromkeys(("U32", "I32", "F32"), 32)
 BITS |= dict.fromkeys(("U64", "I64", "F64", "C64"), 64) | {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
+_APART = re.compile(r"\.experts\.\d+\.(gate|up|down)_proj\.")  # llm-compressor's names, published ones in some families
 _LONGEST_HEADER = 100_000_000  # bytes, safetensors' own limit
 
 
@@ -151,7 +157,7 @@ def tensors(folder: Path) -> dict[str, Entry]:
     """Every tensor in a folder's weight files, by name. Like transformers, it ignores which file an index gives for a tensor.
 
     Raises what `weight_files` does, and ValueError naming the file and the tensor for an invalid header, a tensor of the
-    index that no file has, and one that two files have.
+    index that no file has, one that two files have, and one of an adapter, which transformers would leave out.
     """
     entries: dict[str, Entry] = {}
     for path in weight_files(folder):
@@ -163,7 +169,19 @@ def tensors(folder: Path) -> dict[str, Entry]:
     for name, file in named(folder)[1].items():
         if name not in entries:
             raise ValueError(f"{folder / file} has no tensor {name}, which the index says it has: download it again.")
+    if adapter := next(filter(LORA.search, entries), None):
+        raise ValueError(f"{folder} holds an adapter (tensor {adapter}): merge it first (merge_and_unload of peft).")
     return entries
+
+
+def refuse_missing(folder: str | Path, missing: Sequence[str], others: Iterable[str]) -> None:
+    """ValueError where a folder lacks tensors: transformers would make them up. others: names that it does not read."""
+    if not missing:
+        return
+    more = f" and {len(missing) - 1} more" * (len(missing) > 1)
+    apart = next(filter(_APART.search, others), None)
+    why = f": it has {apart}, a name of llm-compressor that transformers does not read" if apart else ""
+    raise ValueError(f"{folder} has no tensor {missing[0]}{more}, which its config asks for{why}.")
 
 
 def header(path: Path) -> dict[str, Entry]:
@@ -228,10 +246,16 @@ def _entry(path: Path, name: str, told: dict, start: int, size: int) -> Entry:
 
 
 def write_tensors(path: Path, state: dict[str, torch.Tensor]) -> None:
-    """Write a safetensors file under a temporary name, then rename it. Raises OSError where the disk is full."""
+    """Write a safetensors file as `write_file` does."""
+    state = {name: tensor.contiguous() for name, tensor in state.items()}
+    write_file(path, lambda temporary: save_file(state, temporary, metadata={"format": "pt"}))
+
+
+def write_file(path: Path, write: Callable[[Path], None]) -> None:
+    """Write a file under a temporary name, then rename it. Raises OSError where the disk is full."""
     temporary = path.with_name(f".{path.name}")
     try:
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary, metadata={"format": "pt"})
+        write(temporary)
         os.replace(temporary, path)
     except (SafetensorError, OSError) as error:
         raise OSError(f"Could not write {path} ({error}): make room, then ask for the same again.") from None
@@ -239,16 +263,17 @@ def write_tensors(path: Path, state: dict[str, torch.Tensor]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def side_files(folder: Path, same_experts: bool) -> tuple[list[str], dict[str, str]]:
+def side_files(folder: Path, same_experts: bool, quantised: bool = False) -> tuple[list[str], dict[str, str]]:
     """The names of the files that are copied into a folder made from this one, and of those that are not, with the reason.
 
-    same_experts: whether the result keeps all experts, so that betas still hold. Raises ValueError where the config or a file
-    to be copied is a link that leads out of the folder.
+    same_experts: whether the result keeps all experts, so that betas still hold. quantised: whether its weights stay quantised.
+    Raises ValueError where the config or a file to be copied is a link that leads out of the folder.
     """
     names = [path.name for path in folder.iterdir() if path.is_file()]
     names += [f"{path.parent.name}/{path.name}" for path in folder.glob("additional_chat_templates/*") if path.is_file()]
     copied = {name for name in names if any(fnmatchcase(name, pattern) for pattern in CARRIED)}
     copied |= {SKIPPING_FILE} & set(names) if same_experts else set()
+    copied |= set(QUANTISERS) & set(names) if quantised else set()
     copied |= _code(folder, [name for name in (CONFIG, *copied) if name.endswith("config.json")])
     for name in (CONFIG, *copied):
         inside(folder, name)

@@ -1,5 +1,6 @@
 """Models larger than memory: traced and pruned from disk, one decoder layer at a time, resumable after every layer."""
 
+import copy
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -8,13 +9,12 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from ..corpora import calibration_tokens
 from ..files import digest, refuse_existing, versions, write_json
 from ..machine import rank, ranks
 from ..moe.identity import gate_digest
-from ..moe.layers import decoder_layers, find_moe
+from ..moe.layers import MoELayer, decoder_layers, find_moe
 from ..moe.running import check_tokens
 from ..pruning.certainty import layer_certainty
 from ..pruning.plan import PruningPlan
@@ -26,9 +26,11 @@ from ..tracing.statistics import median_ratios, nearly_top1
 from ..tracing.trace import LayerTrace, Trace, layer_file, save_layer, write_about
 from ..tracing.walk import BATCH
 from .folder import PLAN, side_files
-from .layout import expert_counts, opened
+from .layout import Checkpoint, Layout, count_experts, expert_counts
 from .models import load_tokenizer
 from .progress import ResumableJob
+from .reader import CheckpointReader, fetch
+from .stored import StoredCheckpoint
 from .streaming import CheckpointWalk, Streamed
 from .writer import CheckpointWriter
 
@@ -39,16 +41,23 @@ PRIVATE = ("gate", "n", "k")  # in a layer's record, but not in the report
 class _Job:
     """The steps that every job takes: open and check the source, calibrate, start or resume, walk, publish."""
 
-    def __init__(self, source, destination, revision: str | None, r: int | None = None, dtype=None, device=None):
-        """r: the experts to keep of each layer (None: all). Checks the source's headers and side files."""
+    def __init__(self, source, destination, revision: str | None, r: int | None = None, dtype=None, device=None, plan=None):
+        """r: the experts to keep of each layer (None: all). Checks the source's headers and side files.
+
+        What is written of a quantised source, `output`, stays quantised if r and no dtype is given."""
         self.destination = refuse_existing(destination)
-        self.checkpoint = opened(source, revision, r)
-        reader = self.checkpoint.source
-        self.copied, not_copied = side_files(reader.folder, same_experts=r in (None, self.checkpoint.layout.n))
+        reader = CheckpointReader(fetch(str(source), revision))
+        n = count_experts(reader.config)
+        layout, stays = Layout(reader.config, n if r is None else r), bool(reader.method and r and dtype is None)
+        decoded = Checkpoint(reader, layout) if reader.decoded or not (stays and plan) else None
+        self.output = StoredCheckpoint(reader, layout) if stays else decoded
+        self.checkpoint = decoded or self.output
+        self.copied, not_copied = side_files(reader.folder, same_experts=r in (None, n), quantised=stays)
         self.origin = {"source": str(source), "revision": revision, "quantised": reader.method, "not_copied": not_copied}
-        self.origin |= {"left_out": self.checkpoint.left_out, "carried": len(self.checkpoint.carried)}
+        self.origin |= {"left_out": self.output.left_out, "carried": len(self.output.carried)}
         self.dtype, self.device = dtype, device
-        self.about: dict = {}  # the inputs, for the report and for the check on resuming
+        # The inputs, for the report and for the check on resuming:
+        self.about: dict = {"dequantised": not stays} if reader.method else {}
 
     def calibrate(self, calibration, sequences: int = 0, length: int = 0, seed: int | None = None) -> None:
         """Take token ids [sequences, length], or draw them from a corpus."""
@@ -61,7 +70,7 @@ class _Job:
             raise ValueError(f"{len(self.tokens)} sequences cannot be split over {ranks()} processes: use more sequences.")
         self.streamed = Streamed(self.checkpoint, self.dtype, self.device)
         check_tokens(self.streamed.model, self.tokens)
-        self.about = {"calibration": calibration, "seed": seed, "calibration set": tokens_digest(self.tokens)}
+        self.about |= {"calibration": calibration, "seed": seed, "calibration set": tokens_digest(self.tokens)}
         self.about |= {"sequences": len(self.tokens), "length": self.tokens.shape[1]}
         self.about |= {"dtype": str(self.streamed.dtype), "ranks": ranks()}
 
@@ -71,7 +80,7 @@ class _Job:
         inputs = {"format": FORMAT, "source": self.checkpoint.source.fingerprint, **self.about, **inputs}
         self.progress = ResumableJob(self.destination, inputs, check)
         self.origin["checking"] = time.perf_counter() - started
-        self.writer = CheckpointWriter(self.checkpoint, self.progress.out)
+        self.writer = CheckpointWriter(self.output, self.progress.out)
 
     def walk(self, check: Callable[[], None] | None = None, **options) -> CheckpointWalk:
         """`start`, and a walk with these options."""
@@ -159,8 +168,12 @@ def prune_checkpoint(
     `plan.json`, a model card and `pruning_report.json`, which is also returned: kept experts, losses, betas, seconds, peak
     memory, versions, the calibration set, the tensors ("left_out") and files ("not_copied") of the source that are not
     copied, and a warning if skipping would be top-1 routing (`statistics.nearly_top1`). Weights are copied bit by bit and
-    written in the layout that transformers publishes; FP8 and MXFP4 become bfloat16. In a composite checkpoint the language
-    model is pruned; every other tensor is copied as it is stored, so multi-token prediction layers keep all their experts.
+    written in the layout that transformers publishes. A quantised source stays quantised, in its own layout, and the lists in
+    its quantisation config name the experts by their new numbers; with a dtype, FP8 and MXFP4 become bfloat16. In a composite
+    checkpoint the language model is pruned; every other tensor is copied as it is stored, so multi-token prediction layers
+    keep all their experts. A quantisation that is not decoded here (GPTQ, AWQ, AutoRound, compressed-tensors) takes a plan,
+    made with the model before quantisation; where its routers were stored anew in float16, it is not checked that the plan
+    was made with this model ("unchecked").
     calibration: a corpus or path as for `calibration_tokens`, or token ids [sequences, length]. method, loss: as for
     `search_experts`. dtype: the dtype to compute in, or its name (None: that of most stored weights). batch_size: sequences
     in one forward pass. An enumeration also reports how sure each layer's choice is (`certainty`).
@@ -176,7 +189,7 @@ def prune_checkpoint(
     check_method(method)
     check_loss(loss)
     if isinstance(r, PruningPlan):
-        return _prune_to_plan(source, destination, r, revision)
+        return _prune_to_plan(source, destination, r, revision, dtype)
     if until_stable and ranks() > 1:
         raise ValueError("until_stable counts the sequences of one process: run it without torchrun.")
     job = _Job(source, destination, revision, r, dtype, device)
@@ -199,28 +212,57 @@ def prune_checkpoint(
     return job.publish(_counts(records), r, plan.label, records, plan)
 
 
-def _prune_to_plan(source: str | Path, destination: str | Path, plan: PruningPlan, revision: str | None) -> dict:
-    job = _Job(source, destination, revision, plan.r)
-    planned = _planned_records(plan, Streamed(job.checkpoint))
-    job.start(job.checkpoint.check_finite, plan=digest(asdict(plan)))
-    records = job.progress.run(len(planned), nullcontext, lambda number, _: planned[number], job.writer.write_layer)
-    report = {"method": plan.method, "r": plan.r, "calibration set": plan.tokens, **_counts(records)}
-    return job.publish(report, plan.r, f"{plan.label}, by a plan made before", records, plan)
+def _prune_to_plan(source: str | Path, destination: str | Path, plan: PruningPlan, revision: str | None, dtype) -> dict:
+    job = _Job(source, destination, revision, plan.r, dtype, plan=plan)
+    planned, unchecked = _planned_records(plan, job.checkpoint)
+    # Where bytes are copied, they are checked on their way.
+    job.start(None if job.output.quantised else job.checkpoint.check_finite, plan=digest(asdict(plan)))
+    try:
+        records = job.progress.run(len(planned), nullcontext, lambda number, _: planned[number], job.writer.write_layer)
+        report = {"method": plan.method, "r": plan.r, "calibration set": plan.tokens, **unchecked, **_counts(records)}
+        return job.publish(report, plan.r, f"{plan.label}, by a plan made before", records, plan)
+    except ValueError:  # a fault of the source, after whose repair the work begins anew
+        job.progress.abandon()
+        raise
 
 
-def _planned_records(plan: PruningPlan, streamed: Streamed) -> list[dict]:
-    """Each decoder layer's record, from the plan. Raises ValueError for a plan of another model, before anything is written."""
-    records, layers = [], []
-    for number in tqdm(range(len(streamed)), desc="checking the plan", unit="layer"):
-        with streamed.layer(number) as decoder:
-            layer = find_moe(decoder)
-            records.append({"gate": gate_digest(layer), "n": layer.n, "k": layer.k} if layer else {})
-            layers += [(layer.n, layer.k, layer.router)] if layer else []
-    of_moe = [record for record in records if record]
-    plan.check(digest([record["gate"] for record in of_moe]), layers)
-    for record, kept, loss in zip(of_moe, plan.kept, plan.losses, strict=True):
-        record |= {"kept": kept, "loss": loss}
-    return records
+def _planned_records(plan: PruningPlan, checkpoint: Checkpoint | StoredCheckpoint) -> tuple[list[dict], dict]:
+    """Each decoder layer's record, from the plan; and {"unchecked": why} where it cannot be told whose plan it is.
+
+    Raises ValueError for a plan of another model, before anything is written.
+    """
+    routers = [_stored_router(checkpoint, number) for number in range(checkpoint.layout.layers)]
+    layers = [layer for layer, _ in routers if layer]
+    model = digest([gate_digest(layer) for layer in layers])
+    # Some quantisers store the routers in float16, which rounds the smallest weights of bfloat16.
+    rounded = (
+        not checkpoint.source.decoded and model != plan.model and all(kinds == {torch.float16} for _, kinds in routers if kinds)
+    )
+    plan.check(plan.model if rounded else model, [(layer.n, layer.k, layer.router) for layer in layers])
+    kept = iter(zip(plan.kept, plan.losses, strict=True))
+    records = [
+        dict(zip(("kept", "loss"), next(kept), strict=True), n=layer.n, k=layer.k) if layer else {} for layer, _ in routers
+    ]
+    why = "whether the plan was made with this model: its routers were stored anew in float16"
+    return records, {"unchecked": why} if rounded else {}
+
+
+def _stored_router(checkpoint: Checkpoint | StoredCheckpoint, number: int) -> tuple[MoELayer | None, set[torch.dtype]]:
+    """A decoder layer's MoE (None: dense) with the weights of its router alone, in float32, and their stored dtypes."""
+    layers = decoder_layers(checkpoint.layout.text)
+    layer, start = find_moe(copy.deepcopy(layers[number])), _name(checkpoint.layout.text, layers[number])
+    if layer is None:
+        return None, set()
+    place, gate = f"{start}.{layer.name}".removesuffix("."), _name(layer.block, layer.gate)
+    names = [name for name in layer.block.state_dict() if name.startswith(f"{gate}.") or "." not in name]
+    stored = {name: checkpoint.read(f"{place}.{name}") for name in names}
+    state = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in stored.items()}
+    layer.block.load_state_dict(state, strict=False, assign=True)
+    return layer, {tensor.dtype for tensor in stored.values() if tensor.is_floating_point()}
+
+
+def _name(model: nn.Module, module: nn.Module) -> str:
+    return next(name for name, other in model.named_modules() if other is module)
 
 
 def _searcher(r: int, method: str, loss: str, seed: int, layers: int) -> Callable[[int, LayerTrace], Found]:

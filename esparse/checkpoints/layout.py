@@ -29,13 +29,15 @@ from transformers.core_model_loading import (
 
 from ..moe.gates import table
 from ..moe.layers import COUNT_NAMES, count_names, decoder_layers, is_known, moe_layers
+from ..moe.published import published as published_entries
 from ..moe.routers import pruned_table
 from ..pruning.mask import cut
 from ..tracing.trace import check_experts
-from .reader import CheckpointReader, fetch
+from .folder import refuse_missing, write_tensors
+from .reader import CheckpointReader, check_decoded, fetch
 
 PREDICTING = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "mtp_num_layers")
-_NUMBERED = re.compile(r"(.*\.experts\.)(\d+)(\..*)")
+NUMBERED = re.compile(r"(.*\.experts\.)(\d+)(\..*)")
 _AUTO = (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText, transformers.AutoModelForMultimodalLM)
 _TEXT = (transformers.AutoModelForCausalLM, transformers.AutoModel)  # of a composite's text part, if possible with an output
 
@@ -94,12 +96,13 @@ def expert_counts(config) -> tuple[int, int]:
     return count_experts(config), max(k) if isinstance(k, list) else k
 
 
-def written_config(entries: dict, config, r: int, predicting: bool) -> tuple[dict, dict[str, list]]:
+def written_config(entries: dict, config, r: int, predicting: bool, quantised: bool = False) -> tuple[dict, dict[str, list]]:
     """The config.json of a pruned folder, and the changes: [before, after] by name.
 
     entries: the source's config.json. config: the same, as transformers reads it. Every expert count becomes r. Quantisation
-    entries are dropped. Router logits are turned off, since they break generation with padded batches. The count of
-    multi-token prediction layers becomes 0 unless these are carried (predicting).
+    entries are dropped unless the weights stay quantised. Router logits are turned off, since they break generation with
+    padded batches. The count of multi-token prediction layers becomes 0 unless these are carried (predicting). What a
+    config.json that transformers 5 wrote lacks is added (`moe.published`).
     """
     entries, n, text, changed = copy.deepcopy(entries), count_experts(config), config.get_text_config(), {}
     inner = [key for key, value in entries.items() if isinstance(value, dict) and getattr(config, key, None) is text]
@@ -108,13 +111,15 @@ def written_config(entries: dict, config, r: int, predicting: bool) -> tuple[dic
         new |= {name: 0 for name in PREDICTING if part.get(name) and not predicting}
         new |= {"output_router_logits": False} if part.get("output_router_logits") else {}
         changed |= {prefix + name: [part[name], value] for name, value in new.items() if part[name] != value}
-        for name in ("quantization_config", "transformers_weights"):
+        for name in ("quantization_config", "transformers_weights")[quantised:]:
             if part.pop(name, None) is not None:
                 changed[prefix + name] = ["there", "dropped"]
         part |= new
     if not any(name in part and is_known(text, name) for name in COUNT_NAMES):  # the count was transformers' default
         part[count_names(text, n)[0]] = r
-    return entries, changed
+    for name in inner:
+        entries[name] = published_entries(entries[name], text.model_type)
+    return published_entries(entries, config.model_type), changed
 
 
 @dataclass
@@ -221,7 +226,7 @@ class Layout:
 
     def renamed(self, name: str, kept: Sequence[int]) -> str | None:
         """A published name's new name when only `kept` stay, or None where it is removed with its expert."""
-        numbered = _NUMBERED.fullmatch(name)
+        numbered = NUMBERED.fullmatch(name)
         if not (numbered and f"{numbered[1]}{self.n - 1}{numbered[3]}" in self.full):
             return name
         expert = int(numbered[2])
@@ -246,11 +251,15 @@ class Checkpoint:
 
     used: the stored names that make these. carried: names copied as they are, in a composite all others. left_out: names that
     transformers ignores, such as those of multi-token prediction layers. Raises ValueError naming a tensor that is missing, or
-    whose shape or dtype does not fit.
+    whose shape or dtype does not fit, and for a quantisation that is not decoded here.
     """
 
+    quantised = False
+    write = staticmethod(write_tensors)
+
     def __init__(self, source: CheckpointReader, layout: Layout):
-        self.source, self.layout = source, layout
+        check_decoded(source.method, source.folder)
+        self.source, self.layout, self.entries = source, layout, source.entries
         groups = grouped(layout.model, source.entries)
         for target, original in layout.tied.items():  # if only one of two tied parameters is stored, take it as the original
             if original not in groups and target in groups:
@@ -259,13 +268,12 @@ class Checkpoint:
         of_text = [group for name, group in groups.items() if name in layout.text_names]
         self._made: dict[str, torch.Tensor] = {}  # other parameters that the last converter made
         self.of = {name: group for group in of_text for name in self._check(group)}
-        for name in layout.text_names:
-            if name not in self.of and name not in layout.tied:
-                published = layout.published[name].all[0] if name in layout.published else name
-                raise ValueError(f"{source.folder} has no tensor {published}, which its config asks for.")
         self.used = [name for group in of_text for name in group.all]
         used = set(self.used)
         others = [name for name in source.entries if name not in used]
+        lacking = [name for name in layout.text_names if name not in self.of and name not in layout.tied]
+        groups = [layout.published.get(name, Group(name, names={None: [name]})) for name in lacking]
+        refuse_missing(source.folder, [name for group in groups for name in group.all], others)
         self.carried, self.left_out = (others, []) if layout.composite else ([], others)
 
     def _check(self, group: Group) -> list[str]:
@@ -273,6 +281,7 @@ class Checkpoint:
         entries = self.source.entries
         for name in group.all:
             entries[name].check(name, whole_numbers=group.parameter in self.layout.tables)
+            self.source.parts(name)
         outline = lambda name: torch.empty(entries[name].shape, dtype=entries[name].dtype, device="meta")  # noqa: E731
         try:
             made = {name: tuple(tensor.shape) for name, tensor in group.make(self.layout.model, outline).items()}
@@ -334,6 +343,10 @@ class Checkpoint:
         """A decoder layer's (None: the rest's) state dict by the text model's names; tensors are read when indexed."""
         names = [self.layout.text_names[name] for name in self.layout.parameters[number] if name in self.of]
         return {name: _Lazy(partial(self.read, name)) for name in names}
+
+    def carry(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Tensors as they are stored."""
+        return {name: self.source.read(name) for name in names}
 
     def written(self) -> Counter[torch.dtype]:
         """The bytes that will be written in each dtype."""

@@ -1,5 +1,6 @@
 """Loading models and tokenizers, and saving pruned models so that stock transformers loads them."""
 
+import json
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -7,17 +8,18 @@ from pathlib import Path
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers.utils import is_protobuf_available, is_sentencepiece_available
+from transformers.utils import cached_file, is_protobuf_available, is_sentencepiece_available
 
-from ..files import SHIPPED, data_folder, local_folder, new_folder, read_json, write_json, write_text
+from ..files import SHIPPED, data_folder, new_folder, read_json, write_json, write_text
 from ..moe.identity import remember_stored
-from ..moe.layers import moe_blocks, moe_layers
+from ..moe.layers import count_names, is_known, moe_blocks, moe_layers
+from ..moe.published import OLD_ROPE
 from ..pruning.plan import PruningPlan
 from ..pruning.skipping import disable_skipping, enable_skipping, skipping_betas
 from ..tiny_model.training import PRESETS, preset_model
-from .folder import CONFIG, PLAN, SKIPPING_FILE, tensors
-from .layout import count_experts, opened, stock_class, written_config
-from .reader import CheckpointReader, described, fetch, model_from_hub, read_config
+from .folder import CONFIG, PLAN, SKIPPING_FILE, refuse_missing, tensors
+from .layout import Checkpoint, Layout, count_experts, stock_class, written_config
+from .reader import CheckpointReader, described, fetch, model_from_hub, quantisation, read_config
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 _ALIASES = {"bf16": torch.bfloat16, "half": torch.float16, "float": torch.float32, "double": torch.float64}
@@ -73,9 +75,7 @@ def load_model(
     random, device = name in PRESETS and name not in SHIPPED, read_device(device)
     dtype = read_dtype(dtype, eight_bits=not random)
     source = str(data_folder() / ("tiny" if random else name) if name in PRESETS else name)
-    kind = None if random else _class(source, revision)
-    if (folder := local_folder(source)) is not None:
-        tensors(folder)
+    kind, stored = (None, None) if random else _checked(source, revision)
     tokenizer = load_tokenizer(source, revision)
     if random:
         model = preset_model(name).to(dtype or torch.float32)
@@ -83,8 +83,9 @@ def load_model(
         options = {"device_map": device_map, "max_memory": max_memory, "revision": revision, "use_safetensors": True}
         options["dtype"] = dtype if isinstance(dtype, torch.dtype) else "float32" if name in SHIPPED else "auto"
         options |= {"quantization_config": _eight_bits()} if dtype == "int8" else {}
-        model = _fetch(kind, source, **options)
-        _remember_gates(model, source, revision)
+        model, report = _fetch(kind, source, output_loading_info=True, **options)
+        refuse_missing(source, sorted(report["missing_keys"]), report["unexpected_keys"])
+        _remember_gates(model, stored)
         on_cpu = device is None and model.device.type == "cpu"
         if dtype in ("int8", torch.float64) or (on_cpu and model.dtype == torch.float32):
             model.set_experts_implementation("eager")  # the grouped product takes neither; in float32 a CPU is slower with it
@@ -95,22 +96,26 @@ def load_model(
     return model.eval(), tokenizer
 
 
-def _class(source: str, revision: str | None) -> type:
-    """The class that loads a model: AutoModelForCausalLM, or a composite's own class if that does not know it."""
+def _checked(source: str, revision: str | None) -> tuple[type, Checkpoint | None]:
+    """The class that loads a model: AutoModelForCausalLM, or a composite's own class if that does not know it. And the
+    checkpoint, whose names and shapes are checked; None where it is quantised, or no MoE model."""
     config = read_config(described(source, revision))
     auto = transformers.AutoModelForCausalLM
-    return auto if type(config) in auto._model_mapping else stock_class(config)
+    kind = auto if type(config) in auto._model_mapping else stock_class(config)
+    folder = fetch(source, revision)
+    if quantisation(config) or not count_names(config.get_text_config()):
+        tensors(folder)
+        return kind, None
+    return kind, Checkpoint(CheckpointReader(folder), Layout(config, count_experts(config)))
 
 
-def _remember_gates(model, source: str, revision: str | None) -> None:
+def _remember_gates(model, stored: Checkpoint | None) -> None:
     """Where loading rounded the gates, remember their stored values, by which traces and plans identify a model."""
     gates = {p.dtype for layer in moe_blocks(model) for p in layer.gate.parameters()}
-    if gates <= {torch.float32, torch.float64} or getattr(model.config, "quantization_config", None):
+    if stored is None or gates <= {torch.float32, torch.float64} or getattr(model.config, "quantization_config", None):
         return  # these dtypes hold the others exactly; quantisation leaves gates unchanged
-    reader = CheckpointReader(fetch(source, revision))
-    if {entry.dtype for entry in reader.entries.values()} <= {*gates, None}:
-        return
-    remember_stored(model, moe_blocks(model), opened(source, revision).read)
+    if not {entry.dtype for entry in stored.source.entries.values()} <= {*gates, None}:
+        remember_stored(model, moe_blocks(model), stored.read)
 
 
 def read_betas(path: str | Path) -> list[float]:
@@ -204,9 +209,16 @@ def save_model(model, tokenizer, folder: str | Path, plan: PruningPlan | None = 
     """Save a model, pruned or not, as an ordinary folder of safetensors with a model card, which stock transformers loads.
 
     The betas of a skipping model are saved with it: `load_model` restores them, stock transformers ignores them.
-    Raises FileExistsError if `folder` exists; after an error, nothing is left behind.
+    Raises FileExistsError if `folder` exists, ValueError for what bitsandbytes or torchao hold; after an error, nothing is
+    left behind.
     """
     layer, more = moe_layers(model)[0], ""
+    held = {type(p).__module__.split(".")[0] for p in model.parameters()}
+    held |= {getattr(getattr(model.config, "quantization_config", None), "quant_method", None)}
+    if held := held & {"bitsandbytes", "torchao"}:
+        raise ValueError(
+            f"{held.pop()} holds weights of this model: save it as it was before that, and quantise what was saved."
+        )
     with new_folder(folder) as temporary, ExitStack() as stack:
         if plan:
             more += f" Pruned by esparse ({plan.label}); the kept experts are in `plan.json`."
@@ -230,6 +242,40 @@ def _save_published(model, folder: Path) -> None:
             # With these conversions transformers writes the layout that was read; without them, the published one.
             stack.callback(setattr, model, "_weight_conversions", vars(model).pop("_weight_conversions"))
         model.save_pretrained(folder)
-    entries = read_json(folder / CONFIG, "model config")
-    config, _ = written_config(entries, model.config, count_experts(model.config), predicting=False)
-    write_json(folder / CONFIG, config | ({"quantization_config": entries["quantization_config"]} if quantised else {}))
+    saved = read_json(folder / CONFIG, "model config")
+    config, _ = written_config(_entries(model.config, saved), model.config, count_experts(model.config), predicting=False)
+    write_json(folder / CONFIG, config | ({"quantization_config": saved["quantization_config"]} if quantised else {}))
+
+
+def _entries(config, saved: dict) -> dict:
+    """The config.json of the folder or hub id that a model was read from, with what has changed since. Without a source that
+    can be read: that which transformers saved, but for a size that it derives and engines take for the size of values too."""
+    missing = {f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")}
+    options = {"revision": getattr(config, "_commit_hash", None), "local_files_only": True, **missing}
+    path = cached_file(config._name_or_path, CONFIG, **options) if config._name_or_path else None
+    source = read_json(path, "model config") if path else {}
+    parts = [part for part in (source, *source.values()) if isinstance(part, dict)]
+    if (entries := next((part for part in parts if part.get("model_type") == config.model_type), None)) is None:
+        derived = is_known(config, "qk_rope_head_dim") and saved.get("head_dim") == saved.get("qk_rope_head_dim")
+        return {name: value for name, value in saved.items() if not derived or name != "head_dim"}
+    entries.pop("auto_map", None)  # code of the source, which is not saved
+    whole = transformers.AutoConfig.from_pretrained(path)
+    before = whole if entries is source else whole.get_text_config()
+    return _updated(entries, before, config)
+
+
+def _updated(entries: dict, before, now) -> dict:
+    """The entries of a config.json that transformers reads as the config `before`, so that it reads them as `now`."""
+    former, current = (json.loads(config.to_json_string(use_diff=False)) for config in (before, now))
+    changed = {name: value for name, value in current.items() if name not in former or former[name] != value}
+    removed = former.keys() - current.keys() | set(OLD_ROPE if "rope_parameters" in changed else ())
+    entries = {name: value for name, value in entries.items() if name not in removed}
+    aliases = {name: alias for alias, name in now.attribute_map.items() if alias in entries and name not in entries}
+    for name, value in changed.items():
+        if isinstance(getattr(now, name, None), transformers.PreTrainedConfig) and name in entries:
+            entries[name] = _updated(entries[name], getattr(before, name), getattr(now, name))
+        elif name == "dtype":
+            entries |= {said: value for said in ("torch_dtype", "dtype") if said in entries}
+        elif name != "transformers_version" and not name.startswith("_"):
+            entries[aliases.get(name, name)] = value
+    return entries

@@ -75,6 +75,11 @@ class ResumableJob:
             together()
         return self.records()
 
+    def abandon(self) -> None:
+        """Remove the unfinished work."""
+        if rank() == 0:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
     def finish(self) -> None:
         """Move the output to the destination."""
         together()

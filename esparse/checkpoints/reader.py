@@ -12,17 +12,18 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from ..corpora import from_hub
 from ..files import digest, local_folder
-from .folder import ADAPTER, CARRIED, CONFIG, INDEX, SINGLE, Entry, json_object, named, refuse_adapter, tensors
+from .folder import ADAPTER, CARRIED, CONFIG, INDEX, QUANTISERS, SINGLE, Entry, json_object, named, refuse_adapter, tensors
 
 FP8, FP8_SCALE = "F8_E4M3", "_scale_inv"  # block FP8: `weight` beside `weight_scale_inv`
 MXFP4, MXFP4_SCALE = "_blocks", "_scales"  # two 4-bit numbers a byte, and an exponent for 32 of them
+DECODED = (None, "fp8", "mxfp4")  # the quantisations that are read here
 
 
 class CheckpointReader:
     """A local folder of safetensors with its config. Only headers are read until `read` is called.
 
-    entries: its tensors by name; FP8 and MXFP4 are read as bfloat16. Raises what `folder.tensors` does, and ValueError for
-    another quantisation.
+    stored: its tensors by name. entries: the same with FP8 and MXFP4 read as bfloat16. decoded: whether all of them can be
+    read so; of another quantisation only bits can be copied. Raises what `folder.tensors` does.
     """
 
     def __init__(self, folder: str | Path):
@@ -30,11 +31,7 @@ class CheckpointReader:
         self.config = read_config(self.folder)
         self.quantisation = quantisation(self.config)
         self.method = self.quantisation.get("quant_method")
-        if self.method not in (None, "fp8", "mxfp4"):
-            raise ValueError(
-                f"{self.folder} is quantised with {self.method}: only block FP8 and MXFP4 are dequantised here, so start from "
-                "the checkpoint it was made of."
-            )
+        self.decoded = self.method in DECODED
         self.stored = tensors(self.folder)
         self.entries = dict(self._entries())
 
@@ -66,18 +63,27 @@ class CheckpointReader:
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, dequantised."""
-        entry = self.entries[name]
-        if self.method == "mxfp4" and name + MXFP4 in self.stored:
-            blocks, scales = self._stored(name + MXFP4), self._stored(name + MXFP4_SCALE)
-            return convert_moe_packed_tensors(blocks, scales, rows_per_chunk=2**20)  # unpacking takes eight times the memory
-        if not (entry.dtype and entry.stored == FP8):
-            return self._stored(name)
+        weight, *scale = map(self.read_stored, self.parts(name))
+        if not scale:
+            return weight
+        if self.method == "mxfp4":
+            return convert_moe_packed_tensors(weight, *scale, rows_per_chunk=2**20)  # unpacking takes eight times the memory
         block = self.quantisation.get("weight_block_size", (128, 128))  # transformers' default
-        return _from_fp8(self._stored(name), self._stored(name + FP8_SCALE), block and tuple(block))
+        return _from_fp8(weight, *scale, block and tuple(block))
 
-    def _stored(self, name: str) -> torch.Tensor:
-        if name not in self.stored:
-            raise ValueError(f"{self.folder} has no tensor {name}: without it the weights cannot be dequantised.")
+    def parts(self, name: str) -> list[str]:
+        """The stored tensors that one of `entries` is made of. Raises ValueError where a scale is missing."""
+        parts, entry = [name], self.entries[name]
+        if self.method == "mxfp4" and name + MXFP4 in self.stored:
+            parts = [name + MXFP4, name + MXFP4_SCALE]
+        elif entry.dtype and entry.stored == FP8:
+            parts = [name, name + FP8_SCALE]
+        if parts[-1] not in self.stored:
+            raise ValueError(f"{self.folder} has no tensor {parts[-1]}: without it the weights cannot be dequantised.")
+        return parts
+
+    def read_stored(self, name: str) -> torch.Tensor:
+        """One tensor as it is stored."""
         with safe_open(self.stored[name].file, framework="pt") as file:  # closed at once: mapped pages would add up
             return file.get_tensor(name)
 
@@ -98,6 +104,15 @@ def _from_fp8(weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int] 
                 scale = scale.repeat_interleave(side, axis).narrow(axis, 0, weight.shape[axis])
             return (weight.float() * scale.float()).bfloat16()
     raise ValueError(f"FP8 scales of shape {list(scale.shape)} do not divide a weight of {list(weight.shape)}.")
+
+
+def check_decoded(method: str | None, folder: Path) -> None:
+    """ValueError for a quantisation whose weights are not read here."""
+    if method not in DECODED:
+        raise ValueError(
+            f"{folder} is quantised with {method}: only FP8 and MXFP4 are dequantised here, so make a plan with the checkpoint "
+            "it was made of, and prune this one by that plan (--plan)."
+        )
 
 
 def quantisation(config) -> dict:
@@ -136,7 +151,7 @@ def fetch(source: str, revision: str | None = None) -> Path:
     folder = described(source, revision)
     if local_folder(source) is None:
         file = json_object(folder, CONFIG, "model config").get("transformers_weights")
-        _download(source, folder.name, [file or SINGLE, *CARRIED, "*.py"])  # code is copied, never run
+        _download(source, folder.name, [file or SINGLE, *CARRIED, *QUANTISERS, "*.py"])  # code is copied, never run
         _download(source, folder.name, named(folder)[0])
     return folder
 

@@ -23,7 +23,7 @@ from ..checkpoints.jobs import prune_weights_checkpoint, trace_checkpoint
 from ..checkpoints.layout import expert_counts
 from ..checkpoints.models import load_model, load_tokenizer, read_dtype
 from ..checkpoints.reader import CheckpointReader, fetch, read_config
-from ..corpora import calibration_tokens, is_local, parts
+from ..corpora import calibration_tokens, held_out, is_local, of_each, parts
 from ..files import SHIPPED, checkout, digest, made_once, read_json, write_json
 from ..machine import free_memory
 from ..measure.evaluation import evaluate, is_group, perplexity, resolve_tasks, task_names, task_version
@@ -43,8 +43,6 @@ if TYPE_CHECKING:
     from ..explorer.grid import Explorer
 
 LABELS = {"web": "web (synthetic)", "arithmetic": "arithmetic (synthetic)", "c4": "C4", "math": "MATH", "gsm8k": "GSM8K"}
-# The held-out split of each corpus that has one.
-HELD_OUT = {"web": "heldout", "arithmetic": "heldout", "c4": "validation", "math": "test", "gsm8k": "test"}
 
 
 @dataclass
@@ -191,7 +189,7 @@ class Run:
 
     def tokens(self, corpus: str, *, sequences: int | None = None, seed: int | None = None) -> torch.Tensor:
         """The calibration set of a corpus, [sequences, length]. Held-out documents of a file or folder are left out."""
-        names = _of_each(corpus, lambda name: "rest" if is_local(name) else None)
+        names = of_each(corpus, lambda name: "rest" if is_local(name) else None)
         drawn = (names, sequences or self.sequences, self.length, self.seed if seed is None else seed)
         if drawn not in self._drawn:
             options = dict(zip(("sequences", "length", "seed"), drawn[1:], strict=True))
@@ -206,8 +204,7 @@ class Run:
     def held_out(self, corpus: str) -> torch.Tensor:
         """As many sequences as `tokens`, in no calibration set: from the held-out split, or, for a file or folder, from every
         fifth document."""
-        names = _of_each(corpus, lambda name: "heldout" if is_local(name) else HELD_OUT.get(name))
-        return self.tokens(names, seed=self.seed + 1)
+        return self.tokens(held_out(corpus), seed=self.seed + 1)
 
     def trace(self, corpus: str, *, tokens: torch.Tensor | None = None) -> Trace:
         """The trace of the full model on a corpus, down to the smallest size asked for; made once, then read."""
@@ -392,17 +389,6 @@ class Run:
 def _dropping(betas: Sequence[float] | None) -> Sequence[float] | None:
     """Betas, or None if they drop nothing: the scores then equal those without skipping."""
     return betas if betas and any(betas) else None
-
-
-def _of_each(corpus: str, split: Callable[[str], str | None]) -> str:
-    """A corpus, or each part of a mix, followed by its split. Raises ValueError if a folder already holds that name."""
-    words = []
-    for name, weight in parts(corpus):
-        part = split(name)
-        if part and is_local(name) and (Path(name) / part).exists():
-            raise ValueError(f"{name} holds {part!r}, but a run uses this name for a part of its documents: rename it.")
-        words.append((f"{name}/{part}" if part else name) + f"*{weight}" * (weight > 1))
-    return "+".join(words)
 
 
 def _short(corpus: str) -> str:

@@ -1,5 +1,7 @@
 """The cost of pruning a checkpoint from disk, compared with reading and writing it."""
 
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -10,20 +12,27 @@ import torch
 from safetensors.torch import save_file
 from transformers import MixtralConfig
 
-from ..checkpoints.folder import INDEX, REPORT
+from ..checkpoints.folder import INDEX, PLAN, REPORT
+from ..checkpoints.jobs import prune_checkpoint
 from ..checkpoints.layout import Checkpoint, Layout
 from ..checkpoints.models import load_tokenizer
 from ..checkpoints.reader import CheckpointReader
 from ..files import data_folder, read_json, write_json
 from ..machine import seconds_of
+from ..pruning.plan import PruningPlan
 from .timing import MIXTRAL_8X7B, keep, report
 
 
-def write_random_checkpoint(folder: Path, shape: Mapping[str, object]) -> None:
-    """Write a Mixtral with random bf16 weights in the hub's layout, with the tiny tokenizer, one layer in memory at a time."""
+def write_random_checkpoint(folder: Path, shape: Mapping[str, object], fp8: bool = False) -> None:
+    """Write a Mixtral with random bf16 weights in the hub's layout, with the tiny tokenizer, one layer in memory at a time.
+
+    fp8: with attention and experts in FP8 and a scale of 1 for each block.
+    """
     load_tokenizer(str(data_folder() / "tiny")).save_pretrained(folder)
     about = {"num_local_experts": 8, "num_experts_per_tok": 2, "dtype": "bfloat16", "architectures": ["MixtralForCausalLM"]}
     config = MixtralConfig(**shape, **about)
+    if fp8:
+        config.quantization_config = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     config.save_pretrained(folder)
     layout, generator, places = Layout(config, 8), torch.Generator().manual_seed(0), {}
     for number in (None, *range(layout.layers)):
@@ -31,6 +40,9 @@ def write_random_checkpoint(folder: Path, shape: Mapping[str, object]) -> None:
         for name, tensor in state.items():
             if "norm" not in name:
                 tensor.normal_(0.0, 0.02, generator=generator)
+        for name in [name for name in state if fp8 and name.endswith(("proj.weight", "w1.weight", "w2.weight", "w3.weight"))]:
+            scale = torch.ones([-(-size // 128) for size in state[name].shape])
+            state |= {name: state[name].to(torch.float8_e4m3fn), f"{name}_scale_inv": scale}
         file = f"model-{0 if number is None else number + 1:05d}-of-{layout.layers:05d}.safetensors"
         save_file(state, folder / file, metadata={"format": "pt"})
         places |= dict.fromkeys(state, file)
@@ -84,3 +96,31 @@ def bench_stream(out: Path | None = None, shape: Mapping[str, object] | None = N
     totals = {"GB on disk": size, "peak GB of memory": peak, "with starting up": seconds, "s": taken}
     totals["times the least"] = result["over_floor"]
     return report({"pruning from disk": [totals], "its steps, s": [{"checking": checking} | steps], "the least, s": [floor]})
+
+
+def bench_copy(out: Path | None = None, shape: Mapping[str, object] | None = None) -> str:
+    """Pruning a four-layer Mixtral of full width in block FP8 by a plan, 8 to 6 experts, against `cp` of the same bytes.
+
+    Each is the best of three, in turn, after `sync`; beside them, the dequantised copy in bfloat16. Needs 25 GB of free disk.
+    """
+    shape = shape or {**MIXTRAL_8X7B, "num_hidden_layers": 4}
+    with tempfile.TemporaryDirectory(prefix="esparse-copy-", dir=Path.cwd()) as name:
+        source, pruned, new = (Path(name) / part for part in ("source", "pruned", "new"))
+        write_random_checkpoint(source, shape, fp8=True)
+        prune_checkpoint(source, pruned, 6, method="random", calibration="web", sequences=1, length=32)
+        plan, size = PruningPlan.load(pruned / PLAN), sum(path.stat().st_size for path in pruned.glob("*.safetensors")) / 1e9
+        makes = {
+            "cp": lambda: subprocess.run(["cp", "-r", pruned, new], check=True),
+            "as stored": lambda: prune_checkpoint(source, new, plan),
+            "bfloat16": lambda: prune_checkpoint(source, new, plan, dtype="bfloat16"),
+        }
+        seconds: dict[str, list[float]] = {kind: [] for kind in makes}
+        for kind, make in [*makes.items()] * 3:
+            os.sync()
+            seconds[kind].append(seconds_of(make))
+            shutil.rmtree(new)
+    best = {kind: min(times) for kind, times in seconds.items()}
+    result = {"written_gb": size, "seconds": seconds, "over_cp": best["as stored"] / best["cp"]}
+    result = keep(result | {"shape": dict(shape), "weights": "random"}, out)
+    row = {"GB written": size} | {f"{kind}, s": time for kind, time in best.items()} | {"times cp": result["over_cp"]}
+    return report({"pruning FP8 by a plan": [row]})

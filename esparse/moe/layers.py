@@ -1,5 +1,6 @@
 """Finding the MoE layers of a transformers model, through the experts interface rather than by model name."""
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from .gates import device_of, identify, table
 from .routers import Router
 from .running import evaluating, temporarily
 
+LORA = re.compile(r"\.lora_(A|B|embedding_A|magnitude_vector)\b")  # what peft puts into the names of an adapter's tensors
 COUNT_NAMES = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -85,14 +87,28 @@ class MoELayer:
 
 
 def moe_layers(model: nn.Module) -> list[MoELayer]:
-    """The MoE layers of a model, in order: every module with the experts interface and a gate. ValueError if it has none."""
+    """The MoE layers of a model, in order: every module with the experts interface and a gate. ValueError if it has none, and
+    for an adapter that is not merged."""
+    if adapter := next((name for name, _ in model.named_parameters() if LORA.search(name)), None):
+        raise ValueError(f"This model holds an adapter ({adapter}): merge it first (merge_and_unload of peft).")
     layers = list(moe_blocks(model))
     if not layers:
-        raise ValueError(
-            f"{type(model).__name__} has no MoE layers behind transformers' experts interface: "
-            "load a Mixture-of-Experts model, such as Mixtral, Qwen3-MoE or OLMoE."
-        )
+        apart = (f"{name}.experts" for name, block in model.named_modules() if hasattr(block, "experts"))
+        raise ValueError(_no_layers(type(model).__name__, next(apart, None)))
     return layers
+
+
+def _no_layers(kind: str, apart: str | None) -> str:
+    """Why a model has no MoE layers; apart: the name of its first experts that are not behind the interface."""
+    if apart:
+        return (
+            f"The experts in {apart} are not behind transformers' experts interface: load the model with esparse or "
+            "transformers alone, since tools such as llm-compressor take experts apart."
+        )
+    return (
+        f"{kind} has no MoE layers behind transformers' experts interface: load a Mixture-of-Experts model, such as Mixtral, "
+        "Qwen3-MoE or OLMoE."
+    )
 
 
 def moe_blocks(module: nn.Module) -> Iterator[MoELayer]:

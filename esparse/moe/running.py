@@ -64,6 +64,18 @@ def input_device(model: nn.Module) -> torch.device:
 
 
 def check_held(modules: Iterable[nn.Module], advice: str) -> None:
-    """ValueError, with advice, where accelerate has offloaded weights of these modules."""
+    """ValueError, with advice, where accelerate has offloaded weights of these modules, or where they are quantised."""
+    modules = list(modules)
+    check_unquantised(modules)
     if any(p.is_meta for module in modules for p in module.parameters()):
         raise ValueError(f"Weights of this model are offloaded, so that they cannot be changed in place: {advice}.")
+
+
+def check_unquantised(modules: Iterable[nn.Module]) -> None:
+    """ValueError where weights of these modules are held in 8 bits or fewer."""
+    for p in (p for module in modules for p in module.parameters()):
+        if p.dtype.itemsize < 2 or type(p).__module__.startswith("torchao."):  # torchao's tensors name the dtype they stand for
+            raise ValueError(
+                "Weights of this model are held quantised: load it without quantisation to trace, prune or train it, and "
+                "quantise the result."
+            )

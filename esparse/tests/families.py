@@ -168,7 +168,7 @@ def composite_model(model_type: str, seed: int = 0):
     shape = {**generic(8, 2), **OWN.get(text, {}), **own, "model_type": text}
     config = AutoConfig.for_model(model_type, text_config=shape, vision_config=_VISION)
     torch.manual_seed(seed)
-    return _drawn(stock_class(config)(config).eval())
+    return drawn(stock_class(config)(config).eval())
 
 
 def family_config(model_type: str, n: int = 8, k: int = 2, **changes):
@@ -178,7 +178,7 @@ def family_config(model_type: str, n: int = 8, k: int = 2, **changes):
 def family_model(model_type: str, n: int = 8, k: int = 2, seed: int = 0, **changes):
     """A float32 model whose experts, routing and selection biases differ enough for subsets to matter."""
     torch.manual_seed(seed)
-    return _drawn(AutoModelForCausalLM.from_config(family_config(model_type, n, k, **changes)).eval())
+    return drawn(AutoModelForCausalLM.from_config(family_config(model_type, n, k, **changes)).eval())
 
 
 NUMBERS = ("bias", "expert_scale", "scale", "eps", "jitter")  # of a router, which only matter as there or not there
@@ -191,7 +191,7 @@ def router_kinds(model) -> set[str]:
     return {str((router, layer.output_is_linear, layer.output_map is None)) for router, layer in described}
 
 
-def _drawn(model):
+def drawn(model):
     """The model with other experts, routing and selection biases; eager experts."""
     model.set_experts_implementation("eager")
     beside = BESIDE.get(model.config.get_text_config().model_type, 0)

@@ -4,10 +4,13 @@ import copy
 import gzip
 import json
 import math
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 import esparse
 from esparse import corpora
@@ -387,9 +390,87 @@ def test_a_folder_that_transformers_cannot_load(tmp_path, tiny):
     one_sentence(lambda: esparse.load_model(str(source)), "model.safetensors is truncated or corrupt")
     (source / "model.safetensors").write_bytes(weights)
     (source / "config.json").write_text(json.dumps(config | {"hidden_size": 64}))
-    one_sentence(lambda: esparse.load_model(str(source)), f"{source} as a language model: its weights are of other shapes")
+    one_sentence(
+        lambda: esparse.load_model(str(source)), "lm_head.weight is of shape [60, 32], but its config asks for [60, 64]"
+    )
     (source / "config.json").write_text(json.dumps(config | {"model_type": "unheard_of"}))
     one_sentence(lambda: esparse.load_model(str(source)), "is of model type 'unheard_of', which transformers")
+
+
+LLM_COMPRESSOR = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}  # its names of Mixtral's experts, seen in 0.14
+
+
+def rewrite(folder, rename, **more) -> None:
+    state = load_file(folder / "model.safetensors")
+    save_file({rename(name): tensor for name, tensor in state.items()} | more, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_tensors_that_transformers_would_make_up(tmp_path, tiny):
+    source = tmp_path / "source"
+    random_model("mixtral", 4, 2, dtype=torch.float32).save_pretrained(source)
+    tiny[1].save_pretrained(source)
+    calls = (
+        lambda: esparse.load_model(str(source)),
+        lambda: esparse.prune_checkpoint(source, tmp_path / "out", 3, calibration=random_tokens()),
+        lambda: esparse.kept_experts(source, source),
+    )
+    esparse.load_model(str(source))
+    rewrite(source, lambda name: re.sub(r"w[123](?=\.weight$)", lambda found: LLM_COMPRESSOR[found[0]], name))
+    _, report = transformers.AutoModelForCausalLM.from_pretrained(source, output_loading_info=True)
+    assert len(report["missing_keys"]) == 6  # random experts, without an error
+    for call in calls:
+        one_sentence(call, "has no tensor model.layers.0.block_sparse_moe.experts.0.w1.weight and 35 more")
+        one_sentence(call, "block_sparse_moe.experts.0.down_proj.weight, a name of llm-compressor")
+    random_model("mixtral", 4, 2, dtype=torch.float32).save_pretrained(source)
+    rewrite(source, lambda name: name.replace("layers.1.block_sparse_moe.gate.", "layers.1.block_sparse_moe.other."))
+    for call in calls:
+        one_sentence(call, "has no tensor model.layers.1.block_sparse_moe.gate.weight, which its config asks for.")
+    # What esparse cannot check by names is checked when transformers has loaded it.
+    change = {"quantization_config": {"quant_method": "fp8", "modules_to_not_convert": ["model", "lm_head"]}}
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | change))
+    one_sentence(calls[0], "has no tensor model.layers.1.mlp.gate.weight, which its config asks for.")
+
+
+def test_an_adapter_that_is_not_merged(tmp_path, tiny):
+    source, adapter = tmp_path / "source", "model.layers.0.self_attn.q_proj.lora_A.default.weight"
+    random_model("mixtral", 4, 2, dtype=torch.float32).save_pretrained(source)
+    tiny[1].save_pretrained(source)
+    rewrite(source, lambda name: name, **{adapter: torch.ones(2, 32)})
+    for call in (esparse.load_model, lambda path: esparse.prune_checkpoint(path, tmp_path / "out", 3), esparse.preflight):
+        one_sentence(lambda: call(str(source)), f"{source} holds an adapter (tensor {adapter}): merge it first")  # noqa: B023
+    model = random_model("mixtral", 4, 2)
+    model.model.layers[0].self_attn.q_proj.lora_A = torch.nn.ModuleDict({"default": torch.nn.Linear(32, 2)})
+    for call in (lambda: esparse.trace(model, random_tokens()), lambda: esparse.save_model(model, tiny[1], tmp_path / "out")):
+        one_sentence(
+            call, "This model holds an adapter (model.layers.0.self_attn.q_proj.lora_A.default.weight): merge it first"
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_experts_that_were_taken_apart():
+    model = random_model("mixtral", 4, 2)
+    for layer in moe_layers(model):
+        layer.block.experts = torch.nn.ModuleList(torch.nn.Linear(32, 32) for _ in range(4))
+    one_sentence(lambda: esparse.trace(model, random_tokens()), "The experts in model.layers.0.mlp.experts are not behind")
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "torchao"])
+def test_what_others_hold_is_not_saved(method, tmp_path, tiny):
+    model = random_model("mixtral", 4, 2)
+    model.config.quantization_config = SimpleNamespace(quant_method=method)
+    one_sentence(lambda: esparse.save_model(model, tiny[1], tmp_path / "out"), f"{method} holds weights of this model: save it")
+    assert not list(tmp_path.iterdir())
+
+
+def test_experts_in_eight_bits_are_not_traced():
+    model = random_model("mixtral", 4, 2, dtype=torch.float32)
+    plan = esparse.search_experts(esparse.trace(model, random_tokens()), 3)
+    experts = moe_layers(model)[1].experts
+    experts.down_proj = torch.nn.Parameter(experts.down_proj.to(torch.int8), requires_grad=False)
+    for call in (lambda: esparse.trace(model, random_tokens()), lambda: esparse.prune(model, plan)):
+        one_sentence(call, "Weights of this model are held quantised: load it without quantisation")
+    assert [layer.n for layer in moe_layers(model)] == [4, 4, 4]
 
 
 def test_a_device_that_is_not_there(tmp_path, monkeypatch):

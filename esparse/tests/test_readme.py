@@ -13,6 +13,7 @@ from esparse import __main__
 from esparse.experiments import figures, notebooks
 from esparse.files import checkout, data_folder
 from esparse.pruning.search import SEARCH_METHODS
+from esparse.tests import with_engines
 
 FRONT = "README.md"
 FOLDERS = ("data", "esparse", "figures", "findings", "notebooks")
@@ -40,7 +41,7 @@ def linked(page: str) -> set[str]:
 def test_the_front_page_is_short_and_leads_to_every_page():
     assert len((checkout() / FRONT).read_bytes()) <= 7168
     assert {"data/README.md", "data/results/README.md", "figures/README.md", "esparse/FAMILIES.md"} <= PAGES.keys()
-    assert {"esparse/COMMANDS.md", "esparse/COMPARISON.md", "esparse/DEVELOPERS.md"} <= PAGES.keys()
+    assert {"esparse/COMMANDS.md", "esparse/COMPARISON.md", "esparse/DEVELOPERS.md", "esparse/SERVING.md"} <= PAGES.keys()
     reached, ahead = set(), {FRONT}
     while ahead:
         reached |= ahead
@@ -69,7 +70,7 @@ def test_every_path_in_words_is_there():
     told = re.findall(r"data/results/[\w-]+\.json", EVERYTHING)
     measured = [path for path in told if not re.search("speed_full|small-16", path)]  # these two are not yet measured
     assert len(places) > 5 and len(measured) >= 5
-    for place in [*places, *measured, ".pre-commit-config.yaml", ".ci/run", ".ci/drift"]:
+    for place in [*places, *measured, ".pre-commit-config.yaml", ".ci/run", ".ci/drift", ".ci/engines"]:
         assert (checkout() / place).exists(), place
     results = {path.name for path in (data_folder() / "results").glob("*.json")}
     assert results <= set(LINK.findall(PAGES["data/results/README.md"]))
@@ -142,6 +143,12 @@ def test_the_public_address_stands_in_one_place():
         assert set(found) <= {owner}
     for path in notebooks.find():
         assert path.read_text().count(owner) == 2  # its badge, and the setup cell
+
+
+def test_the_serving_page_shows_the_engines_as_they_ran():
+    rows = json.loads((data_folder() / "results" / "engines.json").read_text())["rows"]
+    assert with_engines.table(rows) in PAGES["esparse/SERVING.md"]
+    assert all(row[way].get("passed") for row in rows if row["full"].get("passed") for way in with_engines.WAYS)
 
 
 def test_numbers_of_the_results_are_those_measured():

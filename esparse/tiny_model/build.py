@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..corpora import SYNTHETIC
-from ..files import checkout, made_once, new_folder, write_text
+from ..files import checkout, made_once, new_folder, read_json, write_json, write_text
+from ..moe.published import published
 from . import synthetic
 from .training import TINY, Recipe, train_model, train_tokenizer
 
@@ -46,6 +47,8 @@ def write_model(folder: Path, recipe: Recipe = TINY, seed: int = 0, tokenizer=No
     with new_folder(folder) as temporary:
         tokenizer.save_pretrained(temporary)
         model.bfloat16().save_pretrained(temporary)
+        config = read_json(temporary / "config.json", "model config")
+        write_json(temporary / "config.json", published(config, model.config.model_type))
 
 
 def trained_folder(recipe: Recipe, seed: int, tokenizer, device: str = "cpu") -> Path:

@@ -15,7 +15,7 @@ from ..moe.gates import all_logits, unpack
 from ..moe.identity import fingerprint
 from ..moe.layers import MoELayer, decoder_layers, experts_returning, flat_output, moe_layers, replaced_experts
 from ..moe.routers import table_ranking
-from ..moe.running import check_tokens, evaluating, input_device, temporarily, uncompiled
+from ..moe.running import check_tokens, check_unquantised, evaluating, input_device, temporarily, uncompiled
 from .trace import LayerTrace, Trace, check_experts, reach
 
 CHUNK_TOKENS = 2048
@@ -211,11 +211,12 @@ def trace(model, tokens: Tensor, *, keep: int | None = None, batch_size: int = 8
     time (None: as many as fit). The trace lies on the model's device. The model runs in evaluation mode and is unchanged
     afterwards. In half precision, outputs are added as in a stock forward pass. Stock generation runs token by token and still
     routes up to 1% of the tokens differently (bfloat16, tiny model, CPU).
-    Raises ValueError for models without MoE layers, token ids outside the vocabulary, keep outside k..n, and logits or outputs
-    that are not finite.
+    Raises ValueError for models without MoE layers or with quantised experts, token ids outside the vocabulary, keep outside
+    k..n, and logits or outputs that are not finite.
     """
     check_tokens(model, tokens)
     layers = moe_layers(model)
+    check_unquantised(layer.experts for layer in layers)
     for layer in layers:
         check_experts(layer.k if keep is None else keep, layer.n, layer.k)
     check_gram(layers, tokens.numel(), keep, input_device(model))

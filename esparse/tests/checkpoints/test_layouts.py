@@ -120,7 +120,7 @@ def test_quantised_weights_may_be_told_of_by_the_text_part(tmp_path):
         state |= {name: state[name].to(torch.float8_e4m3fn), f"{name}_scale_inv": scale}
     told = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [8, 8]}}
     write(source, state, text_config=entries["text_config"] | told, transformers_weights=SINGLE)
-    report = esparse.prune_checkpoint(source, tmp_path / "whole", 8, calibration=TOKENS, method="reap")
+    report = esparse.prune_checkpoint(source, tmp_path / "whole", 8, calibration=TOKENS, method="reap", dtype="bfloat16")
     assert report["quantised"] == "fp8" and "quantization_config" not in (tmp_path / "whole" / "config.json").read_text()
     kind = transformers.AutoModelForImageTextToText
     before, after = (kind.from_pretrained(folder, dtype=torch.bfloat16) for folder in (source, tmp_path / "whole"))

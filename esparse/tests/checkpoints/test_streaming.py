@@ -24,6 +24,7 @@ from esparse.checkpoints.folder import INDEX, SINGLE
 from esparse.checkpoints.layout import PREDICTING, Checkpoint, Layout
 from esparse.files import data_folder
 from esparse.moe.identity import fingerprint
+from esparse.moe.published import ARCHITECTURES, FACTS, OLD_ROPE
 from esparse.tests.conftest import random_tokens, sampled
 from esparse.tests.families import CARRIED, FAMILIES, SAMPLE, family_model
 from esparse.tracing.losses import weighed
@@ -70,7 +71,11 @@ def test_streamed_is_what_the_whole_model_gives(family, tmp_path):
     assert ours.keys() == expected.keys() and all(torch.equal(ours[name], expected[name]) for name in ours)
     one, other = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("pruned", "source"))
     changed = {key: (other.get(key), one[key]) for key in one if one[key] != other.get(key)}
-    assert {change for key, change in changed.items() if key not in PREDICTING} == {(8, 6)}
+    assert changed.pop("architectures", (None, [ARCHITECTURES.get(family)]))[1] == [ARCHITECTURES.get(family)]
+    added = changed.keys() - other.keys()  # entries of the published config, see test_published
+    counts = {(8, one[key]) for key in added & {"num_experts"}}
+    assert counts | {changed[key] for key in changed.keys() - added - {*PREDICTING}} == {(8, 6)}
+    assert added <= {"num_experts", *OLD_ROPE, *FACTS.get(family, ())}
     assert not any(one.get(key) for key in PREDICTING)  # layers that predict further tokens are never there
 
 
@@ -143,7 +148,7 @@ def write_index(folder: Path, state: dict[str, torch.Tensor], quantisation: dict
     (folder / "config.json").write_text(json.dumps(config | ({"quantization_config": quantisation} if quantisation else {})))
 
 
-def test_block_fp8_is_dequantised(tmp_path):
+def test_block_fp8_is_dequantised_where_a_dtype_is_asked_for(tmp_path):
     folder = saved(tmp_path / "source", "deepseek_v3", torch.bfloat16)
     state, expected = tensors(folder), {}
     for name in [name for name in state if name.endswith(("_proj.weight", "_proj_with_mqa.weight"))]:
@@ -154,8 +159,8 @@ def test_block_fp8_is_dequantised(tmp_path):
         each = [[small[i, j].float() * scale[i // 16, j // 16] for j in range(columns)] for i in range(rows)]
         expected[name] = torch.tensor(each).bfloat16()
     write_index(folder, state, {"quant_method": "fp8", "weight_block_size": [16, 16]})
-    needs = esparse.preflight(folder, 6, sequences=1, length=16)["disk"]
-    report = esparse.prune_checkpoint(folder, tmp_path / "pruned", 6, calibration=TOKENS)
+    needs = esparse.preflight(folder, 6, sequences=1, length=16, dtype="bfloat16")["disk"]
+    report = esparse.prune_checkpoint(folder, tmp_path / "pruned", 6, calibration=TOKENS, dtype="bfloat16")
     after, kept = tensors(tmp_path / "pruned"), report["layers"][1]["kept"]
     size = sum(tensor.nbytes for tensor in after.values())
     assert needs.startswith(f"{size / 1e3:.0f} kB for the result in bfloat16, dequantised from fp8,")
@@ -203,7 +208,7 @@ def test_fp8_scales_belong_to_the_blocks_that_they_divide_a_weight_into(weight, 
         reader._from_fp8(torch.zeros(6, 8), torch.ones(4, 3), block)
 
 
-def test_mxfp4_is_dequantised(tmp_path):
+def test_mxfp4_is_dequantised_where_a_dtype_is_asked_for(tmp_path):
     bits = [(code >> 3, code >> 1 & 3, code & 1) for code in range(16)]  # sign, exponent, mantissa
     sizes = [mantissa / 2 if exponent == 0 else (1 + mantissa / 2) * 2 ** (exponent - 1) for _, exponent, mantissa in bits]
     values = torch.tensor([(-1) ** sign * size for (sign, _, _), size in zip(bits, sizes, strict=True)])
@@ -217,7 +222,7 @@ def test_mxfp4_is_dequantised(tmp_path):
         codes = torch.stack([blocks % 16, blocks // 16], -1).flatten(-2).long()  # [n, outer, groups, 32]
         expected[name] = (values[codes] * 2.0 ** (scales.float() - 127)[..., None]).flatten(-2).mT.bfloat16()
     write_index(folder, state, {"quant_method": "mxfp4"})
-    report = esparse.prune_checkpoint(folder, tmp_path / "pruned", 6, calibration=TOKENS)
+    report = esparse.prune_checkpoint(folder, tmp_path / "pruned", 6, calibration=TOKENS, dtype="bfloat16")
     after = tensors(tmp_path / "pruned")
     for name, tensor in expected.items():
         assert torch.equal(after[name], tensor[report["layers"][int(name.split(".")[2])]["kept"]])
