@@ -37,6 +37,7 @@ FACTS: dict[str, dict[str, Fact]] = {
         "rotary_dim": lambda entries: round(_head(entries) * entries.get("partial_rotary_factor", 1)),
         "scoring_func": "sigmoid",
         "shared_intermediate_size": 0,
+        "use_routing_bias": True,
         "use_qk_norm": True,
     },
     "exaone_moe": {

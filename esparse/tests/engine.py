@@ -115,7 +115,8 @@ def answer(engine: str, folder: Path, prompts: list) -> dict:
     except ImportError:  # a fault of the environment
         raise
     except Exception as error:
-        return {"refused": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+        said = " ".join(str(error).replace(str(folder), "FOLDER").split())
+        return {"refused": f"{type(error).__name__}: {said[:300]}"}
     return {"tokens": [[t for t, _ in some] for some in steps], "logprobs": [[p for _, p in some] for some in steps]}
 
 

@@ -62,7 +62,8 @@ FAMILIES: dict[str, tuple[str, dict, dict]] = {
                {"architectures": ["PhiMoEForCausalLM"], "original_max_position_embeddings": 256}),
     "ernie4_5_moe": ("moe_num_experts", {"intermediate_size": 256}, {}),  # a multiple of the shared experts' size
     "minimax_m2": ("num_local_experts", rope(partial_rotary_factor=0.5),
-                   {"rotary_dim": 16, "scoring_func": "sigmoid", "shared_intermediate_size": 0, "use_qk_norm": True}),
+                   {"rotary_dim": 16, "scoring_func": "sigmoid", "shared_intermediate_size": 0, "use_qk_norm": True,
+                    "use_routing_bias": True}),
     "hunyuan_v1_moe": ("num_experts", {}, {}),
     "dots1": ("n_routed_experts", {}, {}),
     "lfm2_moe": ("num_experts", {}, {}),
