@@ -14,8 +14,8 @@ import esparse
 
 STUDIES = ("criteria", "domain_specific", "recovery", "weight_pruning", "quantised")  # over training seeds
 SIZES = ("small", "medium", "full")
-# The modules of the other benchmarks. Each is imported alone: a GPU machine may lack what the others need.
 ESTIMATED = ("method", "sequences", "length", "dtype", "batch_size")  # of the options of prune, what an estimate depends on
+# The modules of the other benchmarks. Each is imported alone: a GPU machine may lack what the others need.
 BENCHES = {
     "search": ".measure.search_cost",
     "stream": ".measure.streaming_cost",
