@@ -17,7 +17,7 @@ from ..moe.layers import COUNT_NAMES, is_known, moe_layers
 from .folder import CONFIG, PLAN, REPORT, json_object
 from .layout import PREDICTING, Checkpoint, Layout, expert_counts
 from .models import load_tokenizer
-from .reader import CheckpointReader, fetch, quantisation, read_config
+from .reader import DECODED, CheckpointReader, fetch, quantisation, read_config
 
 HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # of vLLM's attention on a CPU
 PARALLEL = (1, 2, 4, 8)
@@ -122,11 +122,10 @@ def inspect_folder(source: str | Path, against: str | Path | None = None) -> lis
 
 
 def _weights(found: Inspected) -> Iterator[Finding]:
-    method = quantisation(found.config).get("quant_method")
     try:
         checkpoint = Checkpoint(CheckpointReader(found.folder), found.layout)
     except (ValueError, OSError) as error:
-        held = method not in (None, "fp8", "mxfp4")
+        held = quantisation(found.config).get("quant_method") not in DECODED
         yield Finding("tensors", "warn" if held else "fail", "", f"Not checked: {error}" if held else str(error))
         return
     ignored = checkpoint.left_out

@@ -18,8 +18,8 @@ from ..pruning.plan import PruningPlan
 from ..pruning.skipping import disable_skipping, enable_skipping, skipping_betas
 from ..tiny_model.training import PRESETS, preset_model
 from .folder import CONFIG, PLAN, SKIPPING_FILE, refuse_missing, tensors
-from .layout import Checkpoint, Layout, count_experts, stock_class, written_config
-from .reader import CheckpointReader, described, fetch, model_from_hub, quantisation, read_config
+from .layout import Checkpoint, count_experts, opened, stock_class, written_config
+from .reader import described, fetch, model_from_hub, quantisation, read_config
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 _ALIASES = {"bf16": torch.bfloat16, "half": torch.float16, "float": torch.float32, "double": torch.float64}
@@ -102,11 +102,10 @@ def _checked(source: str, revision: str | None) -> tuple[type, Checkpoint | None
     config = read_config(described(source, revision))
     auto = transformers.AutoModelForCausalLM
     kind = auto if type(config) in auto._model_mapping else stock_class(config)
-    folder = fetch(source, revision)
     if quantisation(config) or not count_names(config.get_text_config()):
-        tensors(folder)
+        tensors(fetch(source, revision))
         return kind, None
-    return kind, Checkpoint(CheckpointReader(folder), Layout(config, count_experts(config)))
+    return kind, opened(source, revision)
 
 
 def _remember_gates(model, stored: Checkpoint | None) -> None:

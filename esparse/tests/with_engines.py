@@ -10,7 +10,6 @@ are those of transformers, and their log-probabilities too. Exits with 1 where a
 import argparse
 import datetime
 import json
-import re
 import subprocess
 import sys
 import tempfile
@@ -133,7 +132,7 @@ def cell(expected: dict, found: dict) -> dict:
     """How many tokens are equal before the first other one of each prompt, and how far their log-probabilities are apart; or
     what the engine refused with."""
     if "refused" in found:
-        return {"refused": re.sub(r"\S*/(full|disk|memory)\b", r"\1", found["refused"])}  # without a path of this machine
+        return found
     equal, apart, passed = 0, 0.0, True
     for number in range(len(expected["tokens"])):
         want, got = expected["tokens"][number], found["tokens"][number]
