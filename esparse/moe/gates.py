@@ -203,6 +203,8 @@ def _weighing(gate, plain: Router, logits, weights, chosen, scales: Sequence) ->
         kinds = [replace(plain, score="sigmoid")]
     used = chosen < logits.shape[1] - plain.idle
     for renormalise, kind, expert_scale in itertools.product((True, False), kinds, scales):
+        if renormalise and kind.score == SPARSEMIXER:  # without near ties in the probe both its weights are 1: a constant sum
+            continue
         scaled = replace(kind, renormalise=renormalise, expert_scale=expert_scale)
         ratio = (weights / scaled.weights(logits, chosen))[used].double().median().item()
         scale = min(sorted({1.0, 1 / k, *numbers}), key=lambda s: abs(s - ratio))

@@ -140,6 +140,21 @@ def test_family_skips(family, changes):
     assert shares[0] == pytest.approx(sum(ratio < betas[0] for ratio in ratios) / len(ratios))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("seed", range(3))
+def test_a_sparse_mixer_is_known_where_no_probed_token_has_a_near_tie(seed):
+    """Both weights of a token are 1, unless a third expert is within 2% of the chosen one: the sum is no constant. The gate
+    itself says what the weights are, on 4,096 other tokens."""
+    gates = 0
+    for layer in moe_layers(family_model("phimoe", n=4, seed=seed)):
+        states = torch.randn(4096, layer.gate.weight.shape[1], generator=torch.Generator().manual_seed(seed))
+        logits, weights, chosen = layer.gate(states)[:3]
+        assert not layer.router.normalises and not torch.equal(weights, torch.ones_like(weights))
+        assert torch.equal(layer.router.weights(logits, chosen), weights)
+        gates += 1
+    assert gates > 1
+
+
 def test_the_sample_has_every_kind_of_router():
     known = [name for name in FAMILIES if Version(transformers.__version__) >= Version(NEWER.get(name, "5.17"))]
     kinds = {name: router_kinds(family_model(name)) for name in known}
