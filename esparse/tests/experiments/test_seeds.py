@@ -250,6 +250,7 @@ def test_only_studies_take_a_recipe(capsys):
         ((), training.TINY),
         (("--steps", "7"), replace(training.TINY, steps=7)),
         (("--preset", "tiny-scratch"), Recipe("tiny-scratch")),
+        (("--preset", "tiny-16", "--dense", "0.25"), Recipe("tiny-16", dense=0.25)),
         (("--preset", "tiny-16", "--steps", "7"), Recipe("tiny-16", 7)),  # from nothing, as every model that does not ship
     ],
 )
