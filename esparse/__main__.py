@@ -269,6 +269,7 @@ COMMANDS = {
         *_unset(_option("--method", default="enumerate", help="enumerate, greedy, progressive, reap, ..."), LOSS, *CALIBRATION),
         _option("--chunk-tokens", type=_count, metavar="T", help="tokens whose expert outputs are held (as fit)"),
         *_unset(_option("--until-stable", action="store_true", help="stop calibrating a layer once its choice stays the same")),
+        *_unset(_option("--skip", action="store_true", help="write the pruned model's betas: esparse and vLLM then skip")),
         _option("--dry-run", action="store_true", help="only say what it would take"),
     ),
     _weights: (
@@ -336,6 +337,9 @@ COMMANDS = {
         _option("--out", type=Path, metavar="FILE", help="also write the result as JSON"),
         _option("--preset", help="of a study's models: tiny, tiny-scratch, small-16 with 51 M parameters (tiny)"),
         _option("--steps", type=_count, metavar="N", help="of their training (3600)"),
+        _option(
+            "--dense", type=float, metavar="S", help="the share of them with one expert a layer, then copied (0; tiny: 1/6)"
+        ),
         _option("--sequences", type=_count, metavar="N", help="of 256 tokens a step (8)"),
         _option("--text", nargs=2, metavar="FILE", help="two files to train on as well, general and domain"),
     ),

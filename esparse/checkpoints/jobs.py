@@ -23,11 +23,11 @@ from ..pruning.weights import Sparsity, WeightPruner
 from ..tracing.losses import check_loss, weighed
 from ..tracing.recorder import tokens_digest
 from ..tracing.statistics import median_ratios, nearly_top1
-from ..tracing.trace import LayerTrace, Trace, layer_file, save_layer, write_about
+from ..tracing.trace import LayerTrace, Trace, check_beta, layer_file, save_layer, write_about
 from ..tracing.walk import BATCH
 from .folder import PLAN, side_files
 from .layout import Checkpoint, Layout, count_experts, expert_counts
-from .models import load_tokenizer
+from .models import load_tokenizer, write_betas
 from .progress import ResumableJob
 from .reader import CheckpointReader, fetch
 from .stored import StoredCheckpoint
@@ -160,6 +160,7 @@ def prune_checkpoint(
     batch_size: int = BATCH,
     chunk_tokens: int | None = None,
     until_stable: bool = False,
+    skip: bool = False,
 ) -> dict:
     """Prune a checkpoint to r experts a layer from disk to disk, one decoder layer and the hidden states at a time.
 
@@ -180,19 +181,25 @@ def prune_checkpoint(
     until_stable: choose each layer's experts after 8, 16, 32, ... sequences, and stop recording it once two successive choices
     are the same. The layer's record says after how many "sequences"; its loss and betas are those of these sequences. The
     others still pass through the layer.
+    skip: write the pruned model's betas to `esparse.json`, so that `load_model` and the plug-in for vLLM skip with them.
 
     After a crash, also for lack of disk or memory, the destination does not exist, and the same call resumes after the last
     finished layer. Under `torchrun` every process takes its share of the sequences, and all choose the same experts.
     Raises FileExistsError if the destination exists, and ValueError for r out of range, for unfinished work with other
-    inputs or options, for until_stable on several processes, and for any fault of the source, before any layer runs.
+    inputs or options, for until_stable on several processes, for skip with a plan or with one expert a token, and for any fault
+    of the source, before any layer runs.
     """
     check_method(method)
     check_loss(loss)
     if isinstance(r, PruningPlan):
+        if skip:
+            raise ValueError("Skipping takes its betas from the calibration, which a plan leaves out: prune without a plan.")
         return _prune_to_plan(source, destination, r, revision, dtype)
     if until_stable and ranks() > 1:
         raise ValueError("until_stable counts the sequences of one process: run it without torchrun.")
     job = _Job(source, destination, revision, r, dtype, device)
+    if skip:
+        check_beta(0, expert_counts(job.checkpoint.source.config)[1])
     job.calibrate(calibration, sequences, length, seed)
     job.about |= {"r": r, "method": method, "loss": loss, "until_stable": until_stable}
     options = {"batch_size": batch_size, "chunk_tokens": chunk_tokens, "progressive": method == "progressive"}
@@ -209,6 +216,9 @@ def prune_checkpoint(
     pruned = [record for record in records if "kept" in record]
     chosen = [(record["kept"], record["loss"], record["runner_up"]) for record in pruned]
     plan = make_plan(method, loss, r, chosen, digest([record["gate"] for record in pruned]), job.about["calibration set"])
+    if skip and rank() == 0:
+        numbers = [number for number, record in enumerate(records) if "kept" in record]
+        write_betas(job.progress.out, numbers, [record["beta_pruned"] for record in pruned])
     return job.publish(_counts(records), r, plan.label, records, plan)
 
 

@@ -1,7 +1,7 @@
 """Loading models and tokenizers, and saving pruned models so that stock transformers loads them."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -197,6 +197,16 @@ def _tokenizer_fault(source: str, line: str) -> str:
     return line
 
 
+def write_betas(folder: Path, layers: Sequence[int], betas: Sequence[float]) -> None:
+    """Write `esparse.json`: the numbers of the decoder layers that skip, and the beta of each."""
+    write_json(folder / SKIPPING_FILE, {"layers": list(layers), "betas": list(betas)})
+
+
+def _number(name: str) -> int:
+    """The number of the decoder layer in the name of one of its modules, such as model.layers.3.mlp."""
+    return next(int(part) for part in name.split(".") if part.isdecimal())
+
+
 def card(config, experts: int, k: int, more: str) -> str:
     """The model card of a pruned model; `more` is the text after its first sentence."""
     architecture = (config.architectures or [type(config).__name__])[0]
@@ -224,7 +234,7 @@ def save_model(model, tokenizer, folder: str | Path, plan: PruningPlan | None = 
             plan.save(temporary / PLAN)
         if betas := skipping_betas(model):
             more += " Made for dynamic skipping: `esparse.load_model` turns it on, stock transformers runs every expert."
-            write_json(temporary / SKIPPING_FILE, {"betas": betas})
+            write_betas(temporary, [_number(moe.name) for moe in moe_layers(model)], betas)
             disable_skipping(model)
             stack.callback(enable_skipping, model, betas)
         _save_published(model, temporary)

@@ -3,7 +3,9 @@
     python engine.py ENGINE PROMPTS.json ANSWER.json FOLDER...
 
 PROMPTS: token ids [prompts, length]. ANSWER: by folder, {"tokens": ids [prompts, NEW], "logprobs": [prompts, NEW], those of the
-chosen tokens}, or {"refused": the engine's own sentence}. A folder that ends the process leaves {"refused": DIED}.
+chosen tokens}, or {"refused": the engine's own sentence}. A folder that ends the process leaves {"refused": DIED}. vLLM adds
+"dropped": for each MoE layer, the share of the tokens' second and further experts in whose place stands the first.
+onnxruntime-genai adds "int4": the number of tokens that its int4 build of an MXFP4 folder generated.
 """
 
 import importlib.metadata
@@ -66,14 +68,20 @@ def openvino(folder: Path, prompts: list) -> list:
     return [list(zip(*pair, strict=True)) for pair in zip(tokens.tolist(), chosen.tolist(), strict=True)]
 
 
-def onnxruntime_genai(folder: Path, prompts: list) -> list:
+def onnxruntime_genai(folder: Path, prompts: list) -> tuple[list, dict]:
+    """In float32. Where the folder's experts are in MXFP4, also the tokens of the builder's int4, which rounds them again."""
+    steps, packed = _genai(folder, prompts, "fp32"), "quantization_config" in json.loads((folder / "config.json").read_text())
+    return steps, {"int4": sum(map(len, _genai(folder, prompts, "int4")))} if packed else {}
+
+
+def _genai(folder: Path, prompts: list, precision: str) -> list:
     import numpy
     import onnxruntime_genai
     from onnxruntime_genai.models.builder import create_model, parse_extra_options
 
-    asked = ("", str(folder), str(folder / "onnx"), "fp32", "cpu", str(folder / "cache"))
+    asked = ("", str(folder), str(folder / precision), precision, "cpu", str(folder / "cache"))
     create_model(*asked, **parse_extra_options(*asked, []))
-    model, found = onnxruntime_genai.Model(str(folder / "onnx")), []
+    model, found = onnxruntime_genai.Model(str(folder / precision)), []
     for prompt in prompts:
         options, steps = onnxruntime_genai.GeneratorParams(model), []
         options.set_search_options(max_length=256, do_sample=False)
@@ -88,15 +96,32 @@ def onnxruntime_genai(folder: Path, prompts: list) -> list:
     return found
 
 
-def vllm_cpu(folder: Path, prompts: list) -> list:
+def vllm_cpu(folder: Path, prompts: list) -> tuple[list, dict]:
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
     from vllm import LLM, SamplingParams
 
+    dropped = {}
+
+    def count(model) -> None:
+        for runner in (module for module in model.modules() if hasattr(module, "routed_experts")):
+            runner.router.select_experts = counting(runner.router.select_experts, dropped.setdefault(runner.layer_name, []))
+
+    def counting(select, calls: list):
+        def selected(*args, **options):
+            weights, experts = select(*args, **options)
+            calls.append(((experts[:, 1:] == experts[:, :1]).sum().item(), weights[:, 1:].numel()))
+            return weights, experts
+
+        return selected
+
     model = LLM(str(folder), dtype="float32", enforce_eager=True, max_model_len=256, max_num_seqs=8)
+    model.apply_model(count)  # after the run with which vLLM starts
     asked = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, logprobs=0, detokenize=False)
     made = model.generate([{"prompt_token_ids": prompt} for prompt in prompts], asked, use_tqdm=False)
     steps = lambda out: zip(out.token_ids, out.logprobs, strict=True)  # noqa: E731
-    return [[(token, logprobs[token].logprob) for token, logprobs in steps(request.outputs[0])] for request in made]
+    found = [[(token, logprobs[token].logprob) for token, logprobs in steps(request.outputs[0])] for request in made]
+    shares = [sum(gone for gone, _ in calls) / sum(all for _, all in calls) for calls in dropped.values()]
+    return found, {"dropped": shares} if any(shares) else {}
 
 
 # By name: what runs it, and the package whose version counts.
@@ -112,12 +137,13 @@ ENGINES = {
 def answer(engine: str, folder: Path, prompts: list) -> dict:
     try:
         steps = ENGINES[engine][0](folder, prompts)
+        steps, more = steps if isinstance(steps, tuple) else (steps, {})
     except ImportError:  # a fault of the environment
         raise
     except Exception as error:
         said = " ".join(str(error).replace(str(folder), "FOLDER").split())
         return {"refused": f"{type(error).__name__}: {said[:300]}"}
-    return {"tokens": [[t for t, _ in some] for some in steps], "logprobs": [[p for _, p in some] for some in steps]}
+    return {"tokens": [[t for t, _ in some] for some in steps], "logprobs": [[p for _, p in some] for some in steps], **more}
 
 
 def main(engine: str, prompts: str, path: str, *folders: str) -> None:

@@ -10,8 +10,8 @@ import pytest
 from esparse.files import PACKAGE
 
 ROOMS = (
-    *("environment", "machine", "files", "style", "documents", "corpora", "kernels", "moe", "tiny_model", "tracing"),
-    *("pruning", "checkpoints", "recovery", "measure", "explorer", "experiments"),
+    *("environment", "machine", "files", "style", "documents", "corpora", "kernels", "vllm_plugin"),
+    *("moe", "tiny_model", "tracing", "pruning", "checkpoints", "recovery", "measure", "explorer", "experiments"),
 )
 ENTRANCES = ("__init__", "__main__")  # of the package: they may import from all rooms
 MODULES = {

@@ -20,11 +20,12 @@ from safetensors.torch import load_file, save_file
 import esparse
 from esparse import __main__, machine
 from esparse.checkpoints import folder, jobs, progress, reader, streaming, writer
-from esparse.checkpoints.folder import INDEX, SINGLE
+from esparse.checkpoints.folder import INDEX, SINGLE, SKIPPING_FILE
 from esparse.checkpoints.layout import PREDICTING, Checkpoint, Layout
 from esparse.files import data_folder
 from esparse.moe.identity import fingerprint
 from esparse.moe.published import ARCHITECTURES, FACTS, OLD_ROPE
+from esparse.pruning.skipping import skipping_betas
 from esparse.tests.conftest import random_tokens, sampled
 from esparse.tests.families import CARRIED, FAMILIES, SAMPLE, family_model
 from esparse.tracing.losses import weighed
@@ -354,6 +355,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 import esparse
+from esparse.pruning.skipping import skipping_betas
 from esparse.tests.conftest import random_tokens
 from esparse.tests.checkpoints.test_streaming import same_weights
 source, folder = Path(sys.argv[1]), Path(sys.argv[2])
@@ -408,6 +410,7 @@ _FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
 import esparse
+from esparse.pruning.skipping import skipping_betas
 from esparse.tests.conftest import random_tokens
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 for limit in map(int, sys.argv[3:]):
@@ -600,6 +603,7 @@ def test_with_a_plan_the_command_takes_nothing_that_only_a_choice_needs(tiny, tm
     esparse.PruningPlan("by hand", 6, [[*range(6)]] * 6, [0.0] * 6, fingerprint(tiny[0]), "").save(file)
     for words, said in (
         (["--until-stable"], "--until-stable"),
+        (["--skip"], "--skip"),
         (["--loss", "residual"], "--loss"),  # also where it is the default
         (["--seed", 1, "--calibration", "web", "--batch-size", 8], "--calibration, --seed, --batch-size"),
     ):
@@ -611,6 +615,24 @@ def test_with_a_plan_the_command_takes_nothing_that_only_a_choice_needs(tiny, tm
     assert "on 0 tokens" in said and " and 0 bytes while it works" in said and not out.exists()
     assert call("prune", "data/tiny", out, "--plan", file).returncode == 0
     assert esparse.PruningPlan.load(out / "plan.json") == esparse.PruningPlan.load(file)
+
+
+def test_a_folder_made_for_skipping_skips_with_the_betas_of_the_pruned_model(tiny, tmp_path):
+    """Against `median_betas` of the pruned folder without betas. DeepSeek's first layer is dense."""
+    model = family_model("deepseek_v3")
+    model.save_pretrained(tmp_path / "source")
+    tiny[1].save_pretrained(tmp_path / "source")
+    options = {"calibration": TOKENS, "skip": True}
+    esparse.prune_checkpoint(tmp_path / "source", tmp_path / "skips", 6, **options)
+    plan = esparse.PruningPlan.load(tmp_path / "skips" / "plan.json")
+    betas = esparse.median_betas(esparse.trace(model, TOKENS), plan.kept)
+    held = json.loads((tmp_path / "skips" / SKIPPING_FILE).read_text())
+    assert held["betas"] == pytest.approx(betas, rel=1e-5) and len(betas) == len(held["layers"])
+    numbers = [number for number, layer in enumerate(model.model.layers) if hasattr(layer.mlp, "experts")]
+    assert held["layers"] == numbers and 0 not in numbers
+    assert skipping_betas(esparse.load_model(str(tmp_path / "skips"))[0]) == held["betas"]
+    with pytest.raises(ValueError, match="prune without a plan"):
+        esparse.prune_checkpoint(tmp_path / "source", tmp_path / "other", plan, skip=True)
 
 
 def test_the_command_tells_the_defaults_of_the_function():
