@@ -13,10 +13,11 @@ from typing import NamedTuple
 from jinja2 import TemplateError
 from torch import nn
 
+from ..files import read_json
 from ..moe.layers import COUNT_NAMES, is_known, moe_layers
-from .folder import CONFIG, PLAN, REPORT, json_object
+from .folder import CONFIG, PLAN, REPORT, SKIPPING_FILE, json_object
 from .layout import PREDICTING, Checkpoint, Layout, expert_counts
-from .models import load_tokenizer
+from .models import layer_number, load_tokenizer, read_betas
 from .reader import DECODED, CheckpointReader, fetch, quantisation, read_config
 
 HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # of vLLM's attention on a CPU
@@ -208,6 +209,33 @@ def _entries(found: Inspected) -> Iterator[Finding]:
         yield _judged("DeepSeek routing", "", wrong if lost else None, "scoring_func and topk_method are there.")
 
 
+def _rope(found: Inspected) -> Iterator[Finding]:
+    scaling = getattr(found.text, "rope_parameters", None) or {}
+    if found.text.model_type == "gpt_oss" and scaling.get("rope_type") == "yarn":
+        wrong = "mlx-lm 0.32.2 and llama.cpp round YaRN's bounds, which truncate: false forbids: their logits differ."
+        yield _judged("YaRN", "", None if scaling.get("truncate", True) else wrong, "Its bounds may be rounded.")
+
+
+def _skipping(found: Inspected) -> Iterator[Finding]:
+    path = found.folder / SKIPPING_FILE
+    if not path.is_file():
+        return
+    numbers, held = [layer_number(layer.name) for layer in moe_layers(found.layout.text)], read_json(path, "file of betas")
+    try:
+        betas = read_betas(path)
+    except ValueError as error:
+        yield Finding("skipping", "fail", "", str(error))
+        return
+    if len(betas) != len(numbers):
+        yield Finding(
+            "skipping", "fail", len(betas), f"{SKIPPING_FILE} needs one beta for each of the {len(numbers)} MoE layers."
+        )
+        return
+    named = isinstance(held, dict) and held.get("layers") == numbers
+    wrong = f"{SKIPPING_FILE} does not name the layers of its betas: the plug-in for vLLM refuses it."
+    yield _judged("skipping", len(betas), None if named else wrong, "esparse and its plug-in for vLLM skip with these betas.")
+
+
 def _head(found: Inspected) -> Iterator[Finding]:
     heads = found.of_attention("num_attention_heads")
     if heads and not found.of_attention("kv_lora_rank"):  # with it, attention is of another kind
@@ -264,4 +292,4 @@ def _beside(found: Inspected) -> Iterator[Finding]:
     yield _judged("config", len(names), wrong, "Apart from counts it is the full model's.")
 
 
-CHECKS = (_weights, _counts, _tokenizer, _template, _engines, _entries, _head, _parallel, _quants, _beside)
+CHECKS = (_weights, _counts, _tokenizer, _template, _engines, _entries, _rope, _skipping, _head, _parallel, _quants, _beside)

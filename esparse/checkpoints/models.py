@@ -202,7 +202,7 @@ def write_betas(folder: Path, layers: Sequence[int], betas: Sequence[float]) -> 
     write_json(folder / SKIPPING_FILE, {"layers": list(layers), "betas": list(betas)})
 
 
-def _number(name: str) -> int:
+def layer_number(name: str) -> int:
     """The number of the decoder layer in the name of one of its modules, such as model.layers.3.mlp."""
     return next(int(part) for part in name.split(".") if part.isdecimal())
 
@@ -234,7 +234,7 @@ def save_model(model, tokenizer, folder: str | Path, plan: PruningPlan | None = 
             plan.save(temporary / PLAN)
         if betas := skipping_betas(model):
             more += " Made for dynamic skipping: `esparse.load_model` turns it on, stock transformers runs every expert."
-            write_betas(temporary, [_number(moe.name) for moe in moe_layers(model)], betas)
+            write_betas(temporary, [layer_number(moe.name) for moe in moe_layers(model)], betas)
             disable_skipping(model)
             stack.callback(enable_skipping, model, betas)
         _save_published(model, temporary)

@@ -139,6 +139,34 @@ def test_what_engines_want_of_other_families(family, tiny, tmp_path):
     assert status(found)[name] == "warn" and remove in note(found, name)
 
 
+@pytest.mark.parametrize("truncate, expected", [(False, "warn"), (True, "ok")])
+def test_bounds_that_engines_round_are_told(truncate, expected, tiny, tmp_path):
+    model = family_model("gpt_oss", 4, 2)
+    model.resize_token_embeddings(1024)
+    esparse.save_model(model, tiny[1], tmp_path / "model")
+    yarn = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "truncate": truncate}
+    change(tmp_path / "model/config.json", rope_parameters=None, rope_scaling=yarn, rope_theta=150000.0)
+    assert status(inspect_folder(tmp_path / "model"))["YaRN"] == expected
+
+
+@pytest.mark.parametrize(
+    "held, expected, said",
+    [
+        ({"layers": [0, 1, 2], "betas": [0.5, 0.25, 0]}, "ok", "skip with these betas"),
+        ([0.5, 0.25, 0], "warn", "does not name the layers"),
+        ({"layers": [1, 2, 3], "betas": [0.5, 0.25, 0]}, "warn", "does not name the layers"),
+        ({"betas": [0.5]}, "fail", "each of the 3 MoE layers"),
+        ({"beta": 1}, "fail", "holds no betas"),
+    ],
+)
+def test_betas_that_fit_no_layers_are_found(held, expected, said, tiny, tmp_path):
+    esparse.save_model(random_model("mixtral", 4, 2, vocab_size=1024), tiny[1], tmp_path / "model")
+    assert "skipping" not in status(inspect_folder(tmp_path / "model"))
+    (tmp_path / "model" / "esparse.json").write_text(json.dumps(held))
+    found = inspect_folder(tmp_path / "model")
+    assert status(found)["skipping"] == expected and said in note(found, "skipping")
+
+
 def test_rows_are_those_of_the_stored_matrices():
     model = random_model("mixtral", 4, 2)
     stored = {t.shape[-1] for name, t in model.state_dict().items() if t.ndim > 1 and "gate.weight" not in name}
