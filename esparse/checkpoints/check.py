@@ -209,7 +209,11 @@ def _entries(found: Inspected) -> Iterator[Finding]:
         yield _judged("DeepSeek routing", "", wrong if lost else None, "scoring_func and topk_method are there.")
 
 
-def _rope(found: Inspected) -> Iterator[Finding]:
+def _overlooked(found: Inspected) -> Iterator[Finding]:
+    """What engines overlook, as `.ci/engines` showed, whether the model is pruned or not."""
+    if found.text.model_type == "ernie4_5_moe":
+        who = "mlx-lm 0.32.2 and the CPU build of vLLM 0.32.0"
+        yield Finding("router bias", "warn", "", f"{who} leave out the bias of ERNIE's routers, and so choose other experts.")
     scaling = getattr(found.text, "rope_parameters", None) or {}
     if found.text.model_type == "gpt_oss" and scaling.get("rope_type") == "yarn":
         wrong = "mlx-lm 0.32.2 and llama.cpp round YaRN's bounds, which truncate: false forbids: their logits differ."
@@ -292,4 +296,17 @@ def _beside(found: Inspected) -> Iterator[Finding]:
     yield _judged("config", len(names), wrong, "Apart from counts it is the full model's.")
 
 
-CHECKS = (_weights, _counts, _tokenizer, _template, _engines, _entries, _rope, _skipping, _head, _parallel, _quants, _beside)
+CHECKS = (
+    _weights,
+    _counts,
+    _tokenizer,
+    _template,
+    _engines,
+    _entries,
+    _overlooked,
+    _skipping,
+    _head,
+    _parallel,
+    _quants,
+    _beside,
+)

@@ -149,6 +149,13 @@ def test_bounds_that_engines_round_are_told(truncate, expected, tiny, tmp_path):
     assert status(inspect_folder(tmp_path / "model"))["YaRN"] == expected
 
 
+def test_a_router_bias_that_engines_leave_out_is_told(tiny, tmp_path):
+    model = family_model("ernie4_5_moe", 4, 2)
+    model.resize_token_embeddings(1024)
+    esparse.save_model(model, tiny[1], tmp_path / "model")
+    assert status(inspect_folder(tmp_path / "model"))["router bias"] == "warn"
+
+
 @pytest.mark.parametrize(
     "held, expected, said",
     [
