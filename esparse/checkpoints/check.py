@@ -224,20 +224,18 @@ def _skipping(found: Inspected) -> Iterator[Finding]:
     path = found.folder / SKIPPING_FILE
     if not path.is_file():
         return
-    numbers, held = [layer_number(layer.name) for layer in moe_layers(found.layout.text)], read_json(path, "file of betas")
+    numbers = [layer_number(layer.name) for layer in moe_layers(found.layout.text)]
     try:
-        betas = read_betas(path)
+        count = len(read_betas(path))
     except ValueError as error:
         yield Finding("skipping", "fail", "", str(error))
         return
-    if len(betas) != len(numbers):
-        yield Finding(
-            "skipping", "fail", len(betas), f"{SKIPPING_FILE} needs one beta for each of the {len(numbers)} MoE layers."
-        )
-        return
-    named = isinstance(held, dict) and held.get("layers") == numbers
-    wrong = f"{SKIPPING_FILE} does not name the layers of its betas: the plug-in for vLLM refuses it."
-    yield _judged("skipping", len(betas), None if named else wrong, "esparse and its plug-in for vLLM skip with these betas.")
+    held, wrong, status = read_json(path, "file of betas"), None, "warn"
+    if count != len(numbers):
+        wrong, status = f"{SKIPPING_FILE} needs one beta for each of the {len(numbers)} MoE layers.", "fail"
+    elif isinstance(held, list) or held.get("layers") != numbers:
+        wrong = f"{SKIPPING_FILE} does not name the layers of its betas, as the plug-in for vLLM needs."
+    yield _judged("skipping", count, wrong, "esparse and its plug-in for vLLM skip with these betas.", status)
 
 
 def _head(found: Inspected) -> Iterator[Finding]:

@@ -250,16 +250,9 @@ def table(rows: list[dict]) -> str:
     def word(row: dict | None) -> str:
         if row is None:
             return ""
-        passed = [way for way in WAYS if row.get(way, {}).get("passed")]
-        return (
-            "equal"
-            if passed == [way for way in WAYS if way in row]
-            else "full"
-            if "full" in passed
-            else "refused"
-            if "refused" in row["full"]
-            else "other"
-        )
+        if not row["full"].get("passed"):
+            return "refused" if "refused" in row["full"] else "other"
+        return "equal" if all(row[way].get("passed") for way in WAYS if way in row) else "full"
 
     found = {(row["family"], row["engine"]): row for row in rows}
     engines = {row["engine"]: row["version"] for row in rows}

@@ -37,10 +37,14 @@ def full_gram(layer: LayerTrace, size: int | None = None) -> Tensor:
     return layer.gram.index_select(1, places.flatten()).view(-1, *places.shape)
 
 
-def gram_between(gram: Tensor, some: Tensor, others: Tensor) -> Tensor:
-    """Entries [tokens, a, b] of packed Gram matrices, for experts at places [tokens, a] and [tokens, b] in `order`."""
-    places = packed_places(gram)[some[:, :, None], others[:, None]]
-    return gram.gather(1, places.flatten(1)).view(places.shape)
+def gram_between(gram: Tensor, some: Tensor, others: Tensor, rows: Tensor | None = None) -> Tensor:
+    """Entries [tokens, a, b] of packed Gram matrices, for experts at places [tokens, a] and [tokens, b] in `order`. rows: the
+    tokens' rows in `gram` (None: all)."""
+    rows = torch.arange(len(gram), device=gram.device) if rows is None else rows
+    m, first = math.isqrt(2 * gram.shape[1]), rows[:, None] * gram.shape[1]
+    one, other = (places * (2 * m - 1 - places) // 2 + first for places in (some, others))  # rises with the place
+    at = torch.minimum(one[:, :, None], other[:, None]) + torch.maximum(some[:, :, None], others[:, None])
+    return gram.flatten().index_select(0, at.flatten()).view(at.shape)  # no row is copied
 
 
 def targets(layer: LayerTrace) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..moe.routers import CHOSEN_SOFTMAX
-from .losses import targets
+from .losses import gram_between, targets
 from .trace import LayerTrace, parts
 
 SMALL_GRAMS = 16384  # tokens whose small Grams are in memory at once
@@ -30,7 +30,7 @@ class Removals:
             scores = layer.router.scores(layer.logits).double()
         self.raw = scores.gather(1, layer.order)  # [tokens, m]: routing weights before normalisation and scaling
         self.all_scores = scores if layer.router.score == "softmax" and not layer.router.renormalise else None
-        self.all, self.gram = torch.arange(tokens, device=device), layer.gram.flatten()
+        self.all = torch.arange(tokens, device=device)
         self.group = torch.arange(layer.n, device=device) // (layer.n // layer.router.groups)
         found = [targets(some) for some in parts(layer, SMALL_GRAMS)]
         self.dot, self.norm = (torch.cat(column) for column in zip(*found, strict=True))  # [tokens, m], [tokens]
@@ -109,18 +109,12 @@ class Removals:
         m = self.layer.order.shape[1]
         inside = places.clamp(max=m - 1)
         x = self.raw[rows[:, None], inside].masked_fill(places == m, 0.0)
-        gram = self._gram(rows, inside)
+        gram = gram_between(self.layer.gram, inside, inside, rows).double()
         pulled = (gram @ x[:, :, None])[:, :, 0]
         square = (x * pulled).sum(1, keepdim=True) - 2 * x * pulled + x * x * gram.diagonal(dim1=1, dim2=2)
         along = x * self.dot[rows[:, None], inside]
         total = (self._total(rows, x, kept) - gone) / self.layer.router.scale
         return square / total**2 - 2 * (along.sum(1, keepdim=True) - along) / total + self.norm[rows, None]
-
-    def _gram(self, rows: Tensor, places: Tensor) -> Tensor:
-        """<f_i, f_j> of some tokens for experts at `places` [rows, a] in `order`, float64 [rows, a, a]."""
-        start = places * (2 * self.layer.order.shape[1] - 1 - places) // 2 + rows[:, None] * self.layer.gram.shape[1]
-        at = torch.minimum(start[:, :, None], start[:, None]) + torch.maximum(places[:, :, None], places[:, None])
-        return self.gram.index_select(0, at.flatten()).view(at.shape).double()
 
     def _total(self, rows: Tensor, x: Tensor, kept: Tensor) -> Tensor:
         """The divisor of the routing weights [rows, k + 1] when each of the k + 1 experts is left out."""
@@ -140,7 +134,7 @@ class Removals:
     def _rescaled(self, rows: Tensor, places: Tensor, kept: Tensor) -> Tensor:
         """The change of loss [rows, n] from removing experts that a token did not choose, which rescales its weights."""
         places = places[:, :-1]
-        x, gram = self.raw[rows[:, None], places], self._gram(rows, places)
+        x, gram = self.raw[rows[:, None], places], gram_between(self.layer.gram, places, places, rows).double()
         square = (x[:, None] @ gram @ x[:, :, None]).flatten(1)  # [rows, 1]
         along = (x * self.dot[rows[:, None], places]).sum(1, keepdim=True)
         shares = self.all_scores[rows] * kept / self.layer.router.scale
