@@ -177,10 +177,10 @@ def _not_ready(tasks: Sequence[str | dict], error: Exception) -> Exception:
 
 
 def _language_model(model, tokenizer, batch_size: int):
-    """The model wrapped in lm-eval's Hugging Face class, which knows the other processes of `accelerate launch`."""
-    from lm_eval.models.huggingface import HFLM
+    """The model as lm-eval calls it; it knows the other processes of `accelerate launch`."""
+    from .harness import HarnessModel
 
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    lm = HarnessModel(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     lm._device = input_device(model)  # lm-eval would take the first weight's device, but that weight may be offloaded
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         from accelerate import Accelerator

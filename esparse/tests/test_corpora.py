@@ -332,7 +332,7 @@ def test_no_training_document_uses_a_held_out_tuple():
             for a, sign, b, _ in EQUATION.findall(document):
                 if sign in "+-":
                     trained.add(tuple(sorted((int(a), int(b)))))
-    tested = {_numbers(item["question"]) for item in synthetic.task_items("arithmetic_problems", 300, seed=1)}
+    tested = {_numbers(item["query"]) for item in synthetic.task_items("arithmetic_problems", 300, seed=1)}
     assert len(trained) > 3000 and len(tested) > 200
     assert not trained & tested
     held_out = {_numbers(item["query"].split("\n")[0]) for item in synthetic.task_items("arithmetic_result", 300, seed=1)}

@@ -255,7 +255,7 @@ def _result_item(rng: random.Random) -> dict:
 
 
 def _generation_item(problem: Problem) -> dict:
-    return {"question": problem.question, "answer": problem.solution}
+    return {"query": _prompt(problem.question), "answer": problem.solution}
 
 
 TASKS = {

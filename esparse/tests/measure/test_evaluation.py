@@ -53,10 +53,10 @@ def test_multiple_choice_takes_the_likeliest_answer(tiny, task):
 @torch.no_grad()
 def test_generation_is_greedy_few_shot_with_exact_match(tiny):
     model, tokenizer = tiny
-    shots = "".join(f"Question: {e['question']}\nAnswer:\n{e['answer']}\n\n" for e in items("arithmetic_problems.examples"))
+    shots = "".join(f"{example['query']}\n{example['answer']}\n\n" for example in items("arithmetic_problems.examples"))
     right = 0
     for item in items("arithmetic_problems")[:12]:
-        ids = torch.tensor([tokenizer(f"{shots}Question: {item['question']}\nAnswer:").input_ids])
+        ids = torch.tensor([tokenizer(f"{shots}{item['query']}").input_ids])
         text = tokenizer.decode(model.generate(ids, max_new_tokens=32, do_sample=False, pad_token_id=2)[0, ids.shape[1] :])
         found = re.search(r"#### ([0-9]+)", text.split("\n\n")[0])
         right += found is not None and found[1] == item["answer"].split("#### ")[1]
