@@ -62,6 +62,8 @@ def pair_outputs(experts: nn.Module, hidden_states: Tensor, expert: Tensor, scra
     expert: int64 [tokens, m]; the number n (`num_experts`) marks a dropped pair, whose output is 0. A grouped product on a
     GPU does not make the host wait. With `scratch` the result lies in its buffers and has no gradient.
     """
+    if len(expert) == 1 and expert.device.type == "cpu" and not (scratch or torch.compiler.is_compiling()):
+        return _of_one_token(experts, hidden_states, expert)
     product = _product(experts, hidden_states, expert.numel(), scratch is not None)
     if product is None:
         return _one_after_another(experts, hidden_states, expert, scratch)
@@ -145,6 +147,12 @@ def _one_after_another(experts, hidden_states: Tensor, expert: Tensor, scratch: 
             x = hidden_states.index_select(0, rows // expert.shape[1])
             outputs[rows] = one_expert(experts, number, x, scratch) if number < n else 0.0
     return outputs.view(*expert.shape, -1)
+
+
+def _of_one_token(experts, hidden_states: Tensor, expert: Tensor) -> Tensor:
+    """`pair_outputs` of a single token. There is nothing to sort: that takes as long as a small expert."""
+    numbers, none = expert[0].tolist(), torch.zeros_like(hidden_states)
+    return torch.stack([one_expert(experts, i, hidden_states) if i < experts.num_experts else none for i in numbers], 1)
 
 
 def one_expert(experts, number: int, x: Tensor, scratch: Scratch | None = None, on_input=None) -> Tensor:

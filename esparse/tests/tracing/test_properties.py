@@ -160,5 +160,8 @@ def test_pair_outputs_are_each_pairs_own_with_scratch_and_without(gate, bias, tr
             assert torch.allclose(pair_outputs(experts, hidden, expert, scratch), expected, rtol=1e-12)
     for outputs in (pair_outputs(experts, hidden, expert), _grouped(experts, hidden, expert, kernels.product)):
         assert torch.allclose(outputs, expected, rtol=1e-12)
+    for token in range(6):  # of one token, with a dropped pair and without
+        alone = pair_outputs(experts, hidden[token : token + 1], expert[token : token + 1])
+        assert torch.allclose(alone[0], expected[token], rtol=1e-12)
     pair_outputs(experts, hidden, expert).sum().backward()  # without scratch the experts can be trained
     assert experts.down_proj.grad[:2].abs().min() > 0 and experts.down_proj.grad[2].abs().max() == 0
