@@ -13,9 +13,10 @@ Kept = tuple[int, ...]  # the experts that one layer keeps
 
 def ranked_subsets(trace: Trace, r: int, count: int) -> list[dict[str, list[Kept]]]:
     """For each layer, subsets of r experts, best first, by method and loss ("enumerate, residual"): the `count` best by
-    enumeration, and one by each score. Where subsets are too many to enumerate, one by greedy removal takes their place. r must
-    be in range."""
-    search = "enumerate" if all(affordable(layer, r) for layer in trace.layers) else "greedy"
+    enumeration, and one by each score. Where to enumerate all layers under all losses is more work than one layer may be, one
+    subset by greedy removal takes their place. r must be in range."""
+    searches = len(trace.layers) * len(LOSSES)
+    search = "enumerate" if all(affordable(layer, r, searches) for layer in trace.layers) else "greedy"
     methods = list(itertools.product((search, *available_scores(trace)), LOSSES))
     return [{", ".join(key): _ranked(layer, r, *key, count) for key in methods} for layer in trace.layers]
 

@@ -43,10 +43,10 @@ def all_subsets(layer: LayerTrace, r: int) -> list[tuple[int, ...]]:
     return [tuple(itertools.chain(*parts)) for parts in itertools.product(*parts)]
 
 
-def affordable(layer: LayerTrace, r: int) -> bool:
-    """Whether enumeration accepts this layer and r."""
+def affordable(layer: LayerTrace, r: int, searches: int = 1) -> bool:
+    """Whether enumeration accepts this layer and r, and `searches` like it together are no more work than one may be."""
     with suppress(ValueError):
-        return bool(all_subsets(layer, r))
+        return len(all_subsets(layer, r)) * len(layer.order) * searches <= MAX_ROUTINGS or has_choice_table(layer)
     return False
 
 

@@ -130,6 +130,16 @@ def test_where_subsets_are_too_many_greedy_removal_stands_in(monkeypatch):
     assert plain_kl(model, plan) <= min(report["single"].values()) * (1 + 1e-5)
 
 
+def test_all_layers_under_all_losses_are_enumerated_where_that_is_no_more_work_than_one_layer_may_be(monkeypatch):
+    trace = esparse.trace(random_model("mixtral", 6, 2), TOKENS, keep=4)
+    work = 15 * TOKENS.numel()  # subsets times tokens of a layer, each of which one search may enumerate
+    monkeypatch.setattr(search, "has_choice_table", lambda _layer: False)  # without a table it counts
+    for most, method in ((9 * work, "enumerate"), (9 * work - 1, "greedy")):  # three layers, three losses
+        monkeypatch.setattr(search, "MAX_ROUTINGS", most)
+        assert {label.split(", ")[0] for label in ranked_subsets(trace, 4, 1)[0]} == {method, *available_scores(trace)}
+    assert esparse.search_experts(trace, 4).method == "enumerate"
+
+
 def test_candidates_come_from_all_sources_in_turn():
     a, b, c, d, e = "abcde"
     sources = [[a, b, c], [b], [d, a, e]]
