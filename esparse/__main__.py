@@ -21,6 +21,7 @@ BENCHES = {
     "stream": ".measure.streaming_cost",
     "copy": ".measure.streaming_cost",
     "many": ".measure.search_cost",
+    "scores": ".measure.scores_cost",
 }
 
 

@@ -14,6 +14,7 @@ from ..files import local_folder
 from ..machine import seconds_of
 from ..moe.layers import decoder_layers, find_moe
 from ..pruning.plan import PruningPlan
+from ..pruning.search import BY_LOSS
 from .folder import DTYPES, named
 from .layout import Checkpoint, Layout, expert_counts
 from .models import read_dtype
@@ -64,7 +65,8 @@ def preflight(
         usual = getattr(config, "dtype", None) or torch.bfloat16
         written[usual] = _numel(layout.small) * usual.itemsize
     dtype = dtype or max(written, key=written.get)
-    sizes, result, kinds = _Sizes(layout.text, k, r, dtype.itemsize), written.total(), _kinds(written) + remark
+    sizes = _Sizes(layout.text, k, r if method in BY_LOSS else n, dtype.itemsize)
+    result, kinds = written.total(), _kinds(written) + remark
     if quantised and stays:
         full = sum(file.size or 0 for file in info.siblings if file.rfilename.endswith(".safetensors")) if info else 0
         result = StoredCheckpoint(reader, layout).nbytes(r) if reader else full * _numel(layout.small) / _numel(layout.full)

@@ -18,7 +18,7 @@ from ..moe.layers import MoELayer, decoder_layers, find_moe
 from ..moe.running import check_tokens
 from ..pruning.certainty import layer_certainty
 from ..pruning.plan import PruningPlan
-from ..pruning.search import Found, check_method, make_plan, search_layer
+from ..pruning.search import BY_LOSS, Found, check_method, make_plan, search_layer
 from ..pruning.weights import Sparsity, WeightPruner
 from ..tracing.losses import check_loss, weighed
 from ..tracing.recorder import tokens_digest
@@ -34,7 +34,7 @@ from .stored import StoredCheckpoint
 from .streaming import CheckpointWalk, Streamed
 from .writer import CheckpointWriter
 
-FORMAT = 2  # of unfinished work
+FORMAT = 3  # of unfinished work
 PRIVATE = ("gate", "n", "k")  # in a layer's record, but not in the report
 
 
@@ -176,8 +176,9 @@ def prune_checkpoint(
     made with the model before quantisation; where its routers were stored anew in float16, it is not checked that the plan
     was made with this model ("unchecked").
     calibration: a corpus or path as for `calibration_tokens`, or token ids [sequences, length]. method, loss: as for
-    `search_experts`. dtype: the dtype to compute in, or its name (None: that of most stored weights). batch_size: sequences
-    in one forward pass. An enumeration also reports how sure each layer's choice is (`certainty`).
+    `search_experts`. Scores and "random" run only the experts that a token is routed to, so that their losses are None.
+    dtype: the dtype to compute in, or its name (None: that of most stored weights). batch_size: sequences in one forward
+    pass. An enumeration also reports how sure each layer's choice is (`certainty`).
     until_stable: choose each layer's experts after 8, 16, 32, ... sequences, and stop recording it once two successive choices
     are the same. The layer's record says after how many "sequences"; its loss and betas are those of these sequences. The
     others still pass through the layer.
@@ -212,7 +213,8 @@ def prune_checkpoint(
             record["certainty"] = _certainty(weighed(traced, loss), record["kept"])
         return record | ({"sequences": len(traced.order) // traced.length} if until_stable else {})
 
-    records = job.run(walk.tracing(r, choose, search if until_stable else None), job.writer.write_layer)
+    keep = r if method in BY_LOSS else job.checkpoint.layout.n  # the others need only the chosen experts
+    records = job.run(walk.tracing(keep, choose, search if until_stable else None), job.writer.write_layer)
     pruned = [record for record in records if "kept" in record]
     chosen = [(record["kept"], record["loss"], record["runner_up"]) for record in pruned]
     plan = make_plan(method, loss, r, chosen, digest([record["gate"] for record in pruned]), job.about["calibration set"])

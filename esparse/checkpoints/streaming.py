@@ -137,7 +137,8 @@ class FileStream:
         return tuple(part if part.numel() else None for part in parts)
 
     def __setitem__(self, batch: int, value: State) -> None:
-        parts = [torch.empty(0) if part is None else part.cpu().clone() for part in value]  # cloned: some share memory
+        parts = [torch.empty(0) if part is None else part.cpu() for part in value]
+        parts = [part.clone() for part in parts] if len(parts) > 1 else parts  # some share memory
         write_tensors(self._file(batch), {str(j): part for j, part in enumerate(parts)})
         with self._file(batch).open("rb") as file:
             os.fsync(file.fileno())

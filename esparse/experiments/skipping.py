@@ -44,7 +44,7 @@ def trade_off(run: Run, shares: Sequence[float] = (0, 0.25, 0.5, 0.75, 1)) -> di
 def quantile_betas(layers: Sequence[LayerTrace], share: float, subsets: Sequence[Sequence[int] | None]) -> list[float]:
     """Betas that drop a share of the droppable pairs on the trace: 0.5 gives the medians, 1 drops all of them. subsets: the
     experts that each layer keeps, or None."""
-    ratios = [skip_ratios(layer.routing(kept)[1]).flatten().double() for layer, kept in zip(layers, subsets, strict=True)]
+    ratios = [skip_ratios(layer.choice(kept)[1]).flatten().double() for layer, kept in zip(layers, subsets, strict=True)]
     return [betas_of_shares(some.sort().values, [share])[0] for some in ratios]
 
 

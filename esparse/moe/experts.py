@@ -29,7 +29,11 @@ def weighted_sum(outputs: Tensor, chosen: Tensor, weights: Tensor, ranks: Tensor
     In half precision, "eager" adds one by one in the order of expert numbers; others sum all at once in the order `ranks`.
     """
     if outputs.dtype in (torch.float32, torch.float64):
-        return (weights[:, None].to(outputs.dtype) @ outputs)[:, 0]
+        first, *rest = zip(outputs.unbind(1), weights.to(outputs.dtype)[:, :, None].unbind(1), strict=True)
+        total = torch.mul(*first)
+        for pair in rest:  # a batched product of so small matrices takes a CPU several times as long
+            total.addcmul_(*pair)
+        return total
     parts = outputs * weights[:, :, None]
     ranks = chosen.argsort(1) if implementation == "eager" else ranks
     parts = parts.gather(1, ranks[:, :, None].expand_as(parts))
@@ -145,7 +149,10 @@ def _one_after_another(experts, hidden_states: Tensor, expert: Tensor, scratch: 
     for number, pairs in enumerate(flat.argsort().split(counts)):
         for rows in pairs.split(BLOCK) if len(pairs) else ():
             x = hidden_states.index_select(0, rows // expert.shape[1])
-            outputs[rows] = one_expert(experts, number, x, scratch) if number < n else 0.0
+            if number < n:  # twice as fast as an assignment
+                outputs.index_copy_(0, rows, one_expert(experts, number, x, scratch))
+            else:
+                outputs.index_fill_(0, rows, 0.0)
     return outputs.view(*expert.shape, -1)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..tracing.losses import MAX_TABLE, weighed
 from ..tracing.trace import LayerTrace, Trace, part, parts
 from .scores import ROUNDING, ranked
-from .search import all_subsets, check_method, choose_experts, subset_losses
+from .search import BY_LOSS, all_subsets, check_method, choose_experts, subset_losses
 
 
 def certainty(
@@ -46,7 +46,7 @@ def layer_certainty(layer: LayerTrace, r: int, method: str = "enumerate", draws:
     elif layer.split:
         raise ValueError(f"method={method!r} draws sequences on one process alone: use method='enumerate'.")
     else:
-        layer.check_size(r)
+        layer.check_size(r, losses=method in BY_LOSS)
         chosen = [choose_experts(part(layer, _tokens(row, layer.length)), r, method) for row in counts]
     kept, drawn = chosen[-1], chosen[:draws]
     shares = [sum(expert in other for other in drawn) / draws for expert in range(layer.n)]

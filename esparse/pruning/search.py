@@ -25,7 +25,10 @@ MAX_SUBSETS = 200_000
 MAX_ROUTINGS = 5e9  # subsets times tokens: about ten minutes a layer on two cores
 SEARCH_METHODS = ("enumerate", "greedy", *EXPERT_SCORES, "random", "progressive")
 
-Found = tuple[list[int], float, float | None]  # kept experts, their loss, and the runner-up's where all subsets were tried
+BY_LOSS = ("enumerate", "greedy", "progressive")  # the methods that compare losses, not experts one by one
+
+# Kept experts, their loss (None where the trace does not reach as far), and the runner-up's where all subsets were tried.
+Found = tuple[list[int], float | None, float | None]
 
 
 def all_subsets(layer: LayerTrace, r: int) -> list[tuple[int, ...]]:
@@ -72,12 +75,12 @@ def search_layer(
     """The r experts to keep in one layer, the protected ones among them. Raises ValueError for r out of range, an unknown
     method, and protected experts that are none or more than can be kept."""
     check_method(method)
-    layer.check_size(r)
+    layer.check_size(r, losses=method in BY_LOSS)
     _check_protected(layer, r, protected)
     if method in ("enumerate", "progressive"):  # which differ in the hidden states that were traced
         return best_subset(layer, r, protected)
     kept = choose_experts(layer, r, method, generator, protected)
-    return kept, reconstruction_loss(layer, kept), None
+    return kept, reconstruction_loss(layer, kept) if r >= layer.keep else None, None
 
 
 def choose_experts(
@@ -129,7 +132,8 @@ def search_experts(
     trace is left, the plan is that of this trace alone.
     method: "enumerate" (all subsets, layer by layer), "greedy" (removal one by one, then swaps: for more experts than
     can be enumerated), "progressive" (Table 6: each layer is searched on the outputs of the already pruned layers; needs
-    `model` and the `tokens` of the trace), a score of `expert_scores`, "random" (drawn from `seed`).
+    `model` and the `tokens` of the trace), a score of `expert_scores`, "random" (drawn from `seed`). The last two take a trace
+    of any `keep`, even of all experts; where r is below it, the plan's losses are None.
     loss: "eq3", the paper's ||change||^2 summed over tokens; "residual", which divides it by ||h + z||^2 of the residual
     stream behind the layer, and has chosen better (data/results/README.md); "output", by ||z||^2 of the layer's output.
     Scores take the same norms.
@@ -143,7 +147,7 @@ def search_experts(
     if method == "progressive" and len(traces) > 1:
         raise ValueError("method='progressive' walks through one calibration set: give one trace, or choose another method.")
     for layer in traces[0].layers:
-        layer.check_size(r)
+        layer.check_size(r, losses=method in BY_LOSS)
     if protect and method in ("greedy", "progressive"):
         raise ValueError(f"method={method!r} cannot protect experts: use enumerate, a score or random.")
     if method == "progressive":

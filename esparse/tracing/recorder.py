@@ -41,22 +41,21 @@ class Recorder:
         """Forward hook of the gate: records the logits and the experts within reach, the chosen ones first."""
         if self.paused:
             return
-        router, (logits, weights, chosen) = self.layer.router, unpack(output)
+        router, k, (logits, weights, chosen) = self.layer.router, self.layer.k, unpack(output)
         logits = all_logits(router, gate, inputs, logits)
         removed = (logits == float("-inf")).all(0)  # by `masked`
         if not torch.isfinite(logits).logical_or(removed).all():
             raise ValueError(f"{self.layer.name}: router logits are not finite; the model or its dtype overflows on this text.")
-        if router.table:
-            ranking = table_ranking(chosen, self.layer.n).masked_fill(removed, float("-inf"))
-        else:
-            ranking = router.ranking(logits)
+        further = self.m - k - (router.shared > 0)  # experts within reach beside the chosen ones
+        if further or router.idle or not router.sorted:
+            ranking = table_ranking(chosen, self.layer.n) if router.table else router.ranking(logits)
+            ranking = ranking.masked_fill(removed, float("-inf")) if router.table else ranking
         if router.idle:  # for no expert, the gate returns some expert with weight 0
-            chosen = ranking.topk(self.layer.k).indices
+            chosen = ranking.topk(k).indices
         strength = weights if router.sorted else ranking.gather(1, chosen)
         self.sorting = strength.argsort(dim=1, descending=True, stable=True)
         chosen = chosen.gather(1, self.sorting)
-        within = self.m - (router.shared > 0)
-        rest = ranking.scatter(1, chosen, float("inf")).topk(within).indices[:, self.layer.k :]
+        rest = ranking.scatter(1, chosen, float("inf")).topk(k + further).indices[:, k:] if further else chosen[:, :0]
         shared = [torch.full_like(chosen[:, :1], self.layer.n)] if router.shared else []
         self.shared_weight = output[3].sum(1) if router.shared else None
         self.recorded["logits"].append(logits)
@@ -67,10 +66,12 @@ class Recorder:
         the stream before the block, if that is known. Parallel streams (DeepSeek-V4: [sequences, length, streams, d]) count
         together."""
         after = after.flatten(2).flatten(0, 1).to(torch.promote_types(after.dtype, torch.float32))
-        self.recorded["stream_norm"].append(torch.linalg.vector_norm(after, dim=1).square())
+        norm = torch.linalg.vector_norm(after, dim=1)
+        self.recorded["stream_norm"].append(norm.square())
         if before is not None:
-            cosine = nn.functional.cosine_similarity(before.flatten(2).flatten(0, 1).to(after.dtype), after, dim=1)
-            self.recorded["stream_cosine"].append(cosine)
+            before = before.flatten(2).flatten(0, 1).to(after.dtype)
+            both = (torch.linalg.vector_norm(before, dim=1) * norm).clamp(min=torch.finfo(norm.dtype).tiny)
+            self.recorded["stream_cosine"].append((before * after).sum(1) / both)
 
     def __call__(self, _experts, hidden_states: Tensor, _index, weights: Tensor) -> Tensor:
         """[tokens, d] -> [tokens, d], for one chunk of tokens at a time; a chunk that does not fit into memory is halved."""
@@ -121,7 +122,8 @@ class Recorder:
         if shared is not None:
             outputs[:, -1] = shared
         i, j = torch.triu_indices(self.m, self.m, device=outputs.device)
-        found = {"gram": (outputs @ outputs.mT)[:, i, j]}
+        products, places = (outputs @ outputs.mT).flatten(1), (i * self.m + j).expand(len(outputs), -1)
+        found = {"gram": products.gather(1, places)}
         if target is not None:
             found["target_dot"] = (outputs @ target.to(outputs.dtype)[:, :, None])[:, :, 0]
             found["target_norm"] = target.to(outputs.dtype).double().square().sum(1)
@@ -206,11 +208,12 @@ def trace(model, tokens: Tensor, *, keep: int | None = None, batch_size: int = 8
         tokens = esparse.calibration_tokens("web", tokenizer, sequences=64, length=256)
         plan = esparse.search_experts(esparse.trace(model, tokens), 6)
 
-    tokens: [sequences, length] ids. keep: the smallest number of kept experts that the trace answers for (None: k); a larger
-    one runs fewer experts. batch_size: sequences per forward pass. chunk_tokens: tokens whose expert outputs are in memory at a
-    time (None: as many as fit). The trace lies on the model's device. The model runs in evaluation mode and is unchanged
-    afterwards. In half precision, outputs are added as in a stock forward pass. Stock generation runs token by token and still
-    routes up to 1% of the tokens differently (bfloat16, tiny model, CPU).
+    tokens: [sequences, length] ids. keep: the smallest number of kept experts whose losses the trace tells (None: k); a larger
+    one runs fewer experts. With all n, a token's chosen experts alone run, as in the model's own pass: enough for the scores,
+    frequencies and betas of any number of kept experts. batch_size: sequences per forward pass. chunk_tokens: tokens whose
+    expert outputs are in memory at a time (None: as many as fit). The trace lies on the model's device. The model runs in
+    evaluation mode and is unchanged afterwards. In half precision, outputs are added as in a stock forward pass. Stock
+    generation runs token by token and still routes up to 1% of the tokens differently (bfloat16, tiny model, CPU).
     Raises ValueError for models without MoE layers or with quantised experts, token ids outside the vocabulary, keep outside
     k..n, and logits or outputs that are not finite.
     """

@@ -32,7 +32,7 @@ def median_ratios(layer: LayerTrace, kept: Sequence[int] | None = None) -> tuple
     """The median of rho over all droppable pairs, and over the second pairs alone: there rho is the weight of all experts
     after the first, divided by the first's. For k = 2 both are equal."""
     check_beta(0.0, layer.k)
-    ratios = skip_ratios(layer.routing(kept)[1]).double()
+    ratios = skip_ratios(layer.choice(kept)[1]).double()
     beta = _median(layer.over_ranks(ratios.flatten()))
     return beta, beta if layer.k == 2 else _median(layer.over_ranks(ratios[:, 0]))
 
@@ -57,7 +57,7 @@ def nearly_top1(after_first: Sequence[float]) -> str | None:
 def dropped_share(layer: LayerTrace, beta: float, kept: Sequence[int] | None = None) -> float:
     """The share of droppable pairs (2..k) that skipping at beta drops on the trace."""
     check_beta(beta, layer.k)
-    return (skip_ratios(layer.routing(kept)[1]) < beta).double().mean().item()
+    return (skip_ratios(layer.choice(kept)[1]) < beta).double().mean().item()
 
 
 def selection_frequency(layer: LayerTrace, kept: Sequence[int] | None = None) -> Tensor:
@@ -68,7 +68,7 @@ def selection_frequency(layer: LayerTrace, kept: Sequence[int] | None = None) ->
 def co_selection(layer: LayerTrace, kept: Sequence[int] | None = None) -> Tensor:
     """How often two experts are chosen together, as a share of tokens: float64 [n, n] (Fig. 5). The diagonal holds the
     selection frequency."""
-    chosen = layer.order.gather(1, layer.routing(kept)[0])  # [tokens, k]
+    chosen = layer.choice(kept)[0]  # [tokens, k]
     hot = torch.zeros(len(chosen), layer.n + 1, dtype=torch.float64, device=chosen.device).scatter_(1, chosen, 1.0)
     hot, counts = hot[:, : layer.n], layer.token_counts
     return layer.sum_over_ranks(hot.T @ (hot * counts[:, None])) / layer.sum_over_ranks(counts.sum())

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..files import new_folder, read_json, write_json
 from ..machine import everyone, summed
-from ..moe.routers import Router, read_router
+from ..moe.routers import Router, read_router, table_ranking
 
 FORMAT = 5  # of saved traces
 
@@ -26,10 +26,11 @@ FORMAT = 5  # of saved traces
 def reach(n: int, k: int, keep: int | None, router: Router) -> int:
     """How many best-ranked experts a token can reach when at least `keep` of n stay: min(n, k + n - keep).
 
-    All n where removing experts changes the ranking of the others (groups; a bias added to a softmax). With `extra_logits`,
-    one more: the extra entry of `LayerTrace.order`.
+    All n where removing experts changes the ranking of the others (groups; a bias added to a softmax), unless all stay. With
+    `extra_logits`, one more: the extra entry of `LayerTrace.order`.
     """
-    return (min(n, k + n - (k if keep is None else keep)) if router.keeps_ranking else n) + (router.extra_logits > 0)
+    known = router.keeps_ranking or keep == n
+    return (min(n, k + n - (k if keep is None else keep)) if known else n) + (router.extra_logits > 0)
 
 
 @dataclass
@@ -61,7 +62,7 @@ class LayerTrace:
     target_norm: Tensor | None = None
     stream_norm: Tensor | None = None
     stream_cosine: Tensor | None = None
-    keep: int | None = None  # the smallest r this trace can answer for
+    keep: int | None = None  # the smallest r whose losses this trace tells
     split: bool = False  # whether other ranks of torch.distributed hold the other tokens
     length: int | None = None
     counts: Tensor | None = None
@@ -85,24 +86,34 @@ class LayerTrace:
         ones = torch.ones(len(self.order), dtype=torch.float64, device=self.order.device)
         return ones if self.counts is None else self.counts
 
-    def check(self, kept: Sequence[int]) -> list[int]:
-        """The kept experts in rising order; ValueError if they are no subset this trace can answer for."""
+    def check(self, kept: Sequence[int], losses: bool = True) -> list[int]:
+        """The kept experts in rising order; ValueError if the router cannot keep them or, if `losses`, the trace does not reach
+        as far."""
         kept = sorted(int(e) for e in kept)
         if len(set(kept)) != len(kept) or not kept or kept[0] < 0 or kept[-1] >= self.n:
             raise ValueError(f"Kept experts must be different numbers from 0 to {self.n - 1}, got {kept}.")
-        self.check_size(len(kept))
+        self.check_size(len(kept), losses)
         size = self.n // self.router.groups
         if len({sum(e // size == group for e in kept) for group in range(self.router.groups)}) > 1:
             raise ValueError(f"Keep as many experts in each of the router's {self.router.groups} groups, got {kept}.")
         return kept
 
-    def check_size(self, r: int) -> None:
-        """ValueError if the router cannot keep r experts, or the trace does not answer for r."""
-        check_experts(r, self.n, self.k, self.keep, self.router)
+    def check_size(self, r: int, losses: bool = True) -> None:
+        """ValueError if the router cannot keep r experts or, if `losses`, the trace does not reach as far."""
+        check_experts(r, self.n, self.k, self.keep if losses else None, self.router)
+
+    def choice(self, kept: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        """Each token's k experts and their weights in falling order, both [tokens, k], when only the experts `kept` exist
+        (None: all). Logits alone tell it, whatever the trace's `keep`."""
+        if kept is None:
+            positions, weights = self.routing()
+            return self.order.gather(1, positions), weights
+        subset = torch.tensor([self.check(kept, losses=False)], device=self.order.device)
+        experts, weights = self._choices(subset, self._places(beyond=subset.shape[1] < self.keep))
+        return experts[:, 0], weights[:, 0]
 
     def routing(self, kept: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
-        """Each token's k experts as places in `order`, and their weights in falling order, both [tokens, k], when only the
-        experts `kept` exist (None: all)."""
+        """`choice` with the experts as places in `order`."""
         if kept is None:
             return self._falling(torch.arange(self.k, device=self.order.device).expand(len(self.order), -1), self.weights)
         positions, weights = self.routings(torch.tensor([self.check(kept)], device=self.order.device))
@@ -110,23 +121,39 @@ class LayerTrace:
 
     def routings(self, subsets: Tensor) -> tuple[Tensor, Tensor]:
         """`routing` for subsets [s, r] at once: both [tokens, s, k]."""
-        (tokens, m), others = self.order.shape, torch.arange(self.n, self.logits.shape[1], device=self.order.device)
+        places = self._places()
+        experts, weights = self._choices(subsets, places)
+        return places.gather(1, experts.flatten(1)).view(weights.shape).long(), weights
+
+    def _places(self, beyond: bool = False) -> Tensor:
+        """Each expert's place in `order`, int32 [tokens, n + 1]. Those that a token does not reach are all at m; if `beyond`,
+        from there on, by the router's ranking."""
+        m = self.order.shape[1]
+        places = torch.full((len(self.order), self.n + 1), m, dtype=torch.int32, device=self.order.device)
+        if beyond:
+            table, own = self.router.table, self.order[:, : self.k]
+            ranking = table_ranking(own, self.n) if table else self.router.ranking(self.logits)
+            places[:, : ranking.shape[1]] += ranking.argsort(1, descending=True).argsort(1)
+        return places.scatter_(1, self.order, torch.arange(m, dtype=torch.int32, device=places.device).expand_as(self.order))
+
+    def _choices(self, subsets: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        """`choice` for subsets [s, r] at once, both [tokens, s, k]; places: from `_places`."""
+        tokens, r, others = len(places), subsets.shape[1], torch.arange(self.n, self.logits.shape[1], device=places.device)
         columns = torch.cat([subsets, others.expand(len(subsets), -1)], 1)  # [s, r + extra logits]
         logits = self.logits[:, columns]  # [tokens, s, r + extra logits]
-        place = torch.full((tokens, self.n + 1), m, dtype=torch.int32, device=self.order.device)  # in `order`
-        place.scatter_(1, self.order, torch.arange(m, dtype=torch.int32, device=place.device).expand(tokens, -1))
-        ranking = -place[:, subsets] if self.router.keeps_ranking else self.router.ranking(logits, columns)
+        known = self.router.keeps_ranking or r == self.n
+        ranking = -places[:, columns[:, : r + self.router.idle]] if known else self.router.ranking(logits, columns)
         chosen = ranking.topk(self.k).indices.flatten(0, 1)  # [tokens * s, k]
-        numbers = columns.expand(tokens, -1, -1).flatten(0, 1).gather(1, chosen)
-        weights = self.router.weights(logits.flatten(0, 1), chosen, numbers).view(tokens, -1, self.k)
-        return self._falling(place.gather(1, numbers.view(tokens, -1)).view(weights.shape).long(), weights)
+        experts = columns.expand(tokens, -1, -1).flatten(0, 1).gather(1, chosen)
+        weights = self.router.weights(logits.flatten(0, 1), chosen, experts).view(tokens, -1, self.k)
+        return self._falling(experts.view(weights.shape), weights)
 
-    def _falling(self, positions: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    def _falling(self, experts: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Both [..., k] sorted by falling weight."""
         if self.router.sorted:
-            return positions, weights
+            return experts, weights
         order = weights.argsort(dim=-1, descending=True, stable=True)
-        return positions.gather(-1, order), weights.gather(-1, order)
+        return experts.gather(-1, order), weights.gather(-1, order)
 
     def tensors(self) -> dict[str, Tensor]:
         """The recorded tensors, by field."""

@@ -12,12 +12,13 @@ import torch
 import esparse
 from esparse.checkpoints.estimate import flop_per_second
 from esparse.experiments.speed import explanations, roofline
-from esparse.measure import decoding, search_cost, streaming_cost, timing
+from esparse.measure import decoding, scores_cost, search_cost, streaming_cost, timing
 from esparse.moe.layers import moe_layers
 from esparse.tests.conftest import EXHAUSTIVE, apart, random_model
 
 SHAPE = {"vocab_size": 100, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
 TINY = SHAPE | {"num_attention_heads": 4, "num_key_value_heads": 2}
+SMALL = TINY | {"vocab_size": 1024, "hidden_size": 32, "intermediate_size": 64}
 
 
 def test_memory_is_the_bytes_of_the_weights():
@@ -92,8 +93,7 @@ def test_rounds_take_turns_and_each_begins_with_another():
 
 @pytest.mark.slow
 def test_streaming_is_measured_in_a_process_of_its_own(tmp_path):
-    shape = {"vocab_size": 1024, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    printed = streaming_cost.bench_stream(tmp_path / "stream.json", {**shape, "num_key_value_heads": 2})
+    printed = streaming_cost.bench_stream(tmp_path / "stream.json", SMALL)
     result = json.loads((tmp_path / "stream.json").read_text())
     assert "times the least" in printed and result["peak_gb"] > 0.1 and min(result["floor"].values()) > 0
     assert result["over_floor"] == pytest.approx((result["layers"] + result["checking"]) / sum(result["floor"].values()))
@@ -104,8 +104,7 @@ def test_streaming_is_measured_in_a_process_of_its_own(tmp_path):
 
 @pytest.mark.slow
 def test_pruning_by_a_plan_is_measured_against_cp(tmp_path):
-    shape = {"vocab_size": 1024, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    printed = streaming_cost.bench_copy(tmp_path / "copy.json", {**shape, "num_key_value_heads": 2})
+    printed = streaming_cost.bench_copy(tmp_path / "copy.json", SMALL)
     result = json.loads((tmp_path / "copy.json").read_text())
     assert "times cp" in printed
     assert {kind: len(times) for kind, times in result["seconds"].items()} == {"cp": 5, "as stored": 5, "bfloat16": 1}
@@ -113,6 +112,16 @@ def test_pruning_by_a_plan_is_measured_against_cp(tmp_path):
     expert, layer = 6 * 3 * 32 * 64, 32 * (32 + 16 + 16 + 32)  # a byte each; the scales and the rest in four and two
     rest = 4 * (6 * 3 + 4) + 2 * (6 * 32 + 2 * 32)
     assert result["written_gb"] == pytest.approx((2 * (expert + layer + rest) + 2 * (2 * 1024 * 32 + 32)) / 1e9, rel=0.15)
+
+
+@pytest.mark.slow
+def test_calibration_is_measured_against_the_forward_pass(tmp_path):
+    printed = scores_cost.bench_scores(tmp_path / "scores.json", SMALL, repeats=1)
+    rows = json.loads((tmp_path / "scores.json").read_text())["rows"]
+    assert "score_over_forward" in printed and [row["from"] for row in rows] == ["memory", "disk"] * 2
+    for row in rows:  # of one round each
+        assert row["score_over_forward"] == pytest.approx(row["score"] / row["forward"]) and row["score_over_forward"] < 2
+        assert row["losses_over_forward"] == pytest.approx(row["losses"] / row["forward"])
 
 
 # --- the three sizes ------------------------------------------------------------------------------------------------

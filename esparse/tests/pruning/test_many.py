@@ -10,8 +10,8 @@ import esparse
 from esparse.measure import search_cost
 from esparse.moe.layers import decoder_layers, flat_output, moe_layers
 from esparse.pruning import search
-from esparse.pruning.scores import EXPERT_SCORES
-from esparse.tests.conftest import EXHAUSTIVE, block_input, random_model, random_tokens
+from esparse.pruning.scores import EXPERT_SCORES, available_scores
+from esparse.tests.conftest import EXHAUSTIVE, apart, block_input, random_model, random_tokens
 from esparse.tests.families import family_model
 from esparse.tracing import recorder
 from esparse.tracing.removals import Removals
@@ -57,9 +57,10 @@ def test_greedy_against_all_subsets_for_every_kind_of_router(family):
         assert losses.min().item() * (1 - 1e-6) <= found[1] <= losses.min().item() * 1.01
 
 
+@pytest.mark.parametrize("keep", [None, 8])
 @pytest.mark.parametrize("family", ["mixtral", "olmoe"])
 @torch.no_grad()
-def test_scores_are_their_definitions(family):
+def test_scores_are_their_definitions(family, keep):
     """Sums and means over the tokens routed to an expert, in plain Python from the experts' own outputs."""
     model, tokens, stream = random_model(family, 8, 2), random_tokens(), []
     decoder = decoder_layers(model)[0]
@@ -67,7 +68,7 @@ def test_scores_are_their_definitions(family):
         decoder.post_attention_layernorm.register_forward_pre_hook(lambda _module, inputs: stream.append(inputs[0])),
         decoder.register_forward_hook(lambda _module, _inputs, output: stream.append(flat_output(output))),
     ):
-        traced = esparse.trace(model, tokens).layers[0]
+        traced = esparse.trace(model, tokens, keep=keep).layers[0]
     turned = 1 - torch.nn.functional.cosine_similarity(stream[0].flatten(0, 1), stream[1], dim=1)
     layer, x = moe_layers(model)[0], block_input(model, 0, tokens).flatten(0, 1)
     _, weights, chosen = layer.gate(x)
@@ -86,10 +87,50 @@ def test_scores_are_their_definitions(family):
     for kind, total in sums.items():
         mean = kind in ("reap", "activation")
         expected = [a / max(1, count) if mean else a for a, count in zip(total, counts, strict=True)]
-        assert esparse.expert_scores(traced, kind).tolist() == pytest.approx(expected, rel=1e-6)
+        assert esparse.expert_scores(traced, kind).tolist() == pytest.approx(expected, rel=1e-9)
         best = sorted(sorted(range(8), key=lambda e: -expected[e])[:5])
         assert search.search_layer(traced, 5, kind)[0] == best
     assert (esparse.expert_scores(traced, "frequency") * len(x)).tolist() == pytest.approx(counts)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "ernie4_5_moe", "phimoe", "deepseek_v4", "inkling_text", "zaya", "groups"])
+@torch.no_grad()
+def test_scores_need_the_chosen_experts_alone(family):
+    """Such a trace scores, chooses, and tells frequencies and betas as one that reaches further; losses it leaves open."""
+    model = family_model("deepseek_v3", n_group=2, topk_group=1) if family == "groups" else family_model(family)
+    tokens, r = random_tokens(), 4
+    near, far, k = esparse.trace(model, tokens, keep=8), esparse.trace(model, tokens, keep=r), moe_layers(model)[0].k
+    for method in (*available_scores(far), "random"):
+        plan, expected = (esparse.search_experts(traced, r, method=method) for traced in (near, far))
+        assert plan.kept == expected.kept and set(plan.losses) == {None} and None not in expected.losses
+        if method != "random":
+            one, other = (esparse.expert_scores(traced.layers[0], method) for traced in (near, far))
+            assert torch.allclose(one, other, rtol=1e-6)
+    assert k == 1 or esparse.median_betas(near, plan.kept) == esparse.median_betas(far, plan.kept)
+    for one, other, kept in zip(near.layers, far.layers, plan.kept, strict=True):
+        assert one.order.shape[1] == k + (one.router.extra_logits > 0)
+        assert torch.equal(esparse.selection_frequency(one, kept), esparse.selection_frequency(other, kept))
+    for method in ("enumerate", "greedy"):
+        with pytest.raises(ValueError, match="answers down to 8 experts, not 4: trace again with keep=4"):
+            esparse.search_experts(near, r, method=method)
+
+
+@pytest.mark.parametrize("method", [*EXPERT_SCORES, "random"])
+def test_scores_from_disk_are_those_in_memory(method, tmp_path):
+    """No expert runs on a token that is not routed to it, and the folder skips by the betas of the pruned model."""
+    model, tokens = random_model("mixtral", 8, 2), random_tokens()
+    model.save_pretrained(tmp_path / "model")
+    traced, trace = (
+        esparse.trace(model, tokens),
+        esparse.trace_checkpoint(tmp_path / "model", tokens, tmp_path / "trace", keep=8),
+    )
+    for one, other in zip(trace.layers, traced.layers, strict=True) if method != "random" else ():
+        assert apart(esparse.expert_scores(one, method), esparse.expert_scores(other, method)) < 1e-9
+    report = esparse.prune_checkpoint(tmp_path / "model", tmp_path / "pruned", 5, calibration=tokens, method=method, skip=True)
+    plan = esparse.PruningPlan.load(tmp_path / "pruned" / "plan.json")
+    assert method == "random" or plan.kept == esparse.search_experts(traced, 5, method=method).kept
+    assert plan.losses == [layer["loss"] for layer in report["layers"]] == [None] * 3
+    assert [layer["beta_pruned"] for layer in report["layers"]] == esparse.median_betas(traced, plan.kept)
 
 
 def test_a_score_or_method_that_nobody_knows_is_refused():

@@ -144,7 +144,7 @@ def test_from_disk_as_in_memory(tmp_path):
         plan = esparse.PruningPlan.load(tmp_path / method / "plan.json")
         expected = esparse.search_experts(traced, 4, model=model, tokens=TOKENS, **options)
         assert (plan.kept, plan.loss) == (expected.kept, "residual")
-        assert plan.losses == pytest.approx(expected.losses, rel=1e-4)
+        assert plan.losses == ([None] * 3 if method == "reap" else pytest.approx(expected.losses, rel=1e-4))
         assert json.loads((tmp_path / method / "pruning_report.json").read_text())["loss"] == "residual"
         assert f"(method: {method}, loss: residual, r = 4" in (tmp_path / method / "README.md").read_text()
 
