@@ -22,6 +22,7 @@ BENCHES = {
     "copy": ".measure.streaming_cost",
     "many": ".measure.search_cost",
     "scores": ".measure.scores_cost",
+    "peers": ".measure.peers",
 }
 
 

@@ -66,12 +66,12 @@ def _costs(folder: Path, sequences: int, repeats: int) -> Iterator[dict]:
         yield row | {f"{name}_over_forward": median_ratio(turns[name], turns["forward"]) for name in ("score", "losses")}
 
 
-def bench_scores(out: Path | None = None, shape: Mapping[str, object] | None = None, repeats: int = 5) -> str:
+def bench_scores(out: Path | None = None, shape: Mapping[str, object] | None = None, repeats: int = 3) -> str:
     """Calibration by REAP, and enumeration, keeping all but two experts: the tiny model on 64 x 256 tokens, and a four-layer
-    Mixtral of hidden 1024 on 16 x 256, in memory and from disk."""
+    Mixtral of hidden 1024 on 4 x 256, in memory and from disk."""
     with tempfile.TemporaryDirectory(prefix="esparse-scores-") as name:
         write_random_checkpoint(Path(name), shape or WIDE)
-        models = {"tiny": (data_folder() / "tiny", 64), "hidden 1024" if shape is None else "random": (Path(name), 16)}
+        models = {"tiny": (data_folder() / "tiny", 64), "hidden 1024" if shape is None else "random": (Path(name), 4)}
         rows = [{"model": name} | row for name, (folder, size) in models.items() for row in _costs(folder, size, repeats)]
     result = keep({"rows": rows, "shape": dict(shape or WIDE), "weights": "random but for tiny"}, out)
     return report({"processor seconds": result["rows"]})

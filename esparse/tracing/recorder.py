@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..files import digest
 from ..machine import free_memory
 from ..moe.experts import Scratch, pair_outputs, weighted_sum
 from ..moe.gates import all_logits, unpack
-from ..moe.identity import fingerprint
+from ..moe.identity import gate_digest
 from ..moe.layers import MoELayer, decoder_layers, experts_returning, flat_output, moe_layers, replaced_experts
 from ..moe.routers import table_ranking
 from ..moe.running import check_tokens, check_unquantised, evaluating, input_device, temporarily, uncompiled
@@ -34,6 +35,7 @@ class Recorder:
         _ = layer.output_map  # Probe now: later the hooks would record it.
         self.keep, self.m = keep or layer.k, reach(layer.n, layer.k, keep, layer.router)
         self.recorded: dict[str, list[Tensor]] = defaultdict(list)  # the trace's tensors, in parts
+        self.weights: list[Tensor] = []  # the gate's own
         self.target: Tensor | None = None
         self.paused = False
 
@@ -43,9 +45,13 @@ class Recorder:
             return
         router, k, (logits, weights, chosen) = self.layer.router, self.layer.k, unpack(output)
         logits = all_logits(router, gate, inputs, logits)
-        removed = (logits == float("-inf")).all(0)  # by `masked`
-        if not torch.isfinite(logits).logical_or(removed).all():
-            raise ValueError(f"{self.layer.name}: router logits are not finite; the model or its dtype overflows on this text.")
+        removed = torch.zeros_like(logits[0], dtype=torch.bool)
+        if not logits.isfinite().all():
+            removed = (logits == float("-inf")).all(0)  # by `masked`
+            if not logits.isfinite().logical_or(removed).all():
+                raise ValueError(
+                    f"{self.layer.name}: router logits are not finite; the model or its dtype overflows on this text."
+                )
         further = self.m - k - (router.shared > 0)  # experts within reach beside the chosen ones
         if further or router.idle or not router.sorted:
             ranking = table_ranking(chosen, self.layer.n) if router.table else router.ranking(logits)
@@ -58,6 +64,7 @@ class Recorder:
         rest = ranking.scatter(1, chosen, float("inf")).topk(k + further).indices[:, k:] if further else chosen[:, :0]
         shared = [torch.full_like(chosen[:, :1], self.layer.n)] if router.shared else []
         self.shared_weight = output[3].sum(1) if router.shared else None
+        self.weights.append(weights.gather(1, self.sorting))
         self.recorded["logits"].append(logits)
         self.recorded["order"].append(torch.cat([chosen, rest, *shared], 1))
 
@@ -75,7 +82,7 @@ class Recorder:
 
     def __call__(self, _experts, hidden_states: Tensor, _index, weights: Tensor) -> Tensor:
         """[tokens, d] -> [tokens, d], for one chunk of tokens at a time; a chunk that does not fit into memory is halved."""
-        result = torch.empty_like(hidden_states)
+        results = []
         weights = weights.gather(1, self.sorting)  # as in `order`
         ranks = self.sorting.argsort(1)  # the place in `order` of the router's first, second, ... choice
         shared = self._shared_output(hidden_states) if self.layer.router.shared else None
@@ -85,7 +92,7 @@ class Recorder:
             part = slice(start, start + self.chunk)
             tensors = (hidden_states, self.recorded["order"][-1], weights, ranks, self.target, shared)
             try:
-                result[part] = self._run(*(tensor if tensor is None else tensor[part] for tensor in tensors))
+                results.append(self._run(*(tensor if tensor is None else tensor[part] for tensor in tensors)))
                 start = part.stop
                 continue
             except (MemoryError, RuntimeError) as error:
@@ -101,7 +108,7 @@ class Recorder:
             raise ValueError(
                 f"{self.layer.name}: expert outputs are not finite; the model or its dtype overflows on this text."
             )
-        return result
+        return results[0] if len(results) == 1 else torch.cat(results)
 
     def _shared_output(self, hidden_states: Tensor) -> Tensor:
         """The output [tokens, d] of the shared experts, divided by the weight that the router gave them together."""
@@ -134,7 +141,10 @@ class Recorder:
     def finish(self, length: int | None = None) -> LayerTrace:
         """The trace of all calls so far; length: tokens of a sequence, if the calls hold whole sequences."""
         tensors = {name: torch.cat(recorded) for name, recorded in self.recorded.items()}
-        return LayerTrace(self.layer.name, self.layer.k, self.layer.router, keep=self.keep, length=length, **tensors)
+        traced = LayerTrace(self.layer.name, self.layer.k, self.layer.router, keep=self.keep, length=length, **tensors)
+        if not self.layer.router.idle:
+            traced.__dict__["weights"] = torch.cat(self.weights)  # so that nobody computes them again
+        return traced
 
 
 def chunk_size(layer: MoELayer, m: int, like: Tensor) -> int:
@@ -228,7 +238,8 @@ def trace(model, tokens: Tensor, *, keep: int | None = None, batch_size: int = 8
     with evaluating(model), recording(recorders, decoder_layers(model)):
         for batch in tqdm(tokens.split(batch_size), desc="trace", unit="batch"):
             model.base_model(batch.to(input_device(model)), use_cache=False)
-    return Trace([recorder.finish(tokens.shape[1]) for recorder in recorders], fingerprint(model), tokens_digest(tokens))
+    model_digest = digest([gate_digest(layer) for layer in layers])
+    return Trace([recorder.finish(tokens.shape[1]) for recorder in recorders], model_digest, tokens_digest(tokens))
 
 
 @torch.no_grad()

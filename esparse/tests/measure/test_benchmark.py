@@ -6,13 +6,15 @@ import sys
 from contextlib import nullcontext
 from dataclasses import replace
 
+import numpy
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import esparse
 from esparse.checkpoints.estimate import flop_per_second
 from esparse.experiments.speed import explanations, roofline
-from esparse.measure import decoding, scores_cost, search_cost, streaming_cost, timing
+from esparse.measure import decoding, peer_work, peers, scores_cost, search_cost, streaming_cost, timing
 from esparse.moe.layers import moe_layers
 from esparse.tests.conftest import EXHAUSTIVE, apart, random_model
 
@@ -120,8 +122,33 @@ def test_calibration_is_measured_against_the_forward_pass(tmp_path):
     rows = json.loads((tmp_path / "scores.json").read_text())["rows"]
     assert "score_over_forward" in printed and [row["from"] for row in rows] == ["memory", "disk"] * 2
     for row in rows:  # of one round each
-        assert row["score_over_forward"] == pytest.approx(row["score"] / row["forward"]) and row["score_over_forward"] < 2
+        assert row["score_over_forward"] == pytest.approx(row["score"] / row["forward"])
         assert row["losses_over_forward"] == pytest.approx(row["losses"] / row["forward"])
+        assert row["model"] == "random" or row["score_over_forward"] < 1.6 < 1.2 * row["losses_over_forward"]  # 1.1 and 1.8
+
+
+def test_what_our_side_of_the_peers_answers(tmp_path):
+    """Kept experts are those of the search, and the bits those of the masks; the other side needs its own environment."""
+    tokens = torch.randint(3, 100, (4, 16), generator=torch.Generator().manual_seed(0))
+    streaming_cost.write_random_checkpoint(tmp_path / "model", SMALL)
+    save_file({"tokens": tokens}, tmp_path / "model" / "tokens.safetensors")
+    for name in ("reap", "wanda", "wanda, dense"):
+        peer_work.work(name, tmp_path / "model")
+    answer = json.loads((tmp_path / "reap.json").read_text())
+    model = peer_work.load(tmp_path / "model")
+    assert answer["kept"] == esparse.search_experts(esparse.trace(model, tokens), 6, method="reap", loss="eq3").kept
+    assert answer["seconds"] > 0 and answer["peak_mib"] > 50
+    esparse.prune_weights(model, tokens, "2:4", method="wanda", scope="linear", dense=True)
+    bits = load_file(tmp_path / "wanda, dense.safetensors")
+    up = model.model.layers[1].mlp.experts.gate_up_proj[3, 64:] != 0
+    assert len(bits) == 2 * (4 + 3 * 8) and torch.equal(bits["model.layers.1.mlp.experts.3.up_proj.weight"], packed(up))
+    assert (
+        peers.equal_share(tmp_path, "wanda, dense", "wanda, dense") == 1 > peers.equal_share(tmp_path, "wanda", "wanda, dense")
+    )
+
+
+def packed(mask: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(numpy.packbits(mask.numpy()))
 
 
 # --- the three sizes ------------------------------------------------------------------------------------------------
