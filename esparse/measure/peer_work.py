@@ -3,9 +3,9 @@
     python -m esparse.measure.peer_work WORK FOLDER
 
 WORK: a key of `WORKS`. FOLDER: a checkpoint with `tokens.safetensors` in it, ids [sequences, length]. Writes WORK.json into the
-folder's parent: the processor "seconds" of the work alone, after loading, the process's "peak_mib" of memory, and the experts
-"kept" in each layer. Wanda writes WORK.safetensors too: which entries of each linear map it keeps, as bits, by llm-compressor's
-names.
+folder's parent: the processor "seconds" of the work alone, after loading, the process's "peak_mib" of memory, the experts
+"kept" in each layer, and the version of transformers. Wanda also writes WORK.safetensors: which entries of each linear map
+it keeps, as bits, by llm-compressor's names.
 """
 
 import json
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -122,6 +123,7 @@ def work(name: str, folder: Path) -> None:
     seconds = time.process_time() - started
     lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
     result = {"seconds": seconds, "peak_mib": int(lines["VmHWM"].split()[0]) / 1024, "kept": kept}
+    result["transformers"] = transformers.__version__
     (folder.parent / f"{name}.json").write_text(json.dumps(result))
     if pruned is not None:
         save_file(kept_weights(pruned), folder.parent / f"{name}.safetensors")

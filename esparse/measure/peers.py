@@ -104,6 +104,8 @@ def bench_peers(out: Path | None = None, shape: Mapping[str, object] | None = No
             folder = Path(name) / model / "model"
             tokens = calibration_tokens("web", load_tokenizer(str(folder)), sequences=sequences, length=256)
             save_file({"tokens": tokens}, folder / "tokens.safetensors")
-            rows += compared(model, folder, turns(python, folder, repeats))
-            result = keep({"rows": rows, "peer": PINNED, "shape": dict(shape or WIDE)}, out)
+            found = turns(python, folder, repeats)
+            rows += compared(model, folder, found)
+            about = {"transformers": found["reap"][0]["transformers"], "peer": PINNED, "shape": dict(shape or WIDE)}
+            result = keep(about | {"rows": rows}, out)
     return report({f"esparse beside {PINNED}": result["rows"]})
