@@ -27,7 +27,7 @@ def remove_greedily(layer: LayerTrace, r: int) -> list[int]:
         return _exchanged(GroupRemovals(layer, best_by_score(layer, r, expert_scores(layer, "reap"))), False)[1]
     state = Removals(layer)
     for _ in range(layer.n - r):
-        state.remove(int(state.costs().argmin()))
+        state.change(int(state.costs().argmin()))
     few = math.comb(layer.n - r, 2) <= MAX_PAIRS
     found = _exchanged(state, few)
     if few:
@@ -69,7 +69,8 @@ def _swap(state: Removals, useless: set[int]) -> bool:
             continue
         costs = state.swap_costs(back)
         if costs.min() < state.loss() * (1 - 1e-9):
-            state.swap(back, int(costs.argmin()))
+            state.change(back)
+            state.change(int(costs.argmin()))
             useless.clear()
             changed = True
         else:
@@ -82,18 +83,18 @@ def _swap_pair(state: Removals) -> Removals | None:
     loss, removed = state.loss(), (~state.kept).nonzero()[:, 0].tolist()
     for place, back in enumerate(removed):
         one = state.copy()
-        one.add(back)
+        one.change(back)
         for other in removed[place + 1 :]:
             costs = one.swap_costs(other)
             out = int(costs.argmin())
             if out == back or costs[out] >= one.loss():  # `back` or `other` goes first: that is a swap, and none helps
                 continue
             trial = one.copy()
-            trial.add(other)
-            trial.remove(out)
+            trial.change(other)
+            trial.change(out)
             costs = trial.costs()
             if costs.min() < loss * (1 - 1e-9):
-                trial.remove(int(costs.argmin()))
+                trial.change(int(costs.argmin()))
                 return trial
     return None
 

@@ -11,7 +11,7 @@ from ..moe.routers import CHOSEN_SOFTMAX
 from .losses import gram_between, targets
 from .trace import LayerTrace, parts
 
-SMALL_GRAMS = 16384  # tokens whose small Grams are in memory at once
+SMALL_GRAMS = 4096  # tokens whose small Grams are in memory at once
 
 
 class Removals:
@@ -23,199 +23,216 @@ class Removals:
 
     def __init__(self, layer: LayerTrace, kept: Sequence[int] | None = None):
         """kept: the experts to start from (None: all)."""
-        self.layer, self.k, tokens, device = layer, layer.k, len(layer.order), layer.order.device
+        self.layer, (tokens, m), device = layer, layer.order.shape, layer.order.device
         if layer.router.score in ("softmax", CHOSEN_SOFTMAX):  # proportional to the weights, whichever experts are kept
             scores = (layer.logits.double() - layer.logits.double().amax(1, keepdim=True)).exp()  # [tokens, n]
         else:
             scores = layer.router.scores(layer.logits).double()
         self.raw = scores.gather(1, layer.order)  # [tokens, m]: routing weights before normalisation and scaling
         self.all_scores = scores if layer.router.score == "softmax" and not layer.router.renormalise else None
-        self.all = torch.arange(tokens, device=device)
+        self.all, ranks = torch.arange(tokens, device=device), torch.arange(m, device=device)
+        self.place = layer.order.new_full((tokens, layer.n), m).scatter_(1, layer.order, ranks.expand(tokens, -1))  # in `order`
         self.group = torch.arange(layer.n, device=device) // (layer.n // layer.router.groups)
         found = [targets(some) for some in parts(layer, SMALL_GRAMS)]
         self.dot, self.norm = (torch.cat(column) for column in zip(*found, strict=True))  # [tokens, m], [tokens]
         self.kept = torch.zeros(layer.n, dtype=torch.bool, device=device)
         self.kept[list(range(layer.n) if kept is None else kept)] = True
+        self.tried: dict[int, tuple] = {}  # the last result of `_after`
+        self._start()
+
+    def _start(self) -> None:
         several = [self._evaluate(some, self.kept) for some in self.all.split(SMALL_GRAMS)]
         self.held = [torch.cat(column) for column in zip(*several, strict=True)]
-        self.sums = self._sum(self.held)  # the squared loss of this rank's tokens without each expert
+        self.sums = self._sum(self.all, self.held, self.kept)
 
-    def remove(self, expert: int) -> None:
-        self.kept[expert] = False
-        self._update(self._tokens_reaching(expert), expert)
-
-    def add(self, expert: int) -> None:
-        self.kept[expert] = True
-        self._update(self._tokens_reaching(expert), expert)
-
-    def swap(self, back: int, out: int) -> None:
-        """Add one expert and remove another one of its group."""
-        rows = torch.cat([self._tokens_reaching(expert) for expert in (back, out)]).unique()
-        self.kept[back], self.kept[out] = True, False
-        self._update(rows, back)
+    def change(self, expert: int) -> None:
+        """Remove an expert, or add it back if it is removed."""
+        self.kept, rows, now, self.sums = self._after(expert)
+        self.tried = {}
+        for column, values in zip(self.held, now, strict=True):
+            column[rows] = values
 
     def copy(self) -> "Removals":
         """A state of its own with the same kept experts."""
         other = copy.copy(self)
-        other.kept, other.sums, other.held = self.kept.clone(), self.sums.clone(), [column.clone() for column in self.held]
+        other.held = [column.clone() for column in self.held]
         return other
 
     def loss(self) -> float:
         """The squared loss of the kept experts."""
-        return self.layer.sum_over_ranks(self.held[1].sum()).item()
+        return self.layer.sum_over_ranks(self.sums.clone())[-1].item()
 
     def costs(self) -> Tensor:
         """The squared loss without each expert, float64 [n]; infinite for those not kept."""
-        return self.layer.sum_over_ranks(self.sums.clone()).masked_fill(~self.kept, float("inf"))
+        return self.layer.sum_over_ranks(self.sums.clone())[:-1].masked_fill(~self.kept, float("inf"))
 
     def swap_costs(self, back: int) -> Tensor:
         """The squared loss when a removed expert replaces each kept one of its group, float64 [n]; infinite for the others."""
-        kept = self.kept.clone()
-        kept[back] = True
-        rows = self._tokens_reaching(back, swap=True)
-        now, before = self._evaluate(rows, kept, back, swap=True), [column[rows] for column in self.held[:3]]
-        costs = self.sums + self._sum(now) - self._sum(before)
-        return self.layer.sum_over_ranks(costs).masked_fill(~self.kept | (self.group != self.group[back]), float("inf"))
+        *_, sums = self._after(back)
+        others = ~self.kept | (self.group != self.group[back])
+        return self.layer.sum_over_ranks(sums.clone())[:-1].masked_fill(others, float("inf"))
 
-    def _update(self, rows: Tensor, changed: int) -> None:
-        for some in rows.split(SMALL_GRAMS):
-            now = self._evaluate(some, self.kept, changed)
-            self.sums += self._sum(now) - self._sum([column[some] for column in self.held[:3]])
-            for column, values in zip(self.held, now, strict=True):
-                column[some] = values
+    def _after(self, expert: int) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
+        """What `change` makes of `kept`; the tokens whose choice it changes; what is then held of them; `sums`."""
+        if expert not in self.tried:
+            kept, rows = self.kept.clone(), self._reached(expert).nonzero()[:, 0]
+            kept[expert] ^= True
+            now, before = self._evaluate(rows, kept), [column[rows] for column in self.held]
+            if self.all_scores is None:
+                sums = self.sums + self._sum(rows, now, kept) - self._sum(rows, before, self.kept)
+            else:
+                held = [column.index_copy(0, rows, values) for column, values in zip(self.held, now, strict=True)]
+                sums = self._sum(self.all, held, kept)
+            self.tried = {expert: (kept, rows, now, sums)}
+        return self.tried[expert]
 
-    def _sum(self, held: Sequence[Tensor]) -> Tensor:
-        """The squared loss of some tokens without each expert, float64 [n]."""
-        return held[1].sum() + held[2].sum(0)
+    def _reached(self, expert: int) -> Tensor:
+        """Which tokens have an expert among their k + 1 best while it is kept, [tokens]."""
+        return self.place[:, expert] <= self.held[0][:, -1]
 
-    def _evaluate(self, rows: Tensor, kept: Tensor, changed: int | None = None, swap: bool = False) -> list[Tensor]:
-        """What is held of some tokens, see `_changes`. changed: an expert in whose group alone `kept` differs from what is held
-        (None: nothing is held yet); swap: only experts of this group can be removed."""
+    def _evaluate(self, rows: Tensor, kept: Tensor) -> list[Tensor]:
+        """What is held of some tokens: the places in `order` of their k chosen experts and the next one (m if there is none),
+        [rows, k + 1], and their `_terms`."""
         alive, m = kept[self.layer.order[rows]], self.layer.order.shape[1]
-        ranks = torch.arange(m, device=alive.device).expand_as(alive)
-        return self._changes(rows, torch.where(alive, ranks, m).topk(self.k + 1, dim=1, largest=False).values, kept)
+        places = torch.where(alive, torch.arange(m, device=alive.device), m)
+        places = places.topk(self.layer.k + 1, dim=1, largest=False).values
+        return [places, self._terms(rows, places)]
 
-    def _changes(self, rows: Tensor, places: Tensor, kept: Tensor) -> list[Tensor]:
-        """places: in `order`, of the k chosen experts and the next one (m if there is none), [rows, k + 1]. Returns them, the
-        squared loss [rows], and its change from removing each expert, [rows, n]."""
-        losses, chosen = self._losses(rows, places, kept), self.layer.order[rows[:, None], places[:, :-1]]
-        loss = losses[:, -1]
-        changes = losses.new_zeros(len(rows), self.layer.n) if self.all_scores is None else self._rescaled(rows, places, kept)
-        return [places, loss, changes.scatter_(1, chosen, losses[:, :-1] - loss[:, None])]
-
-    def _losses(self, rows: Tensor, places: Tensor, kept: Tensor, gone: Tensor | float = 0.0) -> Tensor:
-        """The squared loss without each of the k + 1 experts at `places`, [rows, k + 1]. The last one, without the next expert,
-        is that of the kept experts. gone: the scores [rows, 1] of experts that are removed from `kept` as well."""
-        m = self.layer.order.shape[1]
+    def _terms(self, rows: Tensor, places: Tensor) -> Tensor:
+        """The squared loss without each of the k + 1 experts at `places`, [rows, 1, k + 1]; the last one, without the next
+        expert, is that of the kept experts. With `all_scores`, two numbers that `_losses` needs instead, [rows, 2, k + 1]."""
+        m, router = self.layer.order.shape[1], self.layer.router
         inside = places.clamp(max=m - 1)
         x = self.raw[rows[:, None], inside].masked_fill(places == m, 0.0)
         gram = gram_between(self.layer.gram, inside, inside, rows).double()
         pulled = (gram @ x[:, :, None])[:, :, 0]
         square = (x * pulled).sum(1, keepdim=True) - 2 * x * pulled + x * x * gram.diagonal(dim1=1, dim2=2)
         along = x * self.dot[rows[:, None], inside]
-        total = (self._total(rows, x, kept) - gone) / self.layer.router.scale
-        return square / total**2 - 2 * (along.sum(1, keepdim=True) - along) / total + self.norm[rows, None]
-
-    def _total(self, rows: Tensor, x: Tensor, kept: Tensor) -> Tensor:
-        """The divisor of the routing weights [rows, k + 1] when each of the k + 1 experts is left out."""
+        along = along.sum(1, keepdim=True) - along
         if self.all_scores is not None:
-            total = (self.all_scores[rows] * kept).sum(1, keepdim=True)
-            return torch.cat([total - x[:, :-1], total], 1)
-        router = self.layer.router
-        return x.sum(1, keepdim=True) - x + router.eps if router.normalises else torch.ones_like(x)
+            return torch.stack([square, along], 1)
+        total = x.sum(1, keepdim=True) - x + router.eps if router.normalises else torch.ones_like(x)
+        return self._loss(rows, square, along, total)[:, None]
 
-    def _tokens_reaching(self, expert: int, swap: bool = False) -> Tensor:
-        """The tokens that have an expert among their k + 1 best while it is kept (all, for a softmax not renormalised)."""
-        if self.all_scores is not None:
-            return self.all
-        within = torch.arange(self.layer.order.shape[1], device=self.kept.device) <= self.held[0][:, -1:]
-        return ((self.layer.order == expert) & within).any(1).nonzero()[:, 0]
+    def _loss(self, rows: Tensor, square: Tensor, along: Tensor, total: Tensor) -> Tensor:
+        """||y - z||^2 for y = scale / total sum_i x_i f_i, from the sum's squared norm and its product with z, [rows, ...]."""
+        total = total / self.layer.router.scale
+        return square / total**2 - 2 * along / total + self.norm[rows, None]
 
-    def _rescaled(self, rows: Tensor, places: Tensor, kept: Tensor) -> Tensor:
-        """The change of loss [rows, n] from removing experts that a token did not choose, which rescales its weights."""
-        places = places[:, :-1]
-        x, gram = self.raw[rows[:, None], places], gram_between(self.layer.gram, places, places, rows).double()
-        square = (x[:, None] @ gram @ x[:, :, None]).flatten(1)  # [rows, 1]
-        along = (x * self.dot[rows[:, None], places]).sum(1, keepdim=True)
-        shares = self.all_scores[rows] * kept / self.layer.router.scale
-        total = shares.sum(1, keepdim=True)
-        less = total - shares
-        return square * (less**-2 - total**-2) - 2 * along * (1 / less - 1 / total)
+    def _losses(self, rows: Tensor, terms: Tensor, experts: Tensor, kept: Tensor) -> Tensor:
+        """The squared loss [rows, e] for terms [rows, 1 or 2, e] when each of the experts [rows, e] is removed from `kept`; the
+        number n removes none."""
+        if self.all_scores is None:
+            return terms[:, 0]
+        shares = nn.functional.pad(self.all_scores[rows] * kept, (0, 1))
+        return self._loss(rows, *terms.unbind(1), shares.sum(1, keepdim=True) - shares.gather(1, experts))
+
+    def _sum(self, rows: Tensor, held: Sequence[Tensor], kept: Tensor) -> Tensor:
+        """The squared loss of some tokens without each expert, and with all kept ones, float64 [n + 1]."""
+        several = zip(*(column.split(SMALL_GRAMS) for column in (rows, *held)), strict=True)
+        return sum(self._sum_of(some, now, kept) for some, *now in several)
+
+    def _sum_of(self, rows: Tensor, held: Sequence[Tensor], kept: Tensor) -> Tensor:
+        chosen, terms, last = self.layer.order[rows[:, None], held[0][:, :-1]], held[1][..., :-1], held[1][..., -1:]
+        if self.all_scores is None:
+            sums = last.sum().repeat(self.layer.n + 1)
+        else:
+            everyone = torch.arange(self.layer.n + 1, device=rows.device).expand(len(rows), -1)
+            sums = self._losses(rows, last, everyone, kept).sum(0)
+        changes = self._losses(rows, terms, chosen, kept) - self._losses(rows, last, chosen, kept)
+        return sums.index_add_(0, chosen.flatten(), changes.flatten())
 
 
 class GroupRemovals(Removals):
     """`Removals` for a router with groups, whose tokens choose within their best ones.
 
     A group's score is the sum of its best experts' scores. Removing one of these may lose a token the group: it then chooses
-    within the next group instead.
+    outside, whatever is left of the group. `sums` is right for one group at a time, that of the last expert that was changed
+    or tried.
     """
 
-    def __init__(self, layer: LayerTrace, kept: Sequence[int] | None = None):
-        self.ranking = replace(layer.router, groups=1).ranking(layer.logits)  # [tokens, n]
-        self.place = layer.order.argsort(1)  # of each expert in `order`
-        super().__init__(layer, kept)
+    def _start(self) -> None:
+        router, tokens, self.size = self.layer.router, len(self.all), self.layer.n // self.layer.router.groups
+        self.ranking = replace(router, groups=1).ranking(self.layer.logits)  # [tokens, n]
+        self.best = self._best(slice(None), slice(None), self.kept)  # both [tokens, groups, group_size + 1]
+        # the terms outside each group and the score of the next in line there, nan while not known: [tokens, groups, 2 or 3]
+        self.outside = self.norm.new_full((tokens, router.groups, 2 + (self.all_scores is not None)), float("nan"))
+        self._compare(0)
+        super()._start()
+        self.swept = None
 
-    def _evaluate(self, rows: Tensor, kept: Tensor, changed: int | None = None, swap: bool = False) -> list[Tensor]:
-        """In addition, what `_tokens_reaching` compares with: the lowest score among the experts chosen and the next one; the
-        same with the experts chosen where a group is lost, both [rows]; the sums of the last group chosen and of the next one,
-        [rows, 2]; each group's best scores and their experts, both [rows, groups, group_size + 1]."""
-        ranking = self.ranking[rows].masked_fill(~kept, float("-inf")).unflatten(1, (self.layer.router.groups, -1))
-        best = self._best(rows, ranking, changed)
-        sums = nn.functional.pad(best[0][..., :-1].sum(2), (0, 1), value=float("-inf"))  # the last one is no group
-        top = sums.topk(self.layer.router.top_groups + 1)
-        places, scores = self._choose(rows, ranking, top.indices[:, :-1])
-        held = self._changes(rows, places, kept)
-        row, slot, out = self._losing(best, top, changed if swap else None)
-        others = top.indices[row].scatter(1, slot[:, None], top.indices[row, -1:])[:, :-1]  # the next group instead
-        places, instead = self._choose(rows[row], ranking[row], others)
-        gone = 0.0 if self.all_scores is None else self.all_scores[rows[row], out][:, None]
-        held[2][row, out] = self._losses(rows[row], places, kept, gone)[:, -1] - held[1][row]
-        lowest = scores[:, -1].scatter_reduce(0, row, instead[:, -2], "amin")
-        return [*held, scores[:, -1], lowest, top.values[:, -2:], *best]
+    def _compare(self, group: int) -> None:
+        """Find each token's best groups outside one, and the score above which this one is among the best."""
+        self.swept, count = group, self.layer.router.top_groups
+        scores = self.best[0][..., :-1].sum(2).index_fill_(1, torch.tensor(group, device=self.all.device), float("-inf"))
+        scores, others = scores.sort(dim=1, descending=True, stable=True)
+        self.others, bar = others[:, :count], scores[:, count - 1]
+        below = bar.nextafter(torch.full_like(bar, float("-inf")))
+        self.bar = torch.where(others[:, count - 1] > group, below, bar)  # of equal groups, the first is better
 
-    def _update(self, rows: Tensor, changed: int) -> None:
-        super()._update(rows, changed)
-        group = self.group == self.group[changed]
-        best = self.ranking[:, group].masked_fill(~self.kept[group], float("-inf")).topk(self.layer.router.group_size + 1)
-        for column, values in zip(self.held[-2:], best, strict=True):  # of all tokens, for the next `_best`
-            column[:, self.group[changed]] = values
+    def change(self, expert: int) -> None:
+        super().change(expert)
+        best, score = self.held[3], self.ranking[:, expert, None]
+        rows = (score >= best[:, -1:]).nonzero()[:, 0]
+        for column, values in zip(self.held[3:], self._best(rows, self.swept, self.kept), strict=True):
+            column[rows] = values
+        stale = score >= torch.minimum(self.outside[..., -1], best[:, -1:])
+        stale[:, self.swept] = False
+        self.outside[..., -1].masked_fill_(stale, float("nan"))
 
-    def _best(self, rows: Tensor, ranking: Tensor, changed: int | None) -> list[Tensor]:
-        """Each group's best scores and their experts, both [rows, groups, group_size + 1]."""
-        if changed is None:
-            return list(ranking.topk(self.layer.router.group_size + 1))
-        best, group = [column[rows] for column in self.held[-2:]], int(self.group[changed])
-        for column, values in zip(best, ranking[:, group].topk(self.layer.router.group_size + 1), strict=True):
-            column[:, group] = values
-        return best
+    def _after(self, expert: int) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
+        if self.swept != (group := int(self.group[expert])):
+            self._compare(group)
+            self.held[3:] = [column[:, group] for column in self.best]
+            self.sums = self._sum(self.all, self.held, self.kept)
+        return super()._after(expert)
 
-    def _choose(self, rows: Tensor, ranking: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
-        """Places in `order` of the k best experts in some groups [rows, top_groups] and the next one (m if there is none), and
-        their scores, both [rows, k + 1]."""
-        size, m = ranking.shape[2], self.layer.order.shape[1]
-        scores, found = ranking.gather(1, groups[:, :, None].expand(-1, -1, size)).flatten(1).topk(self.k + 1)
-        experts = groups.gather(1, found // size) * size + found % size
-        return self.place[rows[:, None], experts].masked_fill(scores == float("-inf"), m), scores
+    def _reached(self, expert: int) -> Tensor:
+        """Also those for which an expert, while it is kept, decides whether they choose within its group, or lose it."""
+        (lowest, best), score = self.held[2:4], self.ranking[:, expert]
+        most = best[:, :-2].sum(1) + torch.maximum(best[:, -2], score)
+        return (score >= torch.minimum(lowest, best[:, -1])) & (most > self.bar)
 
-    def _losing(self, best: Sequence[Tensor], top: tuple[Tensor, Tensor], back: int | None) -> tuple[Tensor, ...]:
-        """The tokens that lose a group without an expert, that group's index in `top`, and the expert, each [cases]. best: see
-        `_best`; top: the groups chosen and the next one, [rows, top_groups + 1]; back: see to its group alone."""
-        groups, size = top.indices[:, :-1], self.layer.n // self.layer.router.groups
-        scores = best[0].gather(1, groups[:, :, None].expand(-1, -1, best[0].shape[2]))
-        each = torch.eye(scores.shape[2], dtype=torch.bool, device=scores.device)[:-1]
-        lost = scores[:, :, None].masked_fill(each, 0.0).sum(3) < top.values[:, -1:, None]  # [rows, top_groups, group_size]
-        if back is not None:
-            lost &= (groups == self.group[back])[:, :, None]
-        row, slot, which = lost.nonzero().unbind(1)
-        return row, slot, best[1][row, groups[row, slot], which] + groups[row, slot] * size
+    def _evaluate(self, rows: Tensor, kept: Tensor) -> list[Tensor]:
+        """In addition, the score of the next in line, [rows], and of the swept group the `_best`."""
+        best, experts = self._best(rows, self.swept, kept)
+        groups = self.others[rows]
+        groups[:, -1] = torch.where(best[:, :-1].sum(1) > self.bar[rows], self.swept, groups[:, -1])
+        places, lowest = self._choose(rows, groups, kept)
+        return [places, self._terms(rows, places), lowest, best, experts]
 
-    def _tokens_reaching(self, expert: int, swap: bool = False) -> Tensor:
-        """The tokens whose choice, or whose choice without any other expert, depends on an expert. swap: without any other
-        expert of its group."""
-        if self.all_scores is not None:
-            return self.all
-        lowest, last, best = self.held[3 if swap else 4], self.held[5][:, 0 if swap else 1], self.held[6]
-        group, score = self.group[expert], self.ranking[:, expert]
-        rows = (score >= torch.minimum(best[:, group, -1], lowest)).nonzero()[:, 0]
-        best = torch.cat([best[rows, group, :-1], score[rows, None]], 1)  # the expert may be among the best already
-        return rows[best.topk(self.layer.router.group_size).values.sum(1) >= last[rows]]
+    def _best(self, rows: Tensor | slice, groups: int | slice, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """The best scores in some groups and their experts, counted within the group, [rows, groups, group_size + 1]."""
+        return self._scores(rows, groups, kept).topk(self.layer.router.group_size + 1)
+
+    def _scores(self, rows: Tensor | slice, groups: Tensor | int | slice, kept: Tensor) -> Tensor:
+        """The scores of the experts in some groups, -inf for those not kept, [rows, groups, size]."""
+        removed = ~kept.view(-1, self.size)[groups]
+        return self.ranking.unflatten(1, (-1, self.size))[rows, groups].masked_fill(removed, float("-inf"))
+
+    def _choose(self, rows: Tensor, groups: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """Places in `order` of the k best experts in some groups [rows, top_groups] and the next one (m if there is none),
+        [rows, k + 1], and the latter's score, [rows]."""
+        scores, found = self._scores(rows[:, None], groups, kept).flatten(1).topk(self.layer.k + 1)
+        experts = groups.gather(1, found // self.size) * self.size + found % self.size
+        places = self.place[rows[:, None], experts]
+        return places.masked_fill(scores == float("-inf"), self.layer.order.shape[1]), scores[:, -1]
+
+    def _sum_of(self, rows: Tensor, held: Sequence[Tensor], kept: Tensor) -> Tensor:
+        sums, (places, terms, _, best, experts) = super()._sum_of(rows, held, kept), held
+        each = torch.eye(best.shape[1], dtype=torch.bool, device=best.device)[:-1]
+        without, bar = best[:, None].masked_fill(each, 0.0).sum(2), self.bar[rows, None]  # [rows, group_size]
+        row, which = ((without <= bar) & (best[:, :-1].sum(1, keepdim=True) > bar)).nonzero().unbind(1)
+        lost, rows, terms = experts[row, which, None] + self.swept * self.size, rows[row], terms[row]
+        chosen = nn.functional.pad(self.layer.order[rows[:, None], places[row, :-1]] == lost, (0, 1), value=True)
+        inside = terms.gather(2, chosen.int().argmax(1)[:, None, None].expand(-1, terms.shape[1], 1))
+        changes = self._losses(rows, self._outside(rows), lost, kept) - self._losses(rows, inside, lost, kept)
+        return sums.index_add_(0, lost.flatten(), changes.flatten())
+
+    def _outside(self, rows: Tensor) -> Tensor:
+        """The terms when some tokens choose outside the swept group, [rows, 1 or 2, 1]."""
+        outside = self.outside[:, self.swept]
+        if len(missing := rows[outside[rows, -1].isnan()].unique()):
+            places, lowest = self._choose(missing, self.others[missing], self.kept)
+            outside[missing] = torch.cat([self._terms(missing, places)[..., -1], lowest[:, None]], 1)
+        return outside[rows, :-1, None]

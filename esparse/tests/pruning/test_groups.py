@@ -77,8 +77,8 @@ def test_what_swaps_within_groups_would_cost_is_what_they_cost(kind, k):
             assert torch.allclose(costs[costs.isfinite()].sqrt(), losses_of(layer, options), rtol=1e-6)
         back = sorted(set(range(12)) - set(kept))[step % 3]
         out = state.swap_costs(back).argsort()[step % 3]
-        state.add(back)
-        state.remove(int(out))
+        state.change(back)
+        state.change(int(out))
 
 
 @pytest.mark.parametrize("r", [6, 9])

@@ -37,15 +37,15 @@ def test_what_removals_and_swaps_would_cost_is_what_they_cost(family):
         kept, costs = state.kept.nonzero()[:, 0].tolist(), state.costs()
         for expert in kept:
             assert costs[expert].item() == pytest.approx(squared([e for e in kept if e != expert]), rel=1e-5)
-        state.remove(out)
+        state.change(out)
     kept = state.kept.nonzero()[:, 0].tolist()
     for back in (3, 5):
         costs = state.swap_costs(back)
         for expert in kept:
             assert costs[expert].item() == pytest.approx(squared([e for e in kept if e != expert] + [back]), rel=1e-5)
         assert torch.isinf(costs[[3, 5]]).all()
-    state.add(3)
-    state.remove(0)
+    state.change(3)
+    state.change(0)
     assert state.loss() == pytest.approx(squared([1, 2, 3, 4, 6, 7]), rel=1e-5)
 
 
