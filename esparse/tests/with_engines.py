@@ -114,9 +114,10 @@ def publish(path: Path, family: str) -> None:
 
 
 def pack(folder: Path) -> None:
-    """Give every expert of a gpt-oss other weights, in MXFP4: blocks of 32 values of 4 bits, with one exponent each."""
+    """Give every expert of a gpt-oss other weights, in MXFP4: blocks of 32 values of 4 bits, with one exponent each. All other
+    weights get values that bfloat16 holds, as the published ones do: optimum-intel reads every MXFP4 folder in bfloat16."""
     path, generator = folder / "model.safetensors", torch.Generator().manual_seed(0)
-    state = load_file(path)
+    state = {name: tensor.bfloat16().float() for name, tensor in load_file(path).items()}
     for name in [name for name in state if name.endswith(("gate_up_proj", "down_proj"))]:
         n, inner, outer = state.pop(name).shape
         state[f"{name}_blocks"] = torch.randint(256, (n, outer, inner // 32, 16), generator=generator, dtype=torch.uint8)
