@@ -3,13 +3,16 @@
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
 
 import torch
 import transformers
 from torch import distributed
+
+# The files of a control group, by version and controller: its limit, its use, and what goes before names in memory.stat.
+_GROUPS = {"": ("memory.max", "memory.current", ""), "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")}
 
 
 def rank() -> int:
@@ -71,7 +74,25 @@ def free_memory(device: torch.device | None = None) -> float:
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     except OSError:  # not on Linux
         return float("inf")
-    return int(lines["MemAvailable"].split()[0]) * 1024
+    left = _left_to_groups(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
+    return min(int(lines["MemAvailable"].split()[0]) * 1024, *left)
+
+
+def _left_to_groups(own: Path, mounted: Path) -> Iterator[float]:
+    """Bytes that each limit of this process's control groups leaves, as in a container or a batch job. The cache of files
+    counts as free, since the system gives it up."""
+    for line in own.read_text().splitlines() if own.exists() else ():
+        _, kind, path = line.split(":", 2)
+        inner = mounted / kind / path.lstrip("/")
+        for folder in (inner, *inner.parents) if kind in _GROUPS else ():
+            limit, use, total = _GROUPS[kind]
+            try:
+                most, used, stat = ((folder / name).read_text() for name in (limit, use, "memory.stat"))
+            except OSError:  # the root has no limit; within a container the path is one of the host
+                continue
+            if most.strip() != "max":
+                counts = dict(line.split() for line in stat.splitlines())
+                yield int(most) - int(used) + sum(int(counts[f"{total}{name}_file"]) for name in ("active", "inactive"))
 
 
 def machine() -> dict:

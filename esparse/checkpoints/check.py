@@ -15,6 +15,7 @@ from torch import nn
 
 from ..files import read_json
 from ..moe.layers import COUNT_NAMES, is_known, moe_layers
+from ..moe.published import published
 from .folder import CONFIG, PLAN, REPORT, SKIPPING_FILE, json_object
 from .layout import PREDICTING, Checkpoint, Layout, expert_counts
 from .models import layer_number, load_tokenizer, read_betas
@@ -287,9 +288,10 @@ def _quants(found: Inspected) -> Iterator[Finding]:
 def _beside(found: Inspected) -> Iterator[Finding]:
     if not found.full:
         return
-    full = text_entries(found.full, read_config(found.full))
-    names = [name for name in {**full, **found.entries} if name not in CHANGED]
-    other = [name for name in names if full.get(name, found) != found.entries.get(name, found)]
+    told = (text_entries(found.full, read_config(found.full)), found.entries)
+    full, own = (published(entries, found.text.model_type) for entries in told)  # as esparse writes them
+    names = [name for name in {**full, **own} if name not in CHANGED]
+    other = [name for name in names if full.get(name, found) != own.get(name, found)]
     wrong = f"Not as in the full model's config.json: {', '.join(other)}." if other else None
     yield _judged("config", len(names), wrong, "Apart from counts it is the full model's.")
 

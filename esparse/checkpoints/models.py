@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from math import prod
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from safetensors import SafetensorError
 from transformers.utils import cached_file, is_protobuf_available, is_sentencepiece_available
 
 from ..files import SHIPPED, data_folder, new_folder, read_json, write_json, write_text
+from ..machine import free_memory
 from ..moe.identity import remember_stored
 from ..moe.layers import count_names, is_known, moe_blocks, moe_layers
 from ..moe.published import OLD_ROPE
@@ -19,7 +21,7 @@ from ..pruning.skipping import disable_skipping, enable_skipping, skipping_betas
 from ..tiny_model.training import PRESETS, preset_model
 from .folder import CONFIG, PLAN, SKIPPING_FILE, refuse_missing, tensors
 from .layout import Checkpoint, count_experts, opened, stock_class, written_config
-from .reader import described, fetch, model_from_hub, quantisation, read_config
+from .reader import CheckpointReader, described, fetch, model_from_hub, quantisation, read_config
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 _ALIASES = {"bf16": torch.bfloat16, "half": torch.float16, "float": torch.float32, "double": torch.float64}
@@ -48,6 +50,18 @@ def read_device(name: torch.device | str | None) -> torch.device | None:
     if device is not None and device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"There is no device {name} here: torch sees {torch.cuda.device_count()} GPUs.")
     return device
+
+
+def larger_than_memory(*sources: str | Path, dtype: torch.dtype | str | None = None, device=None) -> bool:
+    """Whether checkpoints, once loaded in a dtype (None: their own), take over 0.8 of the free memory of a device (None: of
+    all GPUs, or a CPU without them). A CPU holds FP8 and MXFP4 as bfloat16."""
+    device, dtype = read_device(device), read_dtype(dtype, eight_bits=True)
+    on_gpu = torch.cuda.is_available() and (device is None or device.type == "cuda")
+    readers, size = [CheckpointReader(fetch(str(source))) for source in sources], 0
+    for entry in (entry for reader in readers for entry in (reader.stored if on_gpu else reader.entries).values()):
+        given = isinstance(dtype, torch.dtype) and entry.dtype and entry.dtype.is_floating_point
+        size += prod(entry.shape) * dtype.itemsize if given else entry.nbytes
+    return size > 0.8 * free_memory(device)
 
 
 def load_model(

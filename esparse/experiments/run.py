@@ -21,11 +21,10 @@ from ..checkpoints.estimate import preflight
 from ..checkpoints.folder import CONFIG, side_files, weight_files
 from ..checkpoints.jobs import prune_weights_checkpoint, trace_checkpoint
 from ..checkpoints.layout import expert_counts
-from ..checkpoints.models import load_model, load_tokenizer, read_dtype
+from ..checkpoints.models import larger_than_memory, load_model, load_tokenizer, read_dtype
 from ..checkpoints.reader import CheckpointReader, fetch, read_config
 from ..corpora import calibration_tokens, held_out, is_local, of_each, parts
 from ..files import SHIPPED, checkout, digest, made_once, read_json, write_json
-from ..machine import free_memory
 from ..measure.evaluation import evaluate, is_group, perplexity, resolve_tasks, task_names, task_version
 from ..moe.identity import fingerprint
 from ..moe.layers import moe_layers
@@ -121,9 +120,7 @@ class Run:
     def streamed(self) -> bool:
         """Whether the model is larger than the free memory. It is then traced layer by layer from disk; in an evaluation, the
         part that does not fit stays on disk."""
-        if self.model_name in PRESETS:
-            return False
-        return sum(path.stat().st_size for path in weight_files(self.source)) > 0.8 * free_memory()
+        return self.model_name not in PRESETS and larger_than_memory(self.source, dtype=self.dtype)
 
     def preflight(self) -> "pd.Series":
         """What tracing and pruning this model would take, before it is read: see `preflight.preflight`."""

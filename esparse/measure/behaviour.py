@@ -11,12 +11,10 @@ from transformers import GenerationConfig
 
 from ..checkpoints.by_output import Branches, from_disk, kl
 from ..checkpoints.check import Finding, inspect_folder
-from ..checkpoints.folder import weight_files
-from ..checkpoints.models import load_model, load_tokenizer, read_device
+from ..checkpoints.models import larger_than_memory, load_model, load_tokenizer
 from ..checkpoints.reader import fetch
 from ..corpora import calibration_tokens, held_out
 from ..files import write_json
-from ..machine import free_memory
 from ..moe.layers import decoder_layers
 from ..moe.running import check_tokens, evaluating, input_device, router_logits_off
 from ..pruning.skipping import disable_skipping, skipping_betas
@@ -86,8 +84,7 @@ class Pair:
     def __init__(self, pruned: str | Path, full: str | Path, dtype=None, device: str | None = None):
         self.sources, self.options = (str(pruned), str(full)), {"dtype": dtype, "device": device}
         self.tokenizer = load_tokenizer(str(fetch(str(full))))
-        files = [path for source in self.sources for path in weight_files(fetch(source))]
-        self.streamed = sum(path.stat().st_size for path in files) > 0.8 * free_memory(read_device(device or "cpu"))
+        self.streamed = larger_than_memory(*self.sources, dtype=dtype, device=device or "cpu")
         self.models = [] if self.streamed else [load_model(source, **self.options)[0] for source in self.sources]
         for model in self.models:
             if skipping_betas(model):

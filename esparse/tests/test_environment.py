@@ -12,6 +12,7 @@ import pytest
 from esparse import environment
 from esparse.experiments import notebooks
 from esparse.files import PACKAGE
+from esparse.machine import _left_to_groups
 
 COLAB = {"torch": "2.11.0+cu130", "numpy": "2.1.3", "ipywidgets": "7.7.1", "pandas": "2.3.0", "matplotlib": "3.10.0"}
 COLAB |= {"transformers": "5.16.2", "accelerate": "1.13.0", "safetensors": "0.7.0", "seaborn": "0.13.2", "tqdm": "4.67.1"}
@@ -99,3 +100,27 @@ def test_the_setup_cell_fetches_the_code_and_adds_nothing_that_is_there(tmp_path
         assert result.returncode == 0, result.stdout + result.stderr
         assert "nothing had to be added" in result.stdout
         assert result.stdout.strip().endswith(str(Path("here", "esparse-checkout", "esparse", "__init__.py")))
+
+
+GROUPS = {
+    "version 2": ("0::/job/step", "", ("max", "current"), "anon 400\nactive_file 100\ninactive_file 150\n"),
+    "version 1": (
+        *("5:cpu,cpuacct:/other\n4:memory:/job/step", "memory", ("limit_in_bytes", "usage_in_bytes")),
+        "active_file 1\ninactive_file 1\ntotal_active_file 100\ntotal_inactive_file 150\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("place", ["", "job", "job/step"])
+@pytest.mark.parametrize("version", GROUPS)
+def test_a_control_group_leaves_less_memory_than_the_machine_has(version, place, tmp_path):
+    """In a container the group of /proc is one of the host, and the limit stands at the root."""
+    own, kind, names, stat = GROUPS[version]
+    (tmp_path / "cgroup").write_text(own + "\n")
+    folder = tmp_path / "mounted" / kind / place
+    folder.mkdir(parents=True)
+    for name, text in zip((*names, "stat"), ("1000\n", "700\n", stat), strict=True):
+        (folder / f"memory.{name}").write_text(text)
+    assert [*_left_to_groups(tmp_path / "cgroup", tmp_path / "mounted")] == [1000 - (700 - 250)]
+    (folder / f"memory.{names[0]}").write_text("max\n")
+    assert [*_left_to_groups(tmp_path / "cgroup", tmp_path / "mounted")] == []

@@ -12,8 +12,6 @@ from esparse.checkpoints.check import EIGHT, inspect_folder, row_lengths
 from esparse.tests.conftest import random_model
 from esparse.tests.families import family_model
 
-PUBLISHED = {"rope_theta": 10000.0}
-
 
 def change(path, **entries):
     """Change entries of a JSON file; None removes one."""
@@ -31,7 +29,6 @@ def published(tiny, tmp_path_factory):
         plan = esparse.PruningPlan("given", kept, [[*range(kept)]] * 2, [None] * 2, "", "")
         plan.model = esparse.trace(model, torch.zeros(1, 4, dtype=torch.long)).model
         esparse.save_model(esparse.prune(model, plan), tiny[1], folder, plan)
-        change(folder / "config.json", **PUBLISHED)
     return folders
 
 
@@ -99,6 +96,12 @@ def test_each_fault_is_found(fault, folder, published):
     found = inspect_folder(folder, against=published[0])
     assert status(found)[name] == state, found
     assert words in note(found, name)
+
+
+def test_what_esparse_adds_to_a_config_is_no_difference(published, tmp_path):
+    full = shutil.copytree(published[0], tmp_path / "full")
+    change(full / "config.json", rope_theta=None)
+    assert status(inspect_folder(published[1], against=full))["config"] == "ok"
 
 
 def test_tokens_without_embeddings_are_found(tiny, tmp_path):

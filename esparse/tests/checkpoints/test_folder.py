@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import esparse
 from esparse import __main__
-from esparse.checkpoints import reader
+from esparse.checkpoints import models, reader
 from esparse.checkpoints.folder import (
     ADAPTER,
     INDEX,
@@ -33,7 +33,6 @@ from esparse.checkpoints.folder import (
     weight_files,
 )
 from esparse.checkpoints.folder import tensors as tensors_of
-from esparse.experiments import run as runs
 from esparse.pruning.skipping import skipping_betas
 from esparse.tests.conftest import random_tokens
 from esparse.tests.families import family_model
@@ -181,9 +180,9 @@ def test_a_distributed_checkpoint_is_refused(folder, single):
 def test_only_what_is_meant_counts(folder, single, tmp_path, monkeypatch):
     run = lambda: esparse.Run(str(folder), folder=tmp_path / "run")  # noqa: E731
     strays(folder, single)
-    key, meant = run().model_key, sum(path.stat().st_size for path in weight_files(folder))
+    key, meant = run().model_key, sum(tensor.nbytes for path in weight_files(folder) for tensor in load_file(path).values())
     for free, streamed in ((meant / 0.8 - 8, True), (meant / 0.8 + 8, False)):
-        monkeypatch.setattr(runs, "free_memory", lambda free=free: free)
+        monkeypatch.setattr(models, "free_memory", lambda device, free=free: free)
         assert run().streamed == streamed
     os.utime(folder / "consolidated.safetensors", (0, 0))
     (folder / "trainer_state.json").write_text("{}")

@@ -10,7 +10,7 @@ import transformers
 from safetensors.torch import save_file
 
 import esparse
-from esparse.checkpoints import folder
+from esparse.checkpoints import folder, models
 from esparse.checkpoints.layout import Checkpoint, Layout
 from esparse.checkpoints.reader import CheckpointReader
 from esparse.checkpoints.stored import StoredCheckpoint
@@ -234,6 +234,21 @@ def test_what_transformers_loads_is_the_masked_original(how, tmp_path):
     assert torch.allclose(run(small.float()), logits, rtol=0, atol=1e-4 * logits.abs().max().item())
     kept = esparse.prune(full, plan).state_dict()
     assert all(torch.equal(kept[name], tensor) for name, tensor in small.state_dict().items())
+
+
+@pytest.mark.parametrize("how", [*DEQUANTISE, "float32"])
+def test_a_checkpoint_is_as_large_as_what_is_loaded(how, tmp_path, monkeypatch):
+    if how == "float32":
+        source, options = tmp_path / "source", {"dtype": torch.float32}
+        family_model("mixtral").bfloat16().save_pretrained(source)
+    else:
+        source = mxfp4(tmp_path / "source")[0] if how == "mxfp4" else quantised(tmp_path / "source", *FORMATS[how][:3])[0]
+        options = {"quantization_config": DEQUANTISE[how]}
+    state = transformers.AutoModelForCausalLM.from_pretrained(source, **options).state_dict()
+    size = sum(tensor.nbytes for tensor in state.values())
+    for share, larger in ((0.99, True), (1.01, False)):  # transformers keeps some biases in float32
+        monkeypatch.setattr(models, "free_memory", lambda device, share=share: share * 2 * size / 0.8)
+        assert models.larger_than_memory(source, source, dtype=options.get("dtype"), device="cpu") is larger
 
 
 @pytest.mark.parametrize("how", ["block fp8", "mxfp4"])

@@ -8,6 +8,7 @@ import transformers
 
 import esparse
 from esparse.__main__ import main
+from esparse.checkpoints import models
 from esparse.experiments import acceptance
 from esparse.experiments import run as runs
 from esparse.moe.identity import fingerprint
@@ -71,7 +72,7 @@ def test_a_model_larger_than_memory_is_traced_from_disk_with_the_same_numbers(ti
     whole = esparse.Run(str(stand_in), **options, folder=tmp_path / "whole")
     assert not whole.streamed
     expected = {corpus: whole.trace(corpus) for corpus in ("web", "arithmetic")}
-    monkeypatch.setattr(runs, "free_memory", lambda: 1000)
+    monkeypatch.setattr(models, "free_memory", lambda device: 1000)
     streamed = esparse.Run(str(stand_in), **options, folder=tmp_path / "streamed")
     assert streamed.streamed and streamed.sizes == whole.sizes
     monkeypatch.setattr(runs, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))

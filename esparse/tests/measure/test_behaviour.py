@@ -7,7 +7,7 @@ import torch
 import transformers
 
 import esparse
-from esparse.measure import behaviour
+from esparse.checkpoints import models
 from esparse.measure.behaviour import Pair, check_folder, generate, is_json, loops
 from esparse.tests.conftest import assert_greedy, random_model, random_tokens
 
@@ -47,7 +47,7 @@ def stock(folders, tokens) -> dict:
 
 @pytest.mark.parametrize("streamed", [False, True])
 def test_distances_are_those_of_stock_transformers(pair, streamed, monkeypatch):
-    monkeypatch.setattr(behaviour, "free_memory", lambda device: 0 if streamed else 1e12)
+    monkeypatch.setattr(models, "free_memory", lambda device: 0 if streamed else 1e12)
     both = Pair(*pair, dtype="float32")
     texts = {name: both.held_out(name, 9, 24) for name in ("web", "arithmetic")}
     found = {finding.name: finding for finding in both.findings(texts)}
