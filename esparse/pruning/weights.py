@@ -5,6 +5,7 @@ M of a row's inputs. Scores: magnitude |W_ij|; Wanda |W_ij| ||x_j||_2 over the c
 Eq. 1); MoE-Pruner |W_ij| ||x_j g||_2 over the tokens routed to an expert, g their routing weight (arXiv 2410.12013).
 """
 
+import itertools
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ from ..tracing.walk import BATCH, Walk, single_layer
 
 WEIGHT_SCORES = ("magnitude", "wanda", "moe-pruner")
 SCOPES = ("experts", "linear")
+SMALL_GROUP = 8  # up to which comparing each two is faster than sorting
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,17 @@ def keep_mask(scores: Tensor, sparsity: Sparsity) -> Tensor:
     round(share * in) entries of every row go, or M - N of every group. Raises ValueError where M does not divide in."""
     sparsity.check(scores.shape[-1])
     size = sparsity.group or scores.shape[-1]
-    groups = scores.unflatten(-1, (-1, size))
-    gone = groups.argsort(dim=-1, stable=True)[..., : round(sparsity.share * size)]
-    return torch.ones_like(groups, dtype=torch.bool).scatter_(-1, gone, False).flatten(-2)
+    groups, removed = scores.unflatten(-1, (-1, size)), round(sparsity.share * size)
+    if size > SMALL_GROUP:
+        gone = groups.argsort(dim=-1, stable=True)[..., :removed]
+        return torch.ones_like(groups, dtype=torch.bool).scatter_(-1, gone, False).flatten(-2)
+    places = [place.contiguous() for place in groups.unbind(-1)]
+    below = [torch.zeros_like(place, dtype=torch.uint8) for place in places]  # how many of its group each one is above
+    for first, second in itertools.combinations(range(size), 2):
+        above = places[second] >= places[first]
+        below[second] += above
+        below[first] += ~above
+    return torch.stack([count >= removed for count in below], -1).flatten(-2)
 
 
 def score(weight: Tensor, squares: Tensor | None) -> Tensor:
@@ -199,7 +209,7 @@ class WeightPruner:
         for weight, squares in self._targets(decoder, layer, inputs):
             mask = keep_mask(score(weight, None if self.method == "magnitude" else squares), self.sparsity)
             weight.mul_(mask)
-            report["removed"] += (~mask).sum().item()
+            report["removed"] += mask.numel() - mask.count_nonzero().item()
             report["weights"] += mask.numel()
         if uncalled := sorted(linear_maps(decoder, layer, self.scope).keys() - inputs.linear.keys()):
             report["unheard"] = uncalled
