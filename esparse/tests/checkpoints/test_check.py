@@ -100,7 +100,9 @@ def test_each_fault_is_found(fault, folder, published):
 
 def test_what_esparse_adds_to_a_config_is_no_difference(published, tmp_path):
     full = shutil.copytree(published[0], tmp_path / "full")
-    change(full / "config.json", rope_theta=None)
+    told = json.loads((full / "config.json").read_text())
+    del told["rope_theta"]  # so transformers 5 writes it
+    (full / "config.json").write_text(json.dumps(told))
     assert status(inspect_folder(published[1], against=full))["config"] == "ok"
 
 
