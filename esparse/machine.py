@@ -75,7 +75,7 @@ def free_memory(device: torch.device | None = None) -> float:
     except OSError:  # not on Linux
         return float("inf")
     left = _left_to_groups(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
-    return min(int(lines["MemAvailable"].split()[0]) * 1024, *left)
+    return min([int(lines["MemAvailable"].split()[0]) * 1024, *left])
 
 
 def _left_to_groups(own: Path, mounted: Path) -> Iterator[float]:

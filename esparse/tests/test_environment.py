@@ -9,10 +9,9 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from esparse import environment
+from esparse import environment, machine
 from esparse.experiments import notebooks
 from esparse.files import PACKAGE
-from esparse.machine import _left_to_groups
 
 COLAB = {"torch": "2.11.0+cu130", "numpy": "2.1.3", "ipywidgets": "7.7.1", "pandas": "2.3.0", "matplotlib": "3.10.0"}
 COLAB |= {"transformers": "5.16.2", "accelerate": "1.13.0", "safetensors": "0.7.0", "seaborn": "0.13.2", "tqdm": "4.67.1"}
@@ -121,6 +120,13 @@ def test_a_control_group_leaves_less_memory_than_the_machine_has(version, place,
     folder.mkdir(parents=True)
     for name, text in zip((*names, "stat"), ("1000\n", "700\n", stat), strict=True):
         (folder / f"memory.{name}").write_text(text)
-    assert [*_left_to_groups(tmp_path / "cgroup", tmp_path / "mounted")] == [1000 - (700 - 250)]
+    assert [*machine._left_to_groups(tmp_path / "cgroup", tmp_path / "mounted")] == [1000 - (700 - 250)]
     (folder / f"memory.{names[0]}").write_text("max\n")
-    assert [*_left_to_groups(tmp_path / "cgroup", tmp_path / "mounted")] == []
+    assert [*machine._left_to_groups(tmp_path / "cgroup", tmp_path / "mounted")] == []
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="other systems do not tell the free memory")
+def test_the_narrowest_limit_counts_if_there_is_one(monkeypatch):
+    for left, limited in (([], False), ([7, 5, 10**18], True)):
+        monkeypatch.setattr(machine, "_left_to_groups", lambda *_, left=left: left)
+        assert (machine.free_memory(machine.torch.device("cpu")) == 5) is limited
