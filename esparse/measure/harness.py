@@ -1,5 +1,5 @@
-"""lm-eval's Hugging Face model, which runs every text anew, with beginnings run once: items share few-shot examples, and the
-choices of an item share its context. Imports lm-eval: `evaluation` imports this module when it scores."""
+"""lm-eval's Hugging Face model, but what several texts begin with is run once: few-shot examples, and the context of an item's
+choices. This module imports lm-eval, so `evaluation` imports it only when it scores."""
 
 from collections.abc import Sequence
 from itertools import takewhile

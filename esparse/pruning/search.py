@@ -24,7 +24,6 @@ from .scores import EXPERT_SCORES, best_by_score, expert_groups, expert_scores, 
 MAX_SUBSETS = 200_000
 MAX_ROUTINGS = 5e9  # subsets times tokens: about ten minutes a layer on two cores
 SEARCH_METHODS = ("enumerate", "greedy", *EXPERT_SCORES, "random", "progressive")
-
 BY_LOSS = ("enumerate", "greedy", "progressive")  # the methods that compare losses, not experts one by one
 
 # Kept experts, their loss (None where the trace does not reach as far), and the runner-up's where all subsets were tried.
@@ -34,22 +33,29 @@ Found = tuple[list[int], float | None, float | None]
 def all_subsets(layer: LayerTrace, r: int) -> list[tuple[int, ...]]:
     """Every subset of r experts, equally many from each of the router's groups. Raises ValueError where r is out of range, or
     the subsets are too many to enumerate on this many tokens."""
+    _check_subsets(layer, r)
+    groups = expert_groups(layer)
+    parts = [itertools.combinations(group, r // len(groups)) for group in groups]
+    return [tuple(itertools.chain(*parts)) for parts in itertools.product(*parts)]
+
+
+def _check_subsets(layer: LayerTrace, r: int, searches: int = 1) -> None:
+    """ValueError as for `all_subsets`, if so many searches like it come to more work than one may be."""
     layer.check_size(r)
     groups = expert_groups(layer)
     count = math.comb(len(groups[0]), r // len(groups)) ** len(groups)
-    if count > MAX_SUBSETS or (count * len(layer.order) > MAX_ROUTINGS and not has_choice_table(layer)):
+    if count > MAX_SUBSETS or (searches * count * len(layer.order) > MAX_ROUTINGS and not has_choice_table(layer)):
         raise ValueError(
             f"{count:.2g} subsets of {r} out of {layer.n} experts on {len(layer.order)} tokens are too many to enumerate: "
             f"use method='greedy' (up to {MAX_SUBSETS:,} subsets, and {MAX_ROUTINGS:.0e} subsets times tokens, are tried)."
         )
-    parts = [itertools.combinations(group, r // len(groups)) for group in groups]
-    return [tuple(itertools.chain(*parts)) for parts in itertools.product(*parts)]
 
 
 def affordable(layer: LayerTrace, r: int, searches: int = 1) -> bool:
     """Whether enumeration accepts this layer and r, and `searches` like it together are no more work than one may be."""
     with suppress(ValueError):
-        return len(all_subsets(layer, r)) * len(layer.order) * searches <= MAX_ROUTINGS or has_choice_table(layer)
+        _check_subsets(layer, r, searches)
+        return True
     return False
 
 
