@@ -5,10 +5,12 @@ import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, DeepseekV3Config
 
 from ..checkpoints.estimate import flop_per_second
 from ..checkpoints.models import load_model
@@ -51,6 +53,22 @@ def expert_layer(n: int, k: int, *, hidden: int = 256, inner: int = 128, twins: 
         for weight in (layer.gate.weight, layer.experts.gate_up_proj, layer.experts.down_proj):
             noise = torch.randn(weight[first].shape, generator=generator)
             weight[first + 1] = weight[first] + 0.2 * weight[first].std() * noise
+    return layer
+
+
+@torch.no_grad()
+def grouped_layer(n: int, k: int, groups: int, **kind) -> MoELayer:
+    """A layer of DeepSeek-V3, whose tokens choose within half of the groups, with the weights of `expert_layer`."""
+    like = expert_layer(n, k, **kind)
+    shape = {"hidden_size": like.gate.weight.shape[1], "moe_intermediate_size": like.experts.down_proj.shape[2]}
+    shape |= {"num_hidden_layers": 1, "first_k_dense_replace": 0, "vocab_size": 64, "num_attention_heads": 4}
+    config = DeepseekV3Config(
+        **shape, n_routed_experts=n, num_experts_per_tok=k, n_group=groups, topk_group=max(1, groups // 2), n_shared_experts=1
+    )
+    layer = moe_layers(AutoModelForCausalLM.from_config(config, dtype=torch.float32))[0]
+    for module, other in ((layer.gate, like.gate), (layer.experts, like.experts)):
+        for name, weight in other.named_parameters():
+            getattr(module, name).copy_(weight)
     return layer
 
 
@@ -138,15 +156,34 @@ def products_of(layer: MoELayer, hidden: torch.Tensor, order: torch.Tensor) -> f
     return seconds_of(run)
 
 
+@torch.no_grad()
+def greedy_times(layers: Mapping[str, tuple[MoELayer, int]], tokens: int = 8192, repeats: int = 5) -> list[dict]:
+    """Seconds of the trace and of greedy removal for layers, by name, with the number of experts to keep; all take turns."""
+    scratch, variants, traces = Scratch(), {}, {}
+    for name, (layer, r) in layers.items():
+        states = normal(tokens, layer.gate.weight.shape[1])
+        traces[name] = trace_block(layer, states, r, scratch)
+        variants[name, "trace"] = partial(seconds_of, partial(trace_block, layer, states, r, scratch))
+        variants[name, "search"] = partial(seconds_of, partial(search_layer, traces[name], r, "greedy"))
+    median = {variant: statistics.median(seconds) for variant, seconds in rounds(variants, repeats).items()}
+    rows = [{"layer": name, "r": r, "reach": traces[name].order.shape[1]} for name, (_, r) in layers.items()]
+    return [row | {part: median[row["layer"], part] for part in ("trace", "search")} for row in rows]
+
+
 def bench_search(out: Path | None = None) -> str:
-    """The search benchmark as a table: hidden 512, inner 1792, 8 experts, 4096 tokens, r = 6 and 4."""
+    """The search benchmark as tables: hidden 512, inner 1792, 8 experts, 4096 tokens, r = 6 and 4; then greedy removal from 32
+    experts, and from 256 with and without groups."""
     layer = expert_layer(8, 2, hidden=512, inner=1792, twins=0.0)
     result = keep({"rows": [search_times(layer, r) for r in (6, 4)]}, out)
+    layers = {"32 experts": (expert_layer(32, 8), 24)}
+    layers |= {f"256 in {groups}": (grouped_layer(256, 8, groups), 192) for groups in (1, 8)}
+    result = keep(result | {"greedy": greedy_times(layers)}, out)
     names = {"r": "r", "ours": "trace and search", "products": "bare products", "over_products": "ratio"}
     names |= {"rerun": "every subset again", "faster": "times faster", "extra_mib": "extra MiB at 4 x tokens"}
     names |= {"all_outputs_mib": "MiB of all outputs"}
     rows = [row | {"faster": row["rerun"] / row["ours"]} for row in result["rows"]]
-    return report({"trace and search, s": [{new: row[old] for old, new in names.items()} for row in rows]})
+    tables = {"trace and search, s": [{new: row[old] for old, new in names.items()} for row in rows]}
+    return report(tables | {"greedy removal, s": result["greedy"]})
 
 
 # --- many experts ---------------------------------------------------------------------------------------------------

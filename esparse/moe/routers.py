@@ -1,7 +1,7 @@
 """Routers: the selection of experts, routing weights, and the pairs that skipping drops."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +52,16 @@ class Router:
     @property
     def keeps_ranking(self) -> bool:
         """Whether removing experts leaves the ranking of the others unchanged, so that a token's reach is known beforehand."""
-        return self.groups == 1 and not (self.bias and self.score == "softmax" and not self.by_logits)
+        return self.groups == 1 and self.ranks_within_groups
+
+    @property
+    def ranks_within_groups(self) -> bool:
+        """Whether, besides, nobody is chosen outside the best groups, where a zero may be better than a biased score."""
+        return not (self.bias and ((self.score == "softmax" and not self.by_logits) or (self.groups > 1 and self.zero_fill)))
+
+    def ungrouped(self, logits: Tensor) -> Tensor:
+        """`ranking` of all experts as if there were no groups."""
+        return replace(self, groups=1).ranking(logits)
 
     @property
     def normalises(self) -> bool:

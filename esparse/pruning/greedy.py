@@ -40,10 +40,9 @@ def _keeps_ranks(layer: LayerTrace) -> bool:
     """Whether `Removals` or `GroupRemovals` can compute the losses: removing experts leaves the ranking of the others within
     the same groups unchanged, and nobody is chosen outside the best groups."""
     router = layer.router
-    ungrouped = replace(router, groups=1)
-    if not ungrouped.keeps_ranking or router.extra_logits or router.score == SPARSEMIXER or router.expert_scale:
+    if not replace(router, groups=1).keeps_ranking or router.extra_logits or router.score == SPARSEMIXER or router.expert_scale:
         return False
-    return not router.zero_fill or not layer.sum_over_ranks((ungrouped.ranking(layer.logits) <= 0).sum())
+    return not router.zero_fill or not layer.sum_over_ranks((router.ungrouped(layer.logits) <= 0).sum())
 
 
 def _exchanged(state: Removals, pairs: bool, known: Sequence[int] = ()) -> tuple[float, list[int]]:

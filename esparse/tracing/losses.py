@@ -7,7 +7,7 @@ from dataclasses import replace
 from operator import mul
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..moe.routers import CHOSEN_SOFTMAX, skip_pairs, skip_ratios
 from .trace import LayerTrace, check_beta, parts
@@ -156,19 +156,30 @@ def losses_of(layer: LayerTrace, subsets: Sequence[Sequence[int]]) -> Tensor:
 
 
 def token_losses(layer: LayerTrace, positions: Tensor, weights: Tensor) -> Tensor:
-    """||sum_i w'_i f_i - z||^2 [tokens, count] for weights of experts at `positions` in `order`, [tokens, count, k]."""
+    """||sum_i w'_i f_i - z||^2 [tokens, count] for weights [tokens, count, k] of experts at `positions` in `order`, [tokens,
+    count, k] or, where they are the same, [tokens, 1, k]."""
     change = layer.gram.new_zeros(*weights.shape[:2], layer.order.shape[1])
-    change.scatter_(2, positions, weights.to(change.dtype))
+    change.scatter_(2, positions.expand_as(weights), weights.to(change.dtype))
     if layer.target_dot is None:
         change[:, :, : layer.k] -= layer.weights[:, None].to(change.dtype)
     if layer.router.shared:
         now = layer.router.total_weight if layer.target_dot is not None else layer.weights.sum(1, keepdim=True)
         change[:, :, -1] = now - weights.sum(2)
-    squares = (change @ full_gram(layer)).mul_(change).sum(2)
+    few = positions.shape[1] == 1 and 2 * layer.k + 1 < change.shape[2]
+    places, change = _changed(layer, positions[:, 0], change) if few else (None, change)
+    squares = (change @ (gram_between(layer.gram, places, places) if few else full_gram(layer))).mul_(change).sum(2)
     if layer.target_dot is None:
         return squares
-    cross = (change @ layer.target_dot[:, :, None]).squeeze(2)
+    cross = (change @ (layer.target_dot.gather(1, places) if few else layer.target_dot)[:, :, None]).squeeze(2)
     return squares.double() - 2 * cross.double() + layer.target_norm[:, None]
+
+
+def _changed(layer: LayerTrace, positions: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
+    """The places where `change` [tokens, count, m] may differ from 0, [tokens, e], and the changes there."""
+    own = torch.arange(layer.k, device=positions.device).expand_as(positions)
+    places = torch.cat([own, positions, torch.full_like(own[:, :1], change.shape[2] - 1)[:, : layer.router.shared]], 1)
+    twice = nn.functional.pad(positions < layer.k, (layer.k, places.shape[1] - 2 * layer.k))
+    return places, change.gather(2, places[:, None].expand(-1, change.shape[1], -1)).masked_fill(twice[:, None], 0.0)
 
 
 def has_choice_table(layer: LayerTrace) -> bool:
@@ -259,7 +270,7 @@ def skip_curve(layer: LayerTrace, kept: Sequence[int] | None = None) -> tuple[Te
         states = weights[:, None] * first.to(weights.dtype)  # [tokens, k, k]
         if layer.router.normalises:
             states = states * (weights.sum(1)[:, None, None] / states.sum(2, keepdim=True))
-        losses = token_losses(some, positions[:, None].expand_as(states), states).double()  # [tokens, k]
+        losses = token_losses(some, positions[:, None], states).double()  # [tokens, k]
         whole += losses[:, -1].sum().item()
         ratios.append(skip_ratios(weights).double().flatten())
         changes.append((losses[:, :-1] - losses[:, 1:]).flatten())

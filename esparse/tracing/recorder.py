@@ -52,7 +52,7 @@ class Recorder:
                 raise ValueError(
                     f"{self.layer.name}: router logits are not finite; the model or its dtype overflows on this text."
                 )
-        further = self.m - k - (router.shared > 0)  # experts within reach beside the chosen ones
+        further = self.m > k + (router.shared > 0)
         if further or router.idle or not router.sorted:
             ranking = table_ranking(chosen, self.layer.n) if router.table else router.ranking(logits)
             ranking = ranking.masked_fill(removed, float("-inf")) if router.table else ranking
@@ -61,12 +61,21 @@ class Recorder:
         strength = weights if router.sorted else ranking.gather(1, chosen)
         self.sorting = strength.argsort(dim=1, descending=True, stable=True)
         chosen = chosen.gather(1, self.sorting)
-        rest = ranking.scatter(1, chosen, float("inf")).topk(k + further).indices[:, k:] if further else chosen[:, :0]
+        rest = self._others(router.ungrouped(logits) if router.groups > 1 else ranking, chosen) if further else chosen[:, :0]
         shared = [torch.full_like(chosen[:, :1], self.layer.n)] if router.shared else []
         self.shared_weight = output[3].sum(1) if router.shared else None
         self.weights.append(weights.gather(1, self.sorting))
         self.recorded["logits"].append(logits)
         self.recorded["order"].append(torch.cat([chosen, rest, *shared], 1))
+
+    def _others(self, ranking: Tensor, chosen: Tensor) -> Tensor:
+        """The experts within reach beside the chosen ones, best first, [tokens, m - k]; with groups, equally many of each."""
+        router, ranking = self.layer.router, ranking.scatter(1, chosen, float("inf"))
+        if router.groups > 1:
+            grouped = ranking.unflatten(1, (router.groups, -1))
+            best, places = grouped.topk(self.m // router.groups)
+            ranking = torch.full_like(grouped, float("-inf")).scatter_(2, places, best).flatten(1)
+        return ranking.topk(self.m - (router.shared > 0)).indices[:, self.layer.k :]
 
     def pass_stream(self, before: Tensor | None, after: Tensor) -> None:
         """Records the squared norm of the residual stream [sequences, length, d] behind the decoder layer, and its cosine with

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +76,8 @@ class Removals:
         if expert not in self.tried:
             kept, rows = self.kept.clone(), self._reached(expert).nonzero()[:, 0]
             kept[expert] ^= True
-            now, before = self._evaluate(rows, kept), [column[rows] for column in self.held]
+            before = [column[rows] for column in self.held]
+            now = self._evaluate(rows, kept) if self.kept[expert] else self._add(rows, expert, before, kept)
             if self.all_scores is None:
                 sums = self.sums + self._sum(rows, now, kept) - self._sum(rows, before, self.kept)
             else:
@@ -96,6 +96,11 @@ class Removals:
         alive, m = kept[self.layer.order[rows]], self.layer.order.shape[1]
         places = torch.where(alive, torch.arange(m, device=alive.device), m)
         places = places.topk(self.layer.k + 1, dim=1, largest=False).values
+        return [places, self._terms(rows, places)]
+
+    def _add(self, rows: Tensor, expert: int, held: Sequence[Tensor], kept: Tensor) -> list[Tensor]:
+        """`_evaluate` with an expert added to what is held of some tokens."""
+        places = torch.cat([held[0], self.place[rows, expert, None]], 1).sort(1).values[:, :-1]
         return [places, self._terms(rows, places)]
 
     def _terms(self, rows: Tensor, places: Tensor) -> Tensor:
@@ -153,7 +158,8 @@ class GroupRemovals(Removals):
 
     def _start(self) -> None:
         router, tokens, self.size = self.layer.router, len(self.all), self.layer.n // self.layer.router.groups
-        self.ranking = replace(router, groups=1).ranking(self.layer.logits)  # [tokens, n]
+        self.ranking = router.ungrouped(self.layer.logits)  # [tokens, n]
+        self.within = self.ranking.masked_fill(self.place == self.layer.order.shape[1], float("-inf"))
         self.best = self._best(slice(None), slice(None), self.kept)  # both [tokens, groups, group_size + 1]
         # the terms outside each group and the score of the next in line there, nan while not known: [tokens, groups, 2 or 3]
         self.outside = self.norm.new_full((tokens, router.groups, 2 + (self.all_scores is not None)), float("nan"))
@@ -189,34 +195,43 @@ class GroupRemovals(Removals):
 
     def _reached(self, expert: int) -> Tensor:
         """Also those for which an expert, while it is kept, decides whether they choose within its group, or lose it."""
-        (lowest, best), score = self.held[2:4], self.ranking[:, expert]
+        (scores, best), score = self.held[2:4], self.ranking[:, expert]
         most = best[:, :-2].sum(1) + torch.maximum(best[:, -2], score)
-        return (score >= torch.minimum(lowest, best[:, -1])) & (most > self.bar)
+        return (score >= torch.minimum(scores[:, -1], best[:, -1])) & (most > self.bar)
 
     def _evaluate(self, rows: Tensor, kept: Tensor) -> list[Tensor]:
-        """In addition, the score of the next in line, [rows], and of the swept group the `_best`."""
+        """In addition, the scores of the k + 1, [rows, k + 1], and of the swept group the `_best`."""
         best, experts = self._best(rows, self.swept, kept)
         groups = self.others[rows]
         groups[:, -1] = torch.where(best[:, :-1].sum(1) > self.bar[rows], self.swept, groups[:, -1])
-        places, lowest = self._choose(rows, groups, kept)
-        return [places, self._terms(rows, places), lowest, best, experts]
+        places, scores = self._choose(rows, groups, kept)
+        return [places, self._terms(rows, places), scores, best, experts]
+
+    def _add(self, rows: Tensor, expert: int, held: Sequence[Tensor], kept: Tensor) -> list[Tensor]:
+        places, _, scores, best, experts = held
+        new = (best[:, :-1].sum(1) <= self.bar[rows]).nonzero()[:, 0]  # they choose within the group, and did not before
+        best, experts = _inserted(best, self.ranking[rows, expert], experts, torch.full_like(rows, expert % self.size))
+        scores, places = _inserted(scores, self.within[rows, expert], places, self.place[rows, expert])
+        groups = self.others[rows[new]].index_fill(1, self.others.new_tensor([self.others.shape[1] - 1]), self.swept)
+        places[new], scores[new] = self._choose(rows[new], groups, kept)
+        return [places, self._terms(rows, places), scores, best, experts]
 
     def _best(self, rows: Tensor | slice, groups: int | slice, kept: Tensor) -> tuple[Tensor, Tensor]:
         """The best scores in some groups and their experts, counted within the group, [rows, groups, group_size + 1]."""
-        return self._scores(rows, groups, kept).topk(self.layer.router.group_size + 1)
+        return self._kept(self.ranking, rows, groups, kept).topk(self.layer.router.group_size + 1)
 
-    def _scores(self, rows: Tensor | slice, groups: Tensor | int | slice, kept: Tensor) -> Tensor:
+    def _kept(self, scores: Tensor, rows: Tensor | slice, groups: Tensor | int | slice, kept: Tensor) -> Tensor:
         """The scores of the experts in some groups, -inf for those not kept, [rows, groups, size]."""
         removed = ~kept.view(-1, self.size)[groups]
-        return self.ranking.unflatten(1, (-1, self.size))[rows, groups].masked_fill(removed, float("-inf"))
+        return scores.unflatten(1, (-1, self.size))[rows, groups].masked_fill(removed, float("-inf"))
 
     def _choose(self, rows: Tensor, groups: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
         """Places in `order` of the k best experts in some groups [rows, top_groups] and the next one (m if there is none),
-        [rows, k + 1], and the latter's score, [rows]."""
-        scores, found = self._scores(rows[:, None], groups, kept).flatten(1).topk(self.layer.k + 1)
+        and their scores, both [rows, k + 1]."""
+        scores, found = self._kept(self.within, rows[:, None], groups, kept).flatten(1).topk(self.layer.k + 1)
         experts = groups.gather(1, found // self.size) * self.size + found % self.size
         places = self.place[rows[:, None], experts]
-        return places.masked_fill(scores == float("-inf"), self.layer.order.shape[1]), scores[:, -1]
+        return places.masked_fill(scores == float("-inf"), self.layer.order.shape[1]), scores
 
     def _sum_of(self, rows: Tensor, held: Sequence[Tensor], kept: Tensor) -> Tensor:
         sums, (places, terms, _, best, experts) = super()._sum_of(rows, held, kept), held
@@ -233,6 +248,12 @@ class GroupRemovals(Removals):
         """The terms when some tokens choose outside the swept group, [rows, 1 or 2, 1]."""
         outside = self.outside[:, self.swept]
         if len(missing := rows[outside[rows, -1].isnan()].unique()):
-            places, lowest = self._choose(missing, self.others[missing], self.kept)
-            outside[missing] = torch.cat([self._terms(missing, places)[..., -1], lowest[:, None]], 1)
+            places, scores = self._choose(missing, self.others[missing], self.kept)
+            outside[missing] = torch.cat([self._terms(missing, places)[..., -1], scores[:, -1:]], 1)
         return outside[rows, :-1, None]
+
+
+def _inserted(values: Tensor, value: Tensor, labels: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    """Falling values [rows, size] and their labels, with one more value [rows] in its place and without the last one."""
+    values, order = torch.cat([values, value[:, None]], 1).sort(dim=1, descending=True, stable=True)
+    return values[:, :-1], torch.cat([labels, label[:, None]], 1).gather(1, order)[:, :-1]

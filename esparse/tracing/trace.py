@@ -5,6 +5,7 @@ the Gram matrix of those experts' contributions. Changing the routing weights fr
 sum_i (w' - w)_i f_i, whose squared norm is (w' - w)^T G (w' - w): Eq. 3 for every subset, without running the model again.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
@@ -24,13 +25,16 @@ FORMAT = 5  # of saved traces
 
 
 def reach(n: int, k: int, keep: int | None, router: Router) -> int:
-    """How many best-ranked experts a token can reach when at least `keep` of n stay: min(n, k + n - keep).
+    """How many best-ranked experts a token can reach when at least `keep` of n stay: min(n, k + n - keep), with groups as many
+    in each, which loses an equal part of the n - keep.
 
-    All n where removing experts changes the ranking of the others (groups; a bias added to a softmax), unless all stay. With
-    `extra_logits`, one more: the extra entry of `LayerTrace.order`.
+    All n where removing experts changes the ranking of the others (a bias added to a softmax) or lets a token choose outside
+    its best groups, unless all stay. With `extra_logits`, one more: the extra entry of `LayerTrace.order`.
     """
-    known = router.keeps_ranking or keep == n
-    return (min(n, k + n - (k if keep is None else keep)) if known else n) + (router.extra_logits > 0)
+    groups = 1 if keep == n else router.groups
+    if keep != n and not router.ranks_within_groups:
+        return n + (router.extra_logits > 0)
+    return groups * min(n // groups, k + (n - (k if keep is None else keep)) // groups) + (router.extra_logits > 0)
 
 
 @dataclass
@@ -141,8 +145,9 @@ class LayerTrace:
         tokens, r, others = len(places), subsets.shape[1], torch.arange(self.n, self.logits.shape[1], device=places.device)
         columns = torch.cat([subsets, others.expand(len(subsets), -1)], 1)  # [s, r + extra logits]
         logits = self.logits[:, columns]  # [tokens, s, r + extra logits]
+        places, m = places[:, columns[:, : r + self.router.idle]], self.order.shape[1]
         known = self.router.keeps_ranking or r == self.n
-        ranking = -places[:, columns[:, : r + self.router.idle]] if known else self.router.ranking(logits, columns)
+        ranking = -places if known else self.router.ranking(logits, columns).masked_fill(places == m, -math.inf)
         chosen = ranking.topk(self.k).indices.flatten(0, 1)  # [tokens * s, k]
         experts = columns.expand(tokens, -1, -1).flatten(0, 1).gather(1, chosen)
         weights = self.router.weights(logits.flatten(0, 1), chosen, experts).view(tokens, -1, self.k)

@@ -78,6 +78,15 @@ def test_search_times_compare_like_with_like():
     assert row["over_products"] == pytest.approx(row["ours"] / row["products"])  # one round
 
 
+@torch.no_grad()
+def test_greedy_removal_is_timed_with_and_without_groups():
+    """A token then reaches into each group as far as without groups into all experts."""
+    layers = {groups: search_cost.grouped_layer(32, 2, groups, hidden=32, inner=16) for groups in (1, 4)}
+    rows = search_cost.greedy_times({str(groups): (layer, 24) for groups, layer in layers.items()}, tokens=64, repeats=1)
+    assert [row["reach"] for row in rows] == [2 + 8, 4 * (2 + 2)] and min(row["trace"] + row["search"] for row in rows) > 0
+    assert [layer.router.groups for layer in layers.values()] == [1, 4]
+
+
 def test_expert_outputs_are_never_held_for_all_tokens():
     """The experts are called on a chunk at a time, whatever the calibration set."""
     model, rows = random_model("mixtral", 8, 2), []

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 import esparse
 from esparse.files import checkout
 from esparse.moe.layers import moe_layers
+from esparse.moe.masking import masked_layer
 from esparse.moe.routers import pruned_table
 from esparse.pruning.plan import PruningPlan
 from esparse.pruning.scores import available_scores
@@ -234,6 +235,23 @@ def test_groups_keep_equally_many():
     for method in ("enumerate", "greedy", *available_scores(trace), "random"):
         for kept in esparse.search_experts(trace, 6, method=method).kept:
             assert sum(e < 4 for e in kept) == 3
+
+
+@pytest.mark.parametrize("top", [1, 2])
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3", "glm4_moe"])
+@torch.no_grad()
+def test_a_token_reaches_equally_far_into_each_group(family, top):
+    """Five experts of each are enough, whichever two every group loses."""
+    model, tokens = family_model(family, 32, 3, **GROUPED | {"n_group": 4, "topk_group": top}), random_tokens()
+    layer, traced = moe_layers(model)[-1], esparse.trace(model, tokens, keep=24).layers[-1]
+    assert traced.router.groups == 4 and sorted(traced.order[0] // 8) == sorted([0, 1, 2, 3] * 5)
+    (call,), generator = block_inputs(layer, model, tokens), torch.Generator().manual_seed(0)
+    before = output(layer, call)
+    for _ in range(8):
+        kept = [8 * group + e for group in range(4) for e in sorted(torch.randperm(8, generator=generator)[:6].tolist())]
+        with masked_layer(layer, kept):
+            change = output(layer, call) - before
+        assert esparse.reconstruction_loss(traced, kept) == pytest.approx(change.norm().item(), rel=1e-4)
 
 
 def families_table() -> str:

@@ -3,10 +3,13 @@
 import pytest
 import torch
 
+from esparse.measure.search_cost import grouped_layer as grouped_layer_of
+from esparse.measure.search_cost import normal
 from esparse.moe.routers import Router
 from esparse.pruning.greedy import remove_greedily, remove_greedily_anew
 from esparse.pruning.scores import best_by_score, expert_groups, expert_scores, ranked
 from esparse.tracing.losses import losses_of, reconstruction_loss
+from esparse.tracing.recorder import trace_block
 from esparse.tracing.removals import GroupRemovals
 from esparse.tracing.trace import LayerTrace
 
@@ -79,6 +82,18 @@ def test_what_swaps_within_groups_would_cost_is_what_they_cost(kind, k):
         out = state.swap_costs(back).argsort()[step % 3]
         state.change(back)
         state.change(int(out))
+
+
+@torch.no_grad()
+def test_swaps_cost_what_they_cost_where_tokens_reach_half_of_the_experts():
+    layer = grouped_layer_of(64, 4, 4, hidden=32, inner=16)
+    traced = trace_block(layer, normal(300, 32), 48)
+    state = GroupRemovals(traced, kept := sorted(best_by_score(traced, 48, expert_scores(traced, "reap"))))
+    assert traced.order.shape[1] == 32
+    for back in sorted(set(range(64)) - set(kept)):
+        costs, options = state.swap_costs(back), swaps(traced, kept, back)
+        assert torch.allclose(costs[costs.isfinite()].sqrt(), losses_of(traced, options), rtol=1e-5)
+    assert remove_greedily(traced, 48) == search_again(traced, 48)
 
 
 @pytest.mark.parametrize("r", [6, 9])
