@@ -111,3 +111,19 @@ def seconds_of(call: Callable[[], object]) -> float:
     call()
     wait()
     return time.perf_counter() - started
+
+
+def flop_per_second(dtype: torch.dtype, size: int = 1024, device: str | None = None) -> float:
+    """FLOP per second of one square product of this size, the best of three; device: "cpu" or "cuda" (None: a GPU if there is
+    one).
+
+    Sizes double from 256 on, up to the first product that takes over 0.1 s: a CPU without instructions for a dtype may be a
+    hundred times slower in it.
+    """
+    device, side = device or ("cuda" if torch.cuda.is_available() else "cpu"), min(256, size)
+    while True:
+        matrix = torch.ones(side, side, dtype=dtype, device=device)
+        seconds = min(seconds_of(lambda: matrix @ matrix) for _ in range(3))  # noqa: B023
+        if side >= size or seconds > 0.1:
+            return 2 * side**3 / seconds
+        side *= 2

@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import HfApi, ModelInfo
 
 from ..files import local_folder
-from ..machine import seconds_of
+from ..machine import flop_per_second
 from ..moe.layers import decoder_layers, find_moe
 from ..pruning.plan import PruningPlan
 from ..pruning.search import BY_LOSS
@@ -139,21 +139,6 @@ def _time(flops: float, moved: float, dtype: torch.dtype) -> str:
     seconds, plain = (flops / flop_per_second(kind) + moved / GB for kind in (dtype, torch.float32))
     faster = f"; in float32 (--dtype float32) {_duration(plain)}, with more memory" * (seconds > max(60, 2 * plain))
     return f"about {_duration(seconds)} here{faster}, without the download"
-
-
-def flop_per_second(dtype: torch.dtype, size: int = 1024) -> float:
-    """FLOP per second of one square product of this size, the best of three.
-
-    Sizes double from 256 on, up to the first product that takes over 0.1 s: a CPU without instructions for a dtype may be a
-    hundred times slower in it.
-    """
-    device, side = "cuda" if torch.cuda.is_available() else "cpu", min(256, size)
-    while True:
-        matrix = torch.ones(side, side, dtype=dtype, device=device)
-        seconds = min(seconds_of(lambda: matrix @ matrix) for _ in range(3))  # noqa: B023
-        if side >= size or seconds > 0.1:
-            return 2 * side**3 / seconds
-        side *= 2
 
 
 def _duration(seconds: float) -> str:

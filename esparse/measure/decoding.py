@@ -14,9 +14,8 @@ from pathlib import Path
 import torch
 from transformers import StaticCache
 
-from ..checkpoints.estimate import flop_per_second
 from ..files import data_folder, measured
-from ..machine import seconds_of
+from ..machine import flop_per_second, seconds_of
 from ..moe.layers import moe_layers
 from ..moe.routers import skip_pairs, skip_ratios
 from ..pruning.skipping import dropped, record_routing, skipping

@@ -12,10 +12,9 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, DeepseekV3Config
 
-from ..checkpoints.estimate import flop_per_second
 from ..checkpoints.models import load_model
 from ..corpora import calibration_tokens
-from ..machine import seconds_of
+from ..machine import flop_per_second, seconds_of
 from ..moe.experts import Scratch, pair_outputs
 from ..moe.layers import MoELayer, moe_layers
 from ..moe.masking import masked_layer

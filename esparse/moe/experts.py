@@ -2,16 +2,20 @@
 
 import math
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .. import kernels
+from ..machine import flop_per_second
 
 BLOCK = 2048  # rows per product of one expert on a CPU
 ACTIVATED = 256  # rows activated at a time, so that they stay in a core's cache
 FEW = 256  # up to so many pairs, reading weights takes a GPU's time, not arithmetic
+
+_FLOAT32 = torch.empty(0)
 
 Product = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -162,17 +166,35 @@ def _of_one_token(experts, hidden_states: Tensor, expert: Tensor) -> Tensor:
     return torch.stack([one_expert(experts, i, hidden_states) if i < experts.num_experts else none for i in numbers], 1)
 
 
+@cache
+def _slow_on_a_cpu(dtype: torch.dtype) -> bool:
+    """Whether products in half precision are slower than in float32: without instructions for the dtype, two to five times.
+    With them they are twice as fast, so that a busy moment does not decide."""
+    half = dtype in (torch.bfloat16, torch.float16)
+    return half and flop_per_second(dtype, 512, "cpu") < flop_per_second(torch.float32, 512, "cpu")
+
+
 def one_expert(experts, number: int, x: Tensor, scratch: Scratch | None = None, on_input=None) -> Tensor:
-    """One expert's outputs [rows, d] for x [rows, d]; on_input(name, x) gets each weight's name and its input."""
+    """One expert's outputs [rows, d] for x [rows, d]; on_input(name, x) gets each weight's name and its input.
+
+    With `scratch`, a CPU that is slow in half precision multiplies in float32 and rounds each product once: what it does in
+    half precision, too, in another order of summation.
+    """
+    wide = scratch is not None and x.device.type == "cpu" and _slow_on_a_cpu(x.dtype)
+
+    def widened(name: str, narrow: Tensor) -> Tensor:
+        return scratch.empty(f"wide {name}", _FLOAT32, *narrow.shape).copy_(narrow) if wide else narrow
 
     def linear(name: str, x: Tensor) -> Tensor:
         if on_input:
             on_input(name, x)
-        weight = getattr(experts, name)[number]
+        like, x, weight = x, widened("input", x), widened("weight", getattr(experts, name)[number])
         weight = weight if experts.is_transposed else weight.T
-        out = scratch.empty(name, x, len(x), weight.shape[1]) if scratch else None
+        out = scratch.empty(f"wide {name}" if wide else name, x, len(x), weight.shape[1]) if scratch else None
         if experts.has_bias:
-            return torch.addmm(getattr(experts, f"{name}_bias")[number], x, weight, out=out)
-        return torch.mm(x, weight, out=out)
+            out = torch.addmm(getattr(experts, f"{name}_bias")[number].to(x.dtype), x, weight, out=out)
+        else:
+            out = torch.mm(x, weight, out=out)
+        return scratch.empty(name, like, *out.shape).copy_(out) if wide else out
 
     return _mlp(experts, linear, x, ACTIVATED if scratch else 0)

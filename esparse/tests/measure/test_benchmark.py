@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import esparse
-from esparse.checkpoints.estimate import flop_per_second
 from esparse.experiments.speed import explanations, roofline
+from esparse.machine import flop_per_second
 from esparse.measure import decoding, peer_work, peers, scores_cost, search_cost, streaming_cost, timing
 from esparse.moe.layers import moe_layers
 from esparse.tests.conftest import EXHAUSTIVE, apart, random_model
@@ -226,7 +226,7 @@ def test_the_speed_of_products_is_known_soon_where_they_are_slow(monkeypatch, ra
         taken.append(len(call()))
         return 2 * taken[-1] ** 3 / rate
 
-    monkeypatch.setattr(sys.modules["esparse.checkpoints.estimate"], "seconds_of", seconds)
+    monkeypatch.setattr(sys.modules["esparse.machine"], "seconds_of", seconds)
     assert flop_per_second(torch.float32) == pytest.approx(rate) and taken == [side for side in sides for _ in range(3)]
 
 

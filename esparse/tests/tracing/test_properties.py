@@ -142,6 +142,27 @@ class Experts(torch.nn.Module):
         return x
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("transposed", [True, False])
+@torch.no_grad()
+def test_a_cpu_slow_in_bfloat16_multiplies_in_float32_and_rounds_each_product(monkeypatch, bias, transposed):
+    """Sums of small integers are exact in any order, so that both routes must agree to the last bit; of other numbers, all but
+    few, which lie in the middle between two others."""
+    torch.manual_seed(0)
+    experts, scratch = Experts(True, bias, transposed).bfloat16(), Scratch()
+    hidden, expert = torch.randn(350, 4).bfloat16(), torch.randint(0, 4, (350, 2))
+    for whole in (False, True):
+        for parameter in experts.parameters() if whole else ():
+            parameter.copy_(torch.randint(-4, 5, parameter.shape))
+        hidden = torch.randint(-4, 5, hidden.shape).bfloat16() if whole else hidden
+        found = []
+        for slow in (False, True):
+            monkeypatch.setattr("esparse.moe.experts._slow_on_a_cpu", lambda dtype, slow=slow: slow)
+            found.append(pair_outputs(experts, hidden, expert, scratch).clone())
+        same = (found[0] == found[1]).float().mean()
+        assert found[1].dtype == torch.bfloat16 and (same == 1 if whole else same > 0.95)
+
+
 @pytest.mark.parametrize("gate", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("transposed", [True, False])
