@@ -112,9 +112,9 @@ class Grid:
             places = one["places"].setdefault(_key(choice), [None] * self.layers)
             if places[number] is None:
                 kept, rows = self._chosen(corpus, choice, number), one["rows"][str(choice.r)][number]
-                if kept not in (subsets := [row["kept"] for row in rows]):
+                if not any(row["kept"] == kept for row in rows):
                     rows.append(self._computed(corpus, choice.r, number, kept))
-                places[number] = [*subsets, kept].index(kept)
+                places[number] = [row["kept"] for row in rows].index(kept)  # another thread may append, too
 
     def fill(self) -> list[dict]:
         """`data` with all choices on the grid."""

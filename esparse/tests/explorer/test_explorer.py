@@ -20,7 +20,7 @@ from PIL import Image
 
 import esparse
 from esparse.experiments.figures import draw
-from esparse.explorer import grid, views, widgets
+from esparse.explorer import cost, grid, views, widgets
 from esparse.explorer.grid import BETAS, SHARES, Choice, Explorer
 from esparse.explorer.views import VIEWS
 from esparse.files import data_folder
@@ -716,3 +716,14 @@ def test_what_cannot_be_computed_is_told(large, monkeypatch):
             await asyncio.sleep(0.01)
 
     asyncio.run(steps())
+
+
+@pytest.mark.slow
+def test_what_opening_and_steps_take_is_measured(tmp_path):
+    shape = {"num_hidden_layers": 2, "num_local_experts": 12, "hidden_size": 64, "intermediate_size": 32}
+    printed = cost.bench_explorer(tmp_path / "explorer.json", shape, steps=3)
+    found = json.loads((tmp_path / "explorer.json").read_text())
+    assert "layers in them" in printed and found["opening"]["layers in them"] == 2  # so small a trace is computed whole
+    names = [row["control"] for row in found["controls"]]
+    assert names == ["r", "method", "residual", "layer", "share", "skip by", "one beta", "a beta for each layer"]
+    assert all(0 < row["median"] <= row["p95"] <= row["p95 with the layer"] for row in found["controls"])
