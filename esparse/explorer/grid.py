@@ -101,7 +101,7 @@ class Grid:
             about |= {"co_selection": [None for _ in one.layers], "places": {}}
             self.data.append(about | {"most": dict.fromkeys(("pairs", "landscape", "loss"), 0.0)})
         self.mixes = SHARES if len(traces) == 2 else [0.0]
-        self._layer = lru_cache(maxsize=2 * len(traces))(self._read_layer)
+        self._layer = lru_cache(maxsize=len(traces))(self._read_layer)
         self._best = lru_cache(maxsize=1024)(self._enumerate)
         self._better = lru_cache(maxsize=64)(self._rank)
 
@@ -128,14 +128,14 @@ class Grid:
         """How often two experts of a layer are chosen together."""
         tables, most = (self.data[corpus][key] for key in ("co_selection", "most"))
         if tables[number] is None:
-            table = co_selection(self._layer(corpus, number)[0]).fill_diagonal_(0)
+            table = co_selection(replace(self.traces[corpus].layers[number])).fill_diagonal_(0)
             most["pairs"] = max(most["pairs"], table.max().item())
             tables[number] = table.tolist()
         return tables[number]
 
     def _read_layer(self, corpus: int, number: int) -> tuple[LayerTrace, LayerTrace, float]:
-        """A layer of a trace, the same weighed by the residual loss, and the norm of its output. The copy holds what is
-        computed of it only while it is looked at."""
+        """A layer of a trace, the same weighed by the residual loss, and the norm of its output. Its weights, which a layer
+        caches, go with the copy."""
         layer = replace(self.traces[corpus].layers[number])
         return layer, weighed(layer, "residual"), output_norm(layer)
 

@@ -10,7 +10,7 @@ import html
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -145,7 +145,7 @@ class Dashboard:
     def _show(self, choice: Choice) -> None:
         """The text and the pictures of what is computed."""
         for name in self.explorer.grids:
-            self.explorer.co_selection(name, choice)
+            self.explorer.co_selection(name, choice)  # computed here, since it may widen a range
         if self.frame != self.explorer.frame:  # at first, and where a range has grown
             self.frame = self.explorer.frame
             self.stages = {name: Stage(name, self.frame) for name in self.stages}
@@ -168,7 +168,7 @@ class Dashboard:
     def _draw_ahead(self, choice: Choice) -> None:
         self.turn += 1
         if loop := _event_loop():  # none runs outside a notebook
-            loop.call_later(AHEAD, self._draw_next, self._ahead(choice), self.turn)
+            loop.call_later(AHEAD, self._guarded(partial(self._draw_next, self._ahead(choice), self.turn)))
 
     def _ahead(self, choice: Choice) -> Iterator[tuple[str, Choice]]:
         """What to do while the kernel is idle: views to draw, and where the view is "", choices to compute in their layer.
@@ -190,22 +190,20 @@ class Dashboard:
             if count % TOGETHER == 0 or count == len(missing):
                 self._show(choice)
 
-    def _draw_next(self, views: Iterator[tuple[str, Choice]], turn: int, done: Future | None = None) -> None:
+    def _draw_next(self, views: Iterator[tuple[str, Choice]], turn: int, done: Callable[[], None] = lambda: None) -> None:
         """Draw or compute the next of `_ahead`, then let the event loop handle a key pressed meanwhile, whose step ends this
-        turn."""
-        loop = asyncio.get_running_loop()
-        with LOCK:
-            if turn != self.turn:
-                return
-            if done and (error := done.exception()):
-                self.message.value = _alert(f"{type(error).__name__}: {error}")
-            elif (view := next(views, None)) and view[0]:
-                with suppress(Exception):  # the error is raised again when the user takes that step
-                    self.image(*view)
-                loop.call_later(0, self._draw_next, views, turn)
-            elif view:
-                job = loop.run_in_executor(self.worker, self._compute, view[1], turn)
-                job.add_done_callback(partial(self._draw_next, views, turn))
+        turn. done: raises what went wrong in what was computed before."""
+        if turn != self.turn:
+            return
+        done()
+        loop, (name, choice) = asyncio.get_running_loop(), next(views, ("", None))
+        if name:
+            with suppress(Exception):  # the error is raised again when the user takes that step
+                self.image(name, choice)
+            loop.call_later(0, self._guarded(partial(self._draw_next, views, turn)))
+        elif choice:
+            job = loop.run_in_executor(self.worker, self._compute, choice, turn)
+            job.add_done_callback(self._guarded(partial(self._draw_next, views, turn, job.result)))
 
     def _compute(self, choice: Choice, turn: int) -> None:
         if turn == self.turn:

@@ -658,12 +658,11 @@ def test_a_saved_trace_is_mapped(saved):
 def test_a_layer_of_a_large_trace_is_read_when_it_is_looked_at(large):
     async def first() -> None:
         board = widgets.Dashboard(Explorer({"one": large[0]}))
-        read = board.explorer.grid._layer.cache_info
+        read = board.explorer.grid._layer.cache_info  # of Gram matrices
         assert board.explorer.missing(board.choice) == [1, 2] and read().misses == 1
-        board.r.value = board.r.values[0]
-        assert read().misses == 1
-        board.layer.value = 2
-        assert read().misses == 2
+        for control, value in ((board.r, 20), (board.layer, 2), (board.method, "random")):
+            control.value = value
+        assert read().misses == 1 and board.explorer.missing(board.choice) == [0, 1, 2]
 
     asyncio.run(first())
 
