@@ -97,8 +97,8 @@ class Grid:
         for one in traces:
             about = {"n": first.n, "k": first.k, "model": one.model, "tokens": one.tokens, "methods": methods, "sizes": sizes}
             about["rows"] = {str(r): [[] for _ in one.layers] for r in sizes}
-            about["landscape"] = {str(r): [None for _ in one.layers] for r in sizes}
-            about |= {"co_selection": [None for _ in one.layers], "places": {}}
+            about["landscape"] = {str(r): [None] * self.layers for r in sizes}
+            about |= {"co_selection": [None] * self.layers, "places": {}}
             self.data.append(about | {"most": dict.fromkeys(("pairs", "landscape", "loss"), 0.0)})
         self.mixes = SHARES if len(traces) == 2 else [0.0]
         self._layer = lru_cache(maxsize=len(traces))(self._read_layer)
