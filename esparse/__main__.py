@@ -23,6 +23,7 @@ BENCHES = {
     "many": ".measure.search_cost",
     "scores": ".measure.scores_cost",
     "peers": ".measure.peers",
+    "explorer": ".explorer.cost",
 }
 
 

@@ -219,8 +219,8 @@ class Run:
         return Trace.load(made_once(self.folder / "traces" / key, make))
 
     def explorer(self) -> "Explorer":
-        """Both corpora's traces as an `Explorer`, with everything on its grid computed once. The estimate for a real model
-        is for this model if it is a Mixtral that does not ship, else for Mixtral 8x7B."""
+        """Both corpora's traces as an `Explorer`. The estimate for a real model is for this model if it is a Mixtral that does
+        not ship, else for Mixtral 8x7B."""
         from ..explorer.grid import MIXTRAL, Explorer
 
         traces = {self.label(corpus): self.trace(corpus) for corpus in (self.general, self.domain)}

@@ -1,4 +1,4 @@
-"""Sliders over a trace: everything on their grid is computed once (`grid`), drawn (`views`) and shown (`widgets`).
+"""Sliders over a trace: what they show is computed once (`grid`), drawn (`views`) and shown (`widgets`).
 
 In: one or two traces. Out: a widget for a notebook, from `panel` or `dashboard`.
 """

@@ -1,11 +1,12 @@
-"""The numbers that the sliders show: everything on their grid is computed once from traces, then looked up."""
+"""The numbers that the sliders show, computed from traces once, then looked up: of small traces all on the sliders' grid when
+they are opened, of others a layer when it is looked at."""
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
@@ -25,8 +26,9 @@ from .views import VIEWS
 
 BETAS = [i / 100 for i in range(101)]  # for two experts a token; see `beta_grid`
 SHARES = [i / 20 for i in range(21)]
-FORMAT = 8  # a stored grid of another format is computed again
+FORMAT = 9  # a stored grid of another format is computed again
 POINTS = 200  # at most, of a loss landscape
+WHOLE = 2**23  # numbers in all Gram matrices; up to this, the whole grid is computed at first
 ENUMERABLE = 5000  # subsets of a layer; with more, no landscape is drawn
 MIXTRAL = MIXTRAL_8X7B | {"name": "Mixtral 8x7B", "num_local_experts": 8, "num_experts_per_tok": 2}
 
@@ -36,13 +38,13 @@ def beta_grid(k: int) -> list[float]:
     return BETAS if k == 2 else [i / 20 for i in range(20 * (k - 1) + 1)]
 
 
-def _row(layer: LayerTrace, kept: Sequence[int], norm: float, better: int) -> dict:
-    """A subset's losses by pruning alone, the number of `better` subsets, and for each kind of `Choice.skip` its betas, and for
-    each beta the share dropped and the relative loss."""
+def _row(layer: LayerTrace, kept: Sequence[int], norm: float) -> dict:
+    """A subset's losses by pruning alone, and for each kind of `Choice.skip` its betas, and for each beta the share dropped and
+    the relative loss."""
     ratios, squares = skip_curve(layer, kept)
     loss = squares[0].sqrt().item()
     aimed = betas_of_shares(ratios, SHARES) if layer.k > 1 else [0.0] * len(SHARES)
-    found = {"kept": kept, "eq3": loss, "relative": loss / norm, "better": better}
+    found = {"kept": kept, "eq3": loss, "relative": loss / norm}
     for kind, betas in (("share", aimed), ("betas", beta_grid(layer.k))):
         places = torch.searchsorted(ratios, torch.tensor(betas, dtype=torch.float64))  # drops pairs with a ratio below beta
         found[f"{kind} beta"] = betas
@@ -78,63 +80,98 @@ def _best_of_mixtures(layers: Sequence[LayerTrace], r: int, mixes: Sequence[floa
     return best
 
 
-def _enumerated(traces: Sequence[Trace], r: int) -> list[dict[str, list[tuple[int, ...]]]]:
-    """For each trace, the experts that enumeration keeps in each layer, by `_key` of the choice."""
-    mixes = SHARES if len(traces) == 2 else [0.0]
-    pairs = zip(traces[0].layers, traces[-1].layers, strict=True)
-    kept = [*zip(*(_best_of_mixtures(pair, r, mixes) for pair in pairs), strict=True)]
-    found = []
-    for own in (mixes, mixes[::-1])[: len(traces)]:  # what is one corpus's share is the rest for the other
-        choices = [Choice(r, "enumerate", mix=mix, residual=residual) for residual, mix in itertools.product(SHARES, own)]
-        found.append(dict(zip(map(_key, choices), kept, strict=True)))
-    return found
+class Grid:
+    """The numbers of one or two traces of a model. A layer's numbers for a choice are computed when first asked, and kept.
 
+    data: for each trace, ready for JSON: for each r and layer the loss landscape, and the losses and skipping of the subsets
+    that some choice keeps (`rows`); for each choice the number of its row in each layer (`places`); for each layer
+    co-selection; and the largest values (`most`). What is not computed yet is None.
+    """
 
-def _chosen(trace: Trace, r: int, methods: Sequence[str]) -> dict[str, list[tuple[int, ...]]]:
-    """The experts that each method but enumeration keeps in each layer by the residual loss, by `_key` of the choice."""
-    generator, chosen = torch.Generator().manual_seed(0), {}
-    layers = [weighed(layer, "residual") for layer in trace.layers]
-    for method in methods:
-        if method != "enumerate":
-            kept = [tuple(choose_experts(layer, r, method, generator)) for layer in layers]
-            chosen[_key(Choice(r, method))] = kept
-    return chosen
+    def __init__(self, traces: Sequence[Trace]):
+        first, self.layers, sizes = traces[0].layers[0], len(traces[0].layers), _sizes(traces[0])
+        # Greedy removal finds nearly the same as enumeration. The other methods that need a model are left out.
+        exact = affordable(first, (first.n + first.k) // 2)
+        methods = ["enumerate" if exact else "greedy", *available_scores(traces[0]), "random"]
+        self.traces, self.data = traces, []
+        for one in traces:
+            about = {"n": first.n, "k": first.k, "model": one.model, "tokens": one.tokens, "methods": methods, "sizes": sizes}
+            about["rows"] = {str(r): [[] for _ in one.layers] for r in sizes}
+            about["landscape"] = {str(r): [None] * self.layers for r in sizes}
+            about |= {"co_selection": [None] * self.layers, "places": {}}
+            self.data.append(about | {"most": dict.fromkeys(("pairs", "landscape", "loss"), 0.0)})
+        self.mixes = SHARES if len(traces) == 2 else [0.0]
+        self._layer = lru_cache(maxsize=len(traces))(self._read_layer)
+        self._best = lru_cache(maxsize=1024)(self._enumerate)
+        self._better = lru_cache(maxsize=64)(self._rank)
 
+    def compute(self, choice: "Choice", number: int) -> None:
+        """All that the pictures of a choice show of one layer."""
+        for corpus, one in enumerate(self.data):
+            self.co_selection(corpus, number)
+            places = one["places"].setdefault(_key(choice), [None] * self.layers)
+            if places[number] is None:
+                kept, rows = self._chosen(corpus, choice, number), one["rows"][str(choice.r)][number]
+                if not any(row["kept"] == kept for row in rows):
+                    rows.append(self._computed(corpus, choice.r, number, kept))
+                places[number] = [row["kept"] for row in rows].index(kept)  # another thread may append, too
 
-def _of_size(trace: Trace, r: int, choices: Mapping[str, Sequence[tuple[int, ...]]]) -> dict[str, dict]:
-    """The part of a trace's grid for r experts. choices: the experts kept in each layer, by `_key`."""
-    places, landscapes, rows = {}, [], []
-    subsets = [list(dict.fromkeys(kept)) for kept in zip(*choices.values(), strict=True)]  # of each layer
-    for key, kept in choices.items():
-        places[key] = [some.index(subset) for some, subset in zip(subsets, kept, strict=True)]
-    for layer, some in zip(trace.layers, subsets, strict=True):
-        norm = output_norm(layer)
-        landscape, better = _landscape(layer, r, norm)
-        landscapes.append(landscape)
-        residual = losses_of(weighed(layer, "residual"), some).tolist()
-        found = [_row(layer, kept, norm, better.get(kept, 0)) for kept in some]
-        rows.append([row | {"residual": loss} for row, loss in zip(found, residual, strict=True)])
-    return {"places": places, "rows": {str(r): rows}, "landscape": {str(r): landscapes}}
+    def fill(self) -> list[dict]:
+        """`data` with all choices on the grid."""
+        for r, number in itertools.product(tqdm(self.data[0]["sizes"], desc="explorer", unit="size"), range(self.layers)):
+            for method in self.data[0]["methods"]:
+                for choice in self._mixtures(r) if method == "enumerate" else [Choice(r, method)]:
+                    self.compute(choice, number)
+        return self.data
 
+    def co_selection(self, corpus: int, number: int) -> list[list[float]]:
+        """How often two experts of a layer are chosen together."""
+        tables, most = (self.data[corpus][key] for key in ("co_selection", "most"))
+        if tables[number] is None:
+            table = co_selection(replace(self.traces[corpus].layers[number])).fill_diagonal_(0)
+            most["pairs"] = max(most["pairs"], table.max().item())
+            tables[number] = table.tolist()
+        return tables[number]
 
-def grids(traces: Sequence[Trace]) -> list[dict]:
-    """For each of one or two traces of a model, all data that the explorer shows of it, ready for JSON: for each r and layer
-    the losses and skipping of every subset that some choice keeps (`rows`), and for each choice the number of its row in each
-    layer (`places`); co-selection; for each r the loss landscapes. The corpora are mixed with each other."""
-    first, sizes, found = traces[0].layers[0], _sizes(traces[0]), []
-    # Greedy removal finds nearly the same as enumeration. The other methods that need a model are left out.
-    exact = affordable(first, (first.n + first.k) // 2)
-    methods = ["enumerate" if exact else "greedy", *available_scores(traces[0]), "random"]
-    for one in traces:
-        pairs = [co_selection(layer).fill_diagonal_(0).tolist() for layer in one.layers]
-        about = {"n": first.n, "k": first.k, "model": one.model, "tokens": one.tokens, "methods": methods, "sizes": sizes}
-        found.append(about | {"co_selection": pairs, "places": {}, "rows": {}, "landscape": {}})
-    for r in tqdm(sizes, desc="explorer", unit="size"):
-        enumerated = _enumerated(traces, r) if exact else [{}] * len(traces)
-        for one, own, best in zip(traces, found, enumerated, strict=True):
-            for key, values in _of_size(one, r, best | _chosen(one, r, methods)).items():
-                own[key] |= values
-    return found
+    def _read_layer(self, corpus: int, number: int) -> tuple[LayerTrace, LayerTrace, float]:
+        """A layer of a trace, the same weighed by the residual loss, and the norm of its output. Its weights, which a layer
+        caches, go with the copy."""
+        layer = replace(self.traces[corpus].layers[number])
+        return layer, weighed(layer, "residual"), output_norm(layer)
+
+    def _mixtures(self, r: int, own: Sequence[float] | None = None) -> Iterator["Choice"]:
+        """All choices by enumeration, for these shares of the other corpus."""
+        for residual, mix in itertools.product(SHARES, own or self.mixes):
+            yield Choice(r, "enumerate", mix=mix, residual=residual)
+
+    def _enumerate(self, r: int, number: int) -> list[dict[str, tuple[int, ...]]]:
+        """For each trace, the experts that enumeration keeps in a layer, by `_key` of the choice."""
+        best = _best_of_mixtures([self.traces[at].layers[number] for at in (0, -1)], r, self.mixes)
+        both = (self.mixes, self.mixes[::-1])[: len(self.traces)]  # what is one corpus's share is the rest for the other
+        return [dict(zip(map(_key, self._mixtures(r, own)), best, strict=True)) for own in both]
+
+    def _chosen(self, corpus: int, choice: "Choice", number: int) -> list[int]:
+        """The experts that a choice keeps in a layer; all methods but enumeration go by the residual loss."""
+        if choice.method == "enumerate":
+            return list(self._best(choice.r, number)[corpus][_key(choice)])
+        layer, generator = self._layer(corpus, number)[1], torch.Generator().manual_seed(0)
+        torch.rand(number, layer.n, generator=generator)  # drawn for the layers before
+        return choose_experts(layer, choice.r, choice.method, generator)
+
+    def _rank(self, corpus: int, r: int, number: int) -> dict[tuple[int, ...], int]:
+        """For each subset of a layer the number of better ones; notes the landscape."""
+        layer, _, norm = self._layer(corpus, number)
+        self.data[corpus]["landscape"][str(r)][number], better = _landscape(layer, r, norm)
+        return better
+
+    def _computed(self, corpus: int, r: int, number: int, kept: list[int]) -> dict:
+        """The row of a subset."""
+        layer, relative, norm = self._layer(corpus, number)
+        row = _row(layer, kept, norm) | {"better": self._better(corpus, r, number).get(tuple(kept), 0)}
+        most, losses = self.data[corpus]["most"], self.data[corpus]["landscape"][str(r)][number]["losses"]
+        most["landscape"] = max([most["landscape"], row["relative"], *losses])
+        most["loss"] = max(most["loss"], row["relative"], *row["share loss"], *row["betas loss"])
+        return row | {"residual": losses_of(relative, [kept]).item()}
 
 
 def _sizes(trace: Trace) -> list[int]:
@@ -148,10 +185,12 @@ def _sizes(trace: Trace) -> list[int]:
     return [*valid[-step::-step][::-1], first.n]
 
 
-def _cached_grids(traces: Sequence[Trace], folder: Path) -> list[dict]:
-    key = [[one.tokens, [layer.gram.double().sum().item() for layer in one.layers]] for one in traces]
-    path = folder / f"{digest('explorer', FORMAT, list(EXPERT_SCORES), traces[0].model, traces[0].keep, key)}.json"
-    return read_json(made_once(path, lambda path: write_json(path, grids(traces))), "explorer's grid")
+def _stored(grid: Grid, folder: Path) -> list[dict]:
+    """The data of the whole grid; computed once, then read."""
+    first, sums = grid.traces[0], lambda one: [layer.gram.double().sum().item() for layer in one.layers]
+    key = [[one.tokens, sums(one)] for one in grid.traces]
+    path = folder / f"{digest('explorer', FORMAT, list(EXPERT_SCORES), first.model, first.keep, key)}.json"
+    return read_json(made_once(path, lambda path: write_json(path, grid.fill())), "explorer's grid")
 
 
 @dataclass(frozen=True)
@@ -186,13 +225,16 @@ class Explorer:
             raise ValueError("This trace holds no MoE layer: trace again.")
         if len({(one.model, len(one.layers), one.keep) for one in read.values()}) > 1:
             raise ValueError("These traces are of different models or sizes, and cannot stand side by side.")
-        folder = Path(folder) if folder else checkout() / ".runs" / "explorer"
-        self.grids = dict(zip(read, _cached_grids([*read.values()], folder), strict=True))
+        self.grid, layers = Grid([*read.values()]), [layer for one in read.values() for layer in one.layers]
+        self.whole = sum(layer.gram.numel() for layer in layers) <= WHOLE
+        if self.whole:
+            self.grid.data = _stored(self.grid, Path(folder) if folder else checkout() / ".runs" / "explorer")
+        self.grids = dict(zip(read, self.grid.data, strict=True))
         self.model, self.shape = model, shape
         self.first = next(iter(self.grids))
         first = self.grids[self.first]
         self.n, self.k, self.sizes, self.methods = (first[key] for key in ("n", "k", "sizes", "methods"))
-        self.layers, self.betas = len(first["co_selection"]), beta_grid(self.k)
+        self.layers, self.betas = self.grid.layers, beta_grid(self.k)
 
     @property
     def default(self) -> Choice:
@@ -206,55 +248,64 @@ class Explorer:
             return "Each token is routed to one expert here: nothing can be skipped."
         return "This trace has one MoE layer: views over layers show a single column." if self.layers == 1 else ""
 
-    def _rows(self, name: str, choice: Choice) -> dict[str, list]:
-        """The losses and skipping of the chosen subsets, by layer."""
-        one = self.grids[name]
-        rows = [rows[at] for rows, at in zip(one["rows"][str(choice.r)], one["places"][_key(choice)], strict=True)]
-        return {key: [row[key] for row in rows] for key in rows[0]}
+    def missing(self, choice: Choice) -> list[int]:
+        """The layers whose numbers are not computed for a choice."""
+        places = [one["places"].get(_key(choice), [None] * self.layers) for one in self.grids.values()]
+        return [layer for layer, some in enumerate(zip(*places, strict=True)) if None in some]
+
+    def compute(self, choice: Choice, layers: Sequence[int] | None = None) -> None:
+        """Compute what is missing of some layers (None: of all), for all views of a choice."""
+        for layer in range(self.layers) if layers is None else layers:
+            self.grid.compute(choice, layer)
+
+    def _rows(self, name: str, choice: Choice) -> list[dict | None]:
+        """The losses and skipping of the chosen subsets, by layer; None where they are not computed."""
+        one, unknown = self.grids[name], [None] * self.layers
+        places = zip(one["rows"][str(choice.r)], one["places"].get(_key(choice), unknown), strict=True)
+        return [None if at is None else rows[at] for rows, at in places]
 
     def kept(self, name: str, choice: Choice) -> list[list[int]]:
-        return self._rows(name, choice)["kept"]
+        """The experts kept in each layer; none where that is not computed."""
+        return [row["kept"] if row else [] for row in self._rows(name, choice)]
 
     def skipping(self, name: str, choice: Choice) -> dict[str, list[float]]:
-        """For each layer: beta, the share of droppable pairs that it drops, and the loss divided by the output's norm."""
+        """For each layer: beta, the share of droppable pairs that it drops, and the loss divided by the output's norm; nan
+        where they are not computed."""
         (kind, value), rows, found = choice.skip, self._rows(name, choice), {}
         at = [SHARES.index(value)] * self.layers if kind == "share" else [self.betas.index(beta) for beta in value]
         for key in ("beta", "dropped", "loss"):
-            found[key] = [values[i] for values, i in zip(rows[f"{kind} {key}"], at, strict=True)]
+            found[key] = [row[f"{kind} {key}"][i] if row else math.nan for row, i in zip(rows, at, strict=True)]
         return found
 
     def _means(self, name: str, choice: Choice) -> list[float]:
-        """The share dropped and the loss, means over layers."""
+        """The share dropped and the loss, means over the computed layers."""
         now = self.skipping(name, choice)
-        return [sum(now[key]) / self.layers for key in ("dropped", "loss")]
+        return [_mean(now[key]) for key in ("dropped", "loss")]
 
     def co_selection(self, name: str, choice: Choice) -> list[list[float]]:
-        return self.grids[name]["co_selection"][choice.layer]
+        return self.grid.co_selection([*self.grids].index(name), choice.layer)
 
     def landscape(self, name: str, choice: Choice) -> dict:
         """The losses of all subsets and of the chosen one; the number of `others`, and of those that are `better`."""
-        rows, layer = self._rows(name, choice), choice.layer
-        landscape = self.grids[name]["landscape"][str(choice.r)][layer]
-        return landscape | {"better": rows["better"][layer], "loss": rows["relative"][layer]}
+        row = self._rows(name, choice)[choice.layer] or {"better": math.nan, "relative": math.nan}
+        landscape = self.grids[name]["landscape"][str(choice.r)][choice.layer] or {"losses": [], "others": 0}
+        return landscape | {"better": row["better"], "loss": row["relative"]}
 
     def trade_off(self, name: str, choice: Choice) -> dict[str, list[float]]:
-        """The share dropped and the loss, means over layers, for each of `SHARES`; and now."""
-        rows, found = self._rows(name, choice), {}
+        """The share dropped and the loss, means over the computed layers, for each of `SHARES`; and now."""
+        rows, found = [row for row in self._rows(name, choice) if row], {}
         for key in ("dropped", "loss"):
-            found[key] = [sum(values) / self.layers for values in zip(*rows[f"share {key}"], strict=True)]
+            found[key] = [_mean(values) for values in zip(*(row[f"share {key}"] for row in rows), strict=True)]
         return found | {"now": self._means(name, choice)}
 
-    @cached_property
+    @property
     def frame(self) -> dict:
-        """The names and ranges of the axes. They do not change with the choice, so that two pictures can be compared."""
-        grids = self.grids.values()
-        pairs = [value for one in grids for table in one["co_selection"] for row in table for value in row]
-        landscapes = [loss for one in grids for rows in one["landscape"].values() for row in rows for loss in row["losses"]]
-        rows = [row for one in grids for layers in one["rows"].values() for rows in layers for row in rows]
-        pruned = [row["relative"] for row in rows]
-        skipped = [loss for row in rows for kind in ("share", "betas") for loss in row[f"{kind} loss"]]
-        shape = {"n": self.n, "k": self.k, "layers": self.layers, "corpora": list(self.grids), "pairs": max(pairs, default=0.0)}
-        return shape | {"landscape": max([0.0, *landscapes, *pruned]), "loss": max([*pruned, *skipped])}
+        """The names and ranges of the axes. They do not change with the choice, so that two pictures can be compared. Where not
+        all is computed, they are those of what is, up to the next power of two."""
+        most = {key: max(one["most"][key] for one in self.grids.values()) for key in ("pairs", "landscape", "loss")}
+        if not self.whole:
+            most = {key: value and 2.0 ** math.ceil(math.log2(value)) for key, value in most.items()}
+        return {"n": self.n, "k": self.k, "layers": self.layers, "corpora": list(self.grids)} | most
 
     def view(self, name: str, choice: Choice) -> dict:
         """The numbers of one of `VIEWS`: for each corpus, what the method of that name returns."""
@@ -263,6 +314,7 @@ class Explorer:
 
     def snapshot(self, choice: Choice) -> dict:
         """The data and titles of all `VIEWS`, as the figure 11_explorer draws them."""
+        self.compute(choice)
         titles = {name: self.title(name, choice) for name in VIEWS}
         return {"frame": self.frame, "views": {name: self.view(name, choice) for name in VIEWS}, "titles": titles}
 
@@ -297,8 +349,8 @@ class Explorer:
         each = lambda told: "; ".join(f"{corpus}: {told(corpus)}" for corpus in self.grids)  # noqa: E731
         means = each(lambda corpus: "{:.0%} dropped, loss {:.3f}".format(*self._means(corpus, choice)))
         chosen = each(lambda corpus: f"{self.landscape(corpus, choice)['loss']:.3f}")
-        most = each(lambda corpus: self._pair(corpus, layer))
-        kept = ", ".join(map(str, self.kept(self.first, choice)[0]))
+        most = each(lambda corpus: self._pair(corpus, choice))
+        kept = ", ".join(map(str, self.kept(self.first, choice)[0])) or "..."
         subsets = "Losses of all subsets"
         if not self.landscape(self.first, choice)["losses"]:
             subsets = "No landscape is drawn, since every expert stays or subsets are too many,"
@@ -320,7 +372,7 @@ class Explorer:
                 f"{layer} keeps": ", ".join(map(str, kept[choice.layer])),
                 "all layers keep": "; ".join(" ".join(map(str, subset)) for subset in kept),
                 f"{layer}, loss by pruning": f"{self.landscape(name, choice)['loss']:.3f} of the output's norm",
-                f"{layer}, most often together": self._pair(name, choice.layer),
+                f"{layer}, most often together": self._pair(name, choice),
                 "mean loss with skipping": f"{loss:.3f}",
                 "layer by layer": ", ".join(f"{each:.2f}" for each in now["loss"]),
                 "pairs dropped": f"{100 * dropped:.1f}%",
@@ -328,12 +380,13 @@ class Explorer:
                 "betas": ", ".join(f"{beta:.2f}" for beta in now["beta"]),
             }
             if len(self.grids) == 2:
-                same = sum(one == other for one, other in zip(*(self.kept(each, choice) for each in self.grids), strict=True))
+                pairs = zip(*(self.kept(each, choice) for each in self.grids), strict=True)
+                same = sum(one == other != [] for one, other in pairs)
                 words[name]["layers that keep the same"] = f"{same} of {self.layers}"
         return words
 
-    def _pair(self, name: str, layer: int) -> str:
-        table = self.grids[name]["co_selection"][layer]
+    def _pair(self, name: str, choice: Choice) -> str:
+        table = self.co_selection(name, choice)
         i, j = max(itertools.combinations(range(self.n), 2), key=lambda pair: table[pair[0]][pair[1]], default=(0, 0))
         if table[i][j] == 0:
             return "no two, since each token has one expert"
@@ -360,16 +413,23 @@ class Explorer:
         """
         if choice.r == self.n:
             raise ValueError(f"r = {self.n} keeps every expert: there is nothing to prune; choose a smaller r.")
+        self.compute(choice)
         one, rows = self.grids[name], self._rows(name, choice)
         betas = self.skipping(name, choice)["beta"] if self.k > 1 else None
         loss = "eq3" if choice.method == "enumerate" and choice.residual < 1 else "residual"
         about = {"model": one["model"], "tokens": one["tokens"], "betas": betas, "loss": loss}
-        return PruningPlan(_searched(choice), choice.r, rows["kept"], rows[loss], **about)
+        return PruningPlan(_searched(choice), choice.r, self.kept(name, choice), [row[loss] for row in rows], **about)
 
     def commands(self, path: str | Path) -> list[str]:
         """The commands that use an exported plan."""
         start = "python -m esparse"
         return [f"{start} prune {self.model} pruned --plan {path}", f"{start} evaluate {self.model} --plan {path}"]
+
+
+def _mean(values: Sequence[float]) -> float:
+    """The mean of the values that are not nan; nan if there are none."""
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known) if known else math.nan
 
 
 def _key(choice: Choice) -> str:

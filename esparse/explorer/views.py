@@ -30,7 +30,7 @@ def _cells(axes, rows: int, columns: int, **colours):
 
 
 def _ticks(count: int) -> range:
-    return range(0, count, max(1, -(-count // 16)))
+    return range(0, count, 1 if count <= 16 else -(-count // 8))
 
 
 def _legend(figure, handles: list) -> None:

@@ -7,8 +7,10 @@ slider, and JupyterLab intercepts its arrow keys. So a labelled number field is 
 import asyncio
 import base64
 import html
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -24,6 +26,7 @@ CONTROLS = ("r", "method", "mix", "residual", "layer", "skip")
 SKIPPING = ("a share of the pairs", "one beta", "a beta for each layer")
 # JupyterLab may send a control's messages to different threads of the kernel: only one draws at a time.
 LOCK = threading.RLock()
+TOGETHER = 8  # layers computed from one picture to the next
 AHEAD = 0.1  # seconds after a step before drawing ahead: longer than the repeat time of a held key
 _NAMED = {"style": {"description_width": "10em"}, "layout": ipywidgets.Layout(width="21em")}
 
@@ -76,7 +79,8 @@ class Dashboard:
         self.share = Slider("share skipped, %", percent, 50 if "skip" in self.controls else 0)
         self.beta = Slider("beta", explorer.betas, min(0.5, explorer.betas[-1]))
         self.message, self.readout = ipywidgets.HTML(), ipywidgets.HTML()
-        self.stages = {name: Stage(name, explorer.frame) for name in views}
+        self.frame, self.stages = {}, dict.fromkeys(views)
+        self.worker = ThreadPoolExecutor(1)  # computes layers, so that a step does not wait for them
         # One widget for all views that change together: each widget costs a message, which takes the server milliseconds.
         self.pictures = {VIEWS[name].parts: ipywidgets.HTML() for name in views}
         self.moved, self.turn = "", 0  # the part of the choice that changed last; the number of changes
@@ -128,8 +132,24 @@ class Dashboard:
         self.refresh()
 
     def refresh(self) -> None:
-        """Update the text, and the pictures that depend on a changed part of the choice."""
+        """Update the text, and the pictures that depend on a changed part of the choice.
+
+        In a notebook only the first pictures wait for numbers, those of one layer. The rest is computed while it is idle.
+        """
         choice = self.choice
+        if not (idles := _event_loop()) or not self.turn:
+            self.explorer.compute(choice, [choice.layer] if idles else None)
+        self._show(choice)
+        self._draw_ahead(choice)
+
+    def _show(self, choice: Choice) -> None:
+        """The text and the pictures of what is computed."""
+        for name in self.explorer.grids:
+            self.explorer.co_selection(name, choice)  # computed here, since it may widen a range
+        if self.frame != self.explorer.frame:  # at first, and where a range has grown
+            self.frame = self.explorer.frame
+            self.stages = {name: Stage(name, self.frame) for name in self.stages}
+            self._image.cache_clear()
         shown = dict.fromkeys(self.pictures, "")
         for name in self.stages:
             shown[VIEWS[name].parts] += self.image(name, choice)
@@ -137,33 +157,59 @@ class Dashboard:
             self.pictures[parts].value = f'<div style="display: flex; flex-flow: row wrap">{images}</div>'
         self.readout.value = _table(self.explorer.describe(choice), self.explorer.estimate(choice))
         everyone = f"r = {self.explorer.n} keeps every expert: nothing is pruned." if choice.r == self.explorer.n else ""
-        self.message.value = _alert(everyone or self.explorer.note)
-        self._draw_ahead(choice)
+        self.message.value = _alert(everyone or self.explorer.note) + _progress(self.explorer, choice)
 
     def image(self, name: str, choice: Choice) -> str:
         """A view as HTML. Choices that agree in the parts that change the view share a picture."""
         parts = {part: getattr(choice, part) for part in VIEWS[name].parts}
-        return self._image(name, replace(self.explorer.default, **parts))
+        shared = replace(self.explorer.default, **parts)
+        return self._image(name, shared, len(self.explorer.missing(shared)))
 
     def _draw_ahead(self, choice: Choice) -> None:
-        """While the kernel is idle, draw the pictures one step away, first for the control that moved last."""
+        self.turn += 1
+        if loop := _event_loop():  # none runs outside a notebook
+            loop.call_later(AHEAD, self._guarded(partial(self._draw_next, self._ahead(choice), self.turn)))
+
+    def _ahead(self, choice: Choice) -> Iterator[tuple[str, Choice]]:
+        """What to do while the kernel is idle: views to draw, and where the view is "", choices to compute in their layer.
+
+        First comes the layer that is shown, then all that is one step away, first for the control that moved last; then the
+        other layers.
+        """
+        if choice.layer in self.explorer.missing(choice):
+            yield "", choice
+            self._show(choice)
         layers = [choice.layer] if self.mode.value == SKIPPING[2] else range(self.explorer.layers)
         near = self.explorer.neighbours(choice, layers)
-        order = sorted(self.controls, key=lambda part: part != self.moved)
-        views = ((name, other) for part in order for other in near[part] for name in self.stages)
-        self.turn += 1
-        with suppress(RuntimeError):  # outside a notebook no event loop runs
-            asyncio.get_running_loop().call_later(AHEAD, self._draw_next, views, self.turn)
+        for other in itertools.chain(*(near[part] for part in sorted(self.controls, key=lambda part: part != self.moved))):
+            if other.layer in self.explorer.missing(other):
+                yield "", other
+            yield from ((name, other) for name in self.stages)
+        for count, layer in enumerate(missing := self.explorer.missing(choice), 1):
+            yield "", replace(choice, layer=layer)
+            if count % TOGETHER == 0 or count == len(missing):
+                self._show(choice)
 
-    def _draw_next(self, views: Iterator[tuple[str, Choice]], turn: int) -> None:
-        """Draw one picture, then let the event loop handle a key pressed meanwhile, whose step ends this turn."""
-        with LOCK:
-            if turn == self.turn and (view := next(views, None)):
-                with suppress(Exception):  # the error is raised again when the user takes that step
-                    self.image(*view)
-                asyncio.get_running_loop().call_later(0, self._draw_next, views, turn)
+    def _draw_next(self, views: Iterator[tuple[str, Choice]], turn: int, done: Callable[[], None] = lambda: None) -> None:
+        """Draw or compute the next of `_ahead`, then let the event loop handle a key pressed meanwhile, whose step ends this
+        turn. done: raises what went wrong in what was computed before."""
+        if turn != self.turn:
+            return
+        done()
+        loop, (name, choice) = asyncio.get_running_loop(), next(views, ("", None))
+        if name:
+            with suppress(Exception):  # the error is raised again when the user takes that step
+                self.image(name, choice)
+            loop.call_later(0, self._guarded(partial(self._draw_next, views, turn)))
+        elif choice:
+            job = loop.run_in_executor(self.worker, self._compute, choice, turn)
+            job.add_done_callback(self._guarded(partial(self._draw_next, views, turn, job.result)))
 
-    def _draw(self, name: str, choice: Choice) -> str:
+    def _compute(self, choice: Choice, turn: int) -> None:
+        if turn == self.turn:
+            self.explorer.compute(choice, [choice.layer])
+
+    def _draw(self, name: str, choice: Choice, _missing: int) -> str:
         """The view below its title, as an <img> with a text alternative, which ipywidgets' Image lacks.
 
         The title is HTML text: drawing it would take as long as the rest of the picture.
@@ -177,6 +223,20 @@ class Dashboard:
         room = "height: 3em; display: flex; align-items: end; justify-content: center"
         title = f'<figcaption style="{room}">{html.escape(self.explorer.title(name, choice))}</figcaption>'
         return f'<figure style="margin: 0; width: {width}px; text-align: center; line-height: 1.5">{title}{image}</figure>'
+
+
+def _event_loop() -> asyncio.AbstractEventLoop | None:
+    """The running event loop, as in a notebook."""
+    with suppress(RuntimeError):
+        return asyncio.get_running_loop()
+    return None
+
+
+def _progress(explorer: Explorer, choice: Choice) -> str:
+    if not (missing := explorer.missing(choice)):
+        return ""
+    known = f"{explorer.layers - len(missing)} of {explorer.layers} layers are computed"
+    return f'<p role="status">{known}: the others are left blank, and not in the means.</p>'
 
 
 def _alert(sentence: str) -> str:

@@ -231,7 +231,8 @@ class Trace:
 
     @classmethod
     def load(cls, folder: str | Path) -> "Trace":
-        """Read what `save` wrote. Raises FileNotFoundError, or ValueError naming a truncated or foreign file."""
+        """Map what `save` wrote, so that a layer is read when it is used. Raises FileNotFoundError, or ValueError naming a
+        truncated or foreign file."""
         folder = Path(folder)
         about = read_json(folder / "trace.json", "trace")
         if about.get("format") != FORMAT or not {"layers", "model", "tokens"} <= about.keys():
@@ -246,9 +247,9 @@ def layer_file(number: int) -> str:
 
 
 def save_layer(layer: LayerTrace, path: Path) -> dict:
-    """Write a layer's tensors; returns its entry in `trace.json`."""
+    """Write a layer's tensors as they are in memory, so that reading can map them; returns its entry in `trace.json`."""
     tensors = {name: value.cpu().contiguous() for name, value in layer.tensors().items()}
-    save_file(tensors | {"order": tensors["order"].to(torch.int16)}, path)
+    save_file(tensors, path)
     return {"name": layer.name, "k": layer.k, "keep": layer.keep, "length": layer.length, "router": asdict(layer.router)}
 
 
@@ -264,6 +265,6 @@ def _load_layer(path: Path, about: dict) -> LayerTrace:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is missing or truncated ({error}): trace again.") from None
-    tensors["order"] = tensors["order"].long()
+    tensors["order"] = tensors["order"].long()  # earlier versions wrote int16
     own = {"keep": about["keep"], "length": about["length"]}
     return LayerTrace(about["name"], about["k"], read_router(about["router"]), **own, **tensors)

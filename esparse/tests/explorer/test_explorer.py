@@ -9,6 +9,7 @@ import re
 import shutil
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,7 +20,7 @@ from PIL import Image
 
 import esparse
 from esparse.experiments.figures import draw
-from esparse.explorer import grid, views, widgets
+from esparse.explorer import cost, grid, views, widgets
 from esparse.explorer.grid import BETAS, SHARES, Choice, Explorer
 from esparse.explorer.views import VIEWS
 from esparse.files import data_folder
@@ -188,7 +189,7 @@ def test_shares_from_none_to_all(traces, shown):
 
 def test_what_is_computed_is_kept(traces, shown, tmp_path, monkeypatch):
     first = Explorer(traces, tmp_path)
-    monkeypatch.setattr(grid, "grids", None)
+    monkeypatch.setattr(grid.Grid, "fill", None)
     assert Explorer(traces, tmp_path).frame == first.frame == shown.frame
 
 
@@ -618,3 +619,110 @@ def test_many_experts_have_no_landscape_but_all_the_rest(tmp_path):
     board.r.value = 12
     assert board.message.value == ""
     assert shown.view("landscape", Choice(12, "greedy", 0))["corpora"]["one"]["losses"] == []
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A saved trace of three layers of 24 experts, and its explorer with the whole grid."""
+    trace, folder = (
+        esparse.trace(random_model("qwen3", 24, 2), random_tokens(8, 32), keep=20),
+        tmp_path_factory.mktemp("saved"),
+    )
+    trace.save(folder / "trace")
+    return folder / "trace", Explorer({"one": trace}, folder)
+
+
+@pytest.fixture
+def large(saved, monkeypatch):
+    """The same, but from here on the trace is no small one."""
+    monkeypatch.setattr(grid, "WHOLE", 0)
+    monkeypatch.setattr(widgets, "AHEAD", 0.01)
+    return saved
+
+
+def file_of(tensor: torch.Tensor) -> str:
+    """The file whose memory map holds a tensor; the last word that Linux says of other memory."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        start, end = (int(number, 16) for number in line.split()[0].split("-"))
+        if start <= tensor.data_ptr() < end:
+            return line.split()[-1]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Only Linux tells what memory holds.")
+def test_a_saved_trace_is_mapped(saved):
+    folder, _ = saved
+    for layer, path in zip(esparse.Trace.load(folder).layers, sorted(folder.glob("*.safetensors")), strict=True):
+        assert {file_of(tensor) for tensor in layer.tensors().values()} == {str(path)}
+
+
+def test_a_layer_of_a_large_trace_is_read_when_it_is_looked_at(large):
+    async def first() -> None:
+        board = widgets.Dashboard(Explorer({"one": large[0]}))
+        read = board.explorer.grid._layer.cache_info  # of Gram matrices
+        assert board.explorer.missing(board.choice) == [1, 2] and read().misses == 1
+        for control, value in ((board.r, 20), (board.layer, 2), (board.method, "random")):
+            control.value = value
+        assert read().misses == 1 and board.explorer.missing(board.choice) == [0, 1, 2]
+
+    asyncio.run(first())
+
+
+def test_a_large_trace_is_computed_while_the_kernel_is_idle(large):
+    """A step waits for nothing but what it draws; in the end, all numbers and words are those of the whole grid."""
+    folder, whole = large
+
+    async def steps() -> None:
+        board = widgets.Dashboard(Explorer({"one": folder}))
+        for step in (lambda: None, lambda: setattr(board.r, "value", 21), lambda: setattr(board.method, "value", "random")):
+            step()
+            missing = board.explorer.missing(board.choice)
+            assert missing and f"{3 - len(missing)} of 3 layers are computed" in board.message.value
+            blank, end = figures(board), time.monotonic() + 60
+            while board.message.value:
+                assert time.monotonic() < end
+                await asyncio.sleep(0.01)
+            assert all(board.explorer.view(name, board.choice) == whole.view(name, board.choice) for name in VIEWS)
+            assert board.explorer.describe(board.choice) == whole.describe(board.choice)
+            assert all(figures(board)[name] != blank[name] for name in ("kept", "skipping", "trade_off"))
+        board.layer.value = 1
+        assert board.explorer.missing(board.choice) == [] and board.message.value == ""
+
+    asyncio.run(steps())
+
+
+def test_without_a_kernel_and_for_export_all_layers_of_a_large_trace_are_computed(large):
+    folder, whole = large
+    shown, choice = Explorer({"one": folder}), Choice(21, "greedy")
+    assert shown.missing(choice) == [0, 1, 2] and shown.kept("one", choice) == [[], [], []]
+    assert shown.plan("one", choice) == whole.plan("one", choice) and shown.missing(choice) == []
+    assert shown.plan("one", choice).kept == esparse.search_experts(esparse.Trace.load(folder), 21, method="greedy").kept
+    snapshot, expected = (one.snapshot(whole.default) for one in (Explorer({"one": folder}), whole))
+    assert snapshot["views"] == expected["views"] and 0 < snapshot["frame"]["loss"] < 2 * expected["frame"]["loss"]
+    board = widgets.Dashboard(Explorer({"one": folder}))
+    board.method.value = "frequency"
+    assert board.explorer.missing(board.choice) == [] and board.message.value == ""
+
+
+def test_what_cannot_be_computed_is_told(large, monkeypatch):
+    folder, _ = large
+
+    async def steps() -> None:
+        board = widgets.Dashboard(Explorer({"one": folder}))
+        monkeypatch.setattr(grid, "_row", lambda *_: 1 / 0)
+        end = time.monotonic() + 20
+        while "ZeroDivisionError: division by zero" not in board.message.value:
+            assert time.monotonic() < end
+            await asyncio.sleep(0.01)
+
+    asyncio.run(steps())
+
+
+@pytest.mark.slow
+def test_what_opening_and_steps_take_is_measured(tmp_path):
+    shape = {"num_hidden_layers": 2, "num_local_experts": 12, "hidden_size": 64, "intermediate_size": 32}
+    printed = cost.bench_explorer(tmp_path / "explorer.json", shape, steps=3)
+    found = json.loads((tmp_path / "explorer.json").read_text())
+    assert "layers in them" in printed and found["opening"]["layers in them"] == 2  # so small a trace is computed whole
+    names = [row["control"] for row in found["controls"]]
+    assert names == ["r", "method", "residual", "layer", "share", "skip by", "one beta", "a beta for each layer"]
+    assert all(0 < row["median"] <= row["p95"] <= row["p95 with the layer"] for row in found["controls"])
