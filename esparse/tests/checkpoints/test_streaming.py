@@ -1,5 +1,6 @@
 """Checkpoints from disk to disk: bit for bit, from every format, through crashes, and over several processes."""
 
+import gc
 import inspect
 import itertools
 import json
@@ -8,6 +9,8 @@ import re
 import shutil
 import subprocess
 import sys
+import weakref
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -136,6 +139,28 @@ def test_report_and_card_say_what_was_done(source, tmp_path):
     assert report["calibration set"] == trace.tokens and torch.__version__.startswith(report["versions"]["torch"])
     assert "method: enumerate, loss: residual, r = 6" in (tmp_path / "pruned" / "README.md").read_text()
     assert esparse.PruningPlan.load(tmp_path / "pruned" / "plan.json").kept == plan.kept
+
+
+@pytest.mark.parametrize("method", ["enumerate", "progressive"])
+def test_one_layer_is_in_memory_at_a_time(method, source, tmp_path, monkeypatch):
+    """When a layer is read, the experts of all earlier ones are gone, without the help of the garbage collector."""
+    read, experts = streaming.Streamed.layer, []
+
+    @contextmanager
+    def layer(self, number):
+        assert not [one for one in experts if one()]
+        with read(self, number) as decoder:
+            experts.append(weakref.ref(decoder.mlp.experts))
+            yield decoder
+            del decoder
+
+    monkeypatch.setattr(streaming.Streamed, "layer", layer)
+    gc.disable()
+    try:
+        esparse.prune_checkpoint(source, tmp_path / "pruned", 5, calibration=TOKENS, method=method)
+    finally:
+        gc.enable()
+    assert len(experts) == 3
 
 
 # --- quantised sources, and layers that are no part of the model ----------------------------------------------------------
