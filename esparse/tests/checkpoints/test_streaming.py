@@ -4,6 +4,7 @@ import gc
 import inspect
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -669,8 +670,9 @@ def test_the_command_tells_the_defaults_of_the_function():
 
 @pytest.mark.parametrize("rate, said", [(1e9, True), (1e11, False)])
 def test_a_cpu_slow_in_the_dtype_is_told_how_long_float32_takes(monkeypatch, rate, said):
-    rates = {torch.bfloat16: rate, torch.float32: 1e11}
-    monkeypatch.setattr(sys.modules["esparse.checkpoints.estimate"], "flop_per_second", rates.get)
+    module, rates = sys.modules["esparse.checkpoints.estimate"], {torch.bfloat16: rate, torch.float32: 1e11}
+    monkeypatch.setattr(module, "flop_per_second", rates.get)
+    monkeypatch.setattr(module, "measured_device", lambda *_: module.Device(rate, *[math.inf] * 6))  # in all else
     needs = esparse.preflight("data/tiny", 6, sequences=10**4, dtype=torch.bfloat16)
     flops = float(needs["FLOPs"].split()[0])
     hours, minutes = flops / rate / 3600, flops / 1e11 / 60
