@@ -37,10 +37,12 @@ OWN = 0.5 * GB  # memory of the interpreter with its libraries
 PASSES, PAIRED, WIDENING, ENUMERATED, REMOVED = 24, 0.5, 20, 130, 170
 # Bytes moved by the host, for each byte of weights put together for a layer, or written.
 ASSEMBLY, WRITING = 3, 1.2
-# Bytes held, for each of a layer while it is put together, of a batch's hidden states, and of an output in half precision.
-ASSEMBLED, HELD, WIDENED = 1.8, 16, 26
-# Seconds of a run, a layer, a tensor that is read or written, a pass of the search.
-A_RUN, A_LAYER, A_TENSOR, A_PASS = 0.2, 0.02, 0.0003, 0.0004
+# Bytes held, for each of a layer while it is put together, of a batch's hidden states, and of an output in half precision; for
+# each tensor of a layer, in mapped pages; for each of up to 1,024 products in half precision, whose code oneDNN keeps; always.
+ASSEMBLED, HELD, WIDENED, MAPPED, KERNEL, ALWAYS = 1.6, 12, 5, 220e3, 0.5e6, 35e6
+# Seconds of a run, a layer, a pass of the search; of a tensor that is read or written, and of each other one in its file, whose
+# header is read with it.
+A_RUN, A_LAYER, A_PASS, A_TENSOR, A_NEIGHBOUR = 0.2, 0.02, 0.0004, 0.00011, 0.9e-6
 
 
 def preflight(
@@ -197,7 +199,7 @@ class _Shape:
         self.inner = expert // self.hidden
         self.layer, self.rest = max(count(layer) for layer, _ in layers), count(layout.text.get_input_embeddings())
         self.used = sum(count(layer) - (count(moe.experts) - self.reach * expert if moe else 0) for layer, moe in layers)
-        self.layers, self.moes = len(layers), len(moes)
+        self.layers, self.moes, self.tensors = len(layers), len(moes), len(layout.full)
 
 
 def estimated(
@@ -223,7 +225,8 @@ def estimated(
     size, tokens, m, hidden = dtype.itemsize, sequences * length, shape.reach, shape.hidden
     walks, streams = sequences > 0, 2 if method == "progressive" else 1
     result = result or _numel(layout.small) * size
-    full, tensors = result * _numel(layout.full) / _numel(layout.small), A_TENSOR * len(layout.full)
+    full = result * _numel(layout.full) / _numel(layout.small)
+    tensors = shape.tensors * (A_TENSOR + A_NEIGHBOUR * shape.tensors / shape.layers)
     gram, state = tokens * m * (m + 1) // 2 * 4, streams * tokens * hidden * size
     pairs = streams * tokens * m * (PAIRED * (hidden + shape.inner) * size + (size < 4) * WIDENING * hidden)
     searched, passes = _search(shape, r, sequences, length, method) if walks else (0, 0)
@@ -252,14 +255,16 @@ def estimated(
 
 def _held(shape: _Shape, tokens: int, batch: int, size: int, gram: int, free: float) -> float:
     """Bytes held while a layer is put together, while it runs, or while its trace is searched, whichever is most. In half
-    precision the expert outputs of a chunk are also held in float32."""
+    precision the expert outputs of a chunk are also held in float32, and compiled products."""
     chunk, layer = min(CHUNK_TOKENS, tokens), shape.layer * size
     outputs = chunk * (shape.reach * shape.hidden + shape.inner) * size
     wide = (size < 4) * WIDENED * chunk * shape.reach * shape.hidden
     share = min(1, free / 4 / (outputs + wide))
     running = layer + HELD * batch * shape.hidden * size + share * wide + gram
     searching = layer + 2 * gram + tokens * (12 * shape.n + 32 * (shape.reach + shape.k))
-    return max(ASSEMBLED * layer, running, searching) + share * outputs + shape.rest * size
+    products = min(1024, 2 * shape.moes * shape.n * -(-tokens // CHUNK_TOKENS)) * (size < 4)
+    always = ALWAYS + MAPPED * shape.tensors / shape.layers + KERNEL * products + shape.rest * size + share * outputs
+    return always + max(ASSEMBLED * layer, running, searching)
 
 
 def _search(shape: _Shape, r: int, sequences: int, length: int, method: str) -> tuple[float, float]:
