@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from .reader import FP8, CheckpointReader, check_decoded, described, model_from_
 from .stored import StoredCheckpoint
 
 GB = 1e9
+Timed = Callable[[Callable[[], object]], float]
 OWN = 0.5 * GB  # memory of the interpreter with its libraries
 # What was fitted to runs of `bench scale`. Bytes moved in memory: for each byte of hidden states in a decoder layer, for each
 # byte of a token and expert, for each choice and expert tried, for each token's expert in line.
@@ -306,23 +307,25 @@ def _time(job: Estimate, device: Device, dtype: torch.dtype) -> str:
     return f"about {_duration(seconds)} here{faster}, without the download"
 
 
-def measured_device(dtype: torch.dtype, folder: Path, file: Path | None = None) -> Device:
-    """This machine, measured now: by a small product, copies of 64 MB, as many bytes written to a temporary file in
-    the folder, and as many read from `file` (None: from the temporary one, which the system may have in its cache)."""
+def measured_device(dtype: torch.dtype, folder: Path, file: Path | None = None, timed: Timed | None = None) -> Device:
+    """This machine, measured now: by a small product, copies of 64 MB, as many bytes written to a temporary file in the folder,
+    and as many read from `file` (None: from the temporary one, which the system may have in its cache). timed: what tells the
+    seconds of a call (None: `seconds_of`)."""
+    timed = timed or seconds_of
     places = ("cuda" if torch.cuda.is_available() else "cpu", "cpu")
     blocks = [torch.ones(2**26, dtype=torch.uint8, device=place) for place in places]
-    copies = [len(block) / min(seconds_of(block.clone) for _ in range(3)) for block in blocks]
+    copies = [len(block) / min(timed(block.clone) for _ in range(3)) for block in blocks]
     with tempfile.NamedTemporaryFile(dir=folder if os.access(folder, os.W_OK) else None) as temporary:
         numbers = blocks[1].numpy()
-        write = seconds_of(lambda: (temporary.write(numbers), temporary.flush(), os.fsync(temporary.fileno())))
+        write = timed(lambda: (temporary.write(numbers), temporary.flush(), os.fsync(temporary.fileno())))
         with open(file or temporary.name, "rb", buffering=0) as source:
-            read = seconds_of(lambda: source.readinto(numbers))
+            read = timed(lambda: source.readinto(numbers))
             size = source.tell()
     free, host_free = free_memory(), free_memory(torch.device("cpu"))
-    return Device(flop_per_second(dtype), *copies, size / read, len(numbers) / write, free, host_free)
+    return Device(flop_per_second(dtype, timed=timed), *copies, size / read, len(numbers) / write, free, host_free)
 
 
-def flop_per_second(dtype: torch.dtype, size: int = 1024) -> float:
+def flop_per_second(dtype: torch.dtype, size: int = 1024, timed: Timed | None = None) -> float:
     """FLOP per second of one square product of this size, the best of three.
 
     Sizes double from 256 on, up to the first product that takes over 0.1 s: a CPU without instructions for a dtype may be a
@@ -331,7 +334,7 @@ def flop_per_second(dtype: torch.dtype, size: int = 1024) -> float:
     device, side = "cuda" if torch.cuda.is_available() else "cpu", min(256, size)
     while True:
         matrix = torch.ones(side, side, dtype=dtype, device=device)
-        seconds = min(seconds_of(lambda: matrix @ matrix) for _ in range(3))  # noqa: B023
+        seconds = min((timed or seconds_of)(lambda: matrix @ matrix) for _ in range(3))  # noqa: B023
         if side >= size or seconds > 0.1:
             return 2 * side**3 / seconds
         side *= 2

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from pathlib import Path
 
 import torch
@@ -23,9 +23,12 @@ from ..checkpoints.layout import Layout, opened
 from ..checkpoints.reader import CheckpointReader
 from ..checkpoints.streaming import FileStream
 from ..files import read_json, write_json
+from ..machine import seconds_of
+from .scores_cost import processor_seconds
 from .streaming_cost import write_random_checkpoint
 from .timing import MIXTRAL_8X7B, keep, report, rise_of_memory
 
+CLOCKS = (seconds_of, processor_seconds)  # other work on the machine slows the first alone
 # A run: entries of a Mixtral's config, then what `prune_checkpoint` gets. Three quarters of the experts stay.
 BASE = {"vocab_size": 1024, "hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8}
 BASE |= {"num_key_value_heads": 4, "num_local_experts": 16, "num_experts_per_tok": 4, "tie_word_embeddings": False}
@@ -67,12 +70,15 @@ DEVICES = {  # assumed, not measured; the processes that share the sequences
 
 
 def prune(folder: Path, r: int, sequences: int, length: int, method: str) -> dict:
-    """Seconds, processor seconds and bytes of pruning the folder's `source`; their estimate; and this machine, as measured."""
+    """Seconds, processor seconds and bytes of pruning the folder's `source`; their estimate; and this machine, as measured by
+    both clocks before and after."""
     source, read, done = folder / "source", counted_reading(), {}
     checkpoint = opened(source, r=r)
     written = checkpoint.written()
-    device = measured_device(dtype := max(written, key=written.get), folder, next(source.glob("*.safetensors")))
-    about = {"method": method, "dtype": dtype, "result": written.total(), "free": device.free}
+    dtype = max(written, key=written.get)
+    measured = lambda: [measured_device(dtype, folder, next(source.glob("*.safetensors")), timed) for timed in CLOCKS]  # noqa: E731
+    devices = measured()
+    about = {"method": method, "dtype": dtype, "result": written.total(), "free": devices[0].free}
     job = estimated(checkpoint.layout, r, sequences, length, **about)
     tokens = torch.randint(3, 1000, (sequences, length), generator=torch.Generator().manual_seed(0))
     options = {"calibration": tokens, "method": method}
@@ -82,9 +88,16 @@ def prune(folder: Path, r: int, sequences: int, length: int, method: str) -> dic
     search, write = (sum(layer["seconds"][step] for layer in done["layers"]) for step in ("search", "write"))
     run = {"trace": wall - search - write, "search": search, "write": write, "seconds": wall, "processor": cpu}
     run |= {"read": sum(read), "written": handed_over() - before, "held": held}
+    device, processor = map(between, devices, measured())
     steps = job.seconds(device)
     counted = {name: getattr(job, name) for name in ("read", "written", "held", "flop")}
-    return {"run": run, "estimate": steps | {"seconds": sum(steps.values())} | counted, "device": asdict(device)}
+    counted |= {"seconds": sum(steps.values()), "processor": sum(job.seconds(processor).values())}
+    return {"run": run, "estimate": steps | counted, "device": asdict(device), "by processor": asdict(processor)}
+
+
+def between(one: Device, other: Device) -> Device:
+    """A machine that takes the mean of both times for the same work: other work may have slowed one of them down."""
+    return Device(*(2 / (1 / first + 1 / second) for first, second in zip(astuple(one), astuple(other), strict=True)))
 
 
 def counted_reading() -> list[int]:
@@ -153,8 +166,8 @@ def bench_scale(out: Path | None = None, runs: Sequence[str] = tuple(RUNS)) -> s
 
 def _cells(row: Mapping) -> dict:
     run, estimate = row["run"], row["estimate"]
-    cells = {"run": row["name"], "processor": run["processor"]}
-    for name in ("trace", "search", "write", "seconds", "read", "written", "held"):
+    cells = {"run": row["name"]}
+    for name in ("processor", "seconds", "trace", "search", "write", "read", "written", "held"):
         value = run[name] / (1e6 if name in ("read", "written", "held") else 1)
         cells[name] = f"{value:.3g} ({estimate[name] / run[name]:.2f})"
     return cells
