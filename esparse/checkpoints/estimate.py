@@ -179,7 +179,7 @@ class Estimate:
         wait for the disk. It reads ahead and writes behind them, and what fits into the host's memory it reads once."""
         result, again = self.written - self.states, (self.read - self.full) * (self.full > device.host_free)
         check, trace = self.full / min(device.read, device.host), self.flop / device.flop + self.copied / device.memory
-        trace += self.states / device.write + ASSEMBLY * max(0, self.read - self.full - result) / device.host
+        trace += self.states / device.write + ASSEMBLY * self.full * (self.flop > 0) / device.host
         steps = {"trace": check + trace, "search": self.searched / device.memory, "write": WRITING * result / device.host}
         steps = {step: seconds + self.fixed[step] for step, seconds in steps.items()}
         busy = again / device.read + self.written / device.write
@@ -288,12 +288,12 @@ def _search(shape: _Shape, r: int, sequences: int, length: int, method: str) -> 
 
 def _router(layer: MoELayer) -> Router:
     """The layer's router, as it answers with random weights: those of the layer are on the meta device."""
-    layer = copy.deepcopy(layer)
+    layer, generator = copy.deepcopy(layer), torch.Generator().manual_seed(0)
     for module in (layer.block, *layer.gate.modules()):
         for held in (module._parameters, module._buffers):
             for name, tensor in held.items():
                 if tensor is not None and tensor.is_floating_point():
-                    held[name] = type(tensor)(0.02 * torch.randn(tensor.shape, dtype=tensor.dtype))
+                    held[name] = type(tensor)(0.02 * torch.randn(tensor.shape, dtype=tensor.dtype, generator=generator))
                 elif tensor is not None:  # a table from token ids to experts
                     rows, columns = (torch.arange(size) for size in tensor.shape)
                     held[name] = (rows[:, None] + columns) % layer.n
@@ -315,7 +315,8 @@ def measured_device(dtype: torch.dtype, folder: Path, file: Path | None = None, 
     places = ("cuda" if torch.cuda.is_available() else "cpu", "cpu")
     blocks = [torch.ones(2**26, dtype=torch.uint8, device=place) for place in places]
     copies = [len(block) / min(timed(block.clone) for _ in range(3)) for block in blocks]
-    with tempfile.NamedTemporaryFile(dir=folder if os.access(folder, os.W_OK) else None) as temporary:
+    there = os.access(folder, os.W_OK) and shutil.disk_usage(folder).free > 2 * len(blocks[1])
+    with tempfile.NamedTemporaryFile(dir=folder if there else None) as temporary:
         numbers = blocks[1].numpy()
         write = timed(lambda: (temporary.write(numbers), temporary.flush(), os.fsync(temporary.fileno())))
         with open(file or temporary.name, "rb", buffering=0) as source:

@@ -44,6 +44,12 @@ RUNS: dict[str, dict] = {
     "bfloat16": {"dtype": "bfloat16"},
     "bfloat16, experts x 4, top-8": {"dtype": "bfloat16", "num_local_experts": 64, "num_experts_per_tok": 8},
     "8 experts, top-2, enumerated": {"num_local_experts": 8, "num_experts_per_tok": 2, "method": "enumerate"},
+    # The constants of the estimate were fitted to the runs above, not to these.
+    "other sizes": {"hidden_size": 768, "intermediate_size": 384, "num_hidden_layers": 6, "num_local_experts": 24}
+    | {"num_experts_per_tok": 6, "sequences": 12, "length": 256},
+    "128 thin experts, top-8": {"intermediate_size": 128, "num_local_experts": 128, "num_experts_per_tok": 8},
+    "8 wide experts, top-2, bfloat16": {"hidden_size": 2048, "intermediate_size": 2048, "num_hidden_layers": 2}
+    | {"num_local_experts": 8, "num_experts_per_tok": 2, "sequences": 4, "dtype": "bfloat16"},
 }
 # Entries of the published config.json; how many experts stay, the method, and the bytes in which a weight is stored.
 QWEN3_235B = {

@@ -118,7 +118,8 @@ def test_the_benchmark_sets_runs_beside_their_estimates(tmp_path, monkeypatch):
     base, more = result["rows"]
     for row in (base, more):
         run = row["run"]
-        assert run["seconds"] == pytest.approx(run["trace"] + run["search"] + run["write"]) and min(run.values()) > 0
+        assert run["seconds"] == pytest.approx(run["trace"] + run["search"] + run["write"])
+        assert min(value for name, value in run.items() if name != "held") > 0  # so small a run may fit into freed memory
         assert 0.5 < row["estimate"]["read"] / run["read"] < 2
     assert more["run"]["read"] > 1.3 * base["run"]["read"] and more["run"]["written"] > base["run"]["written"]
     assert len(result["on paper"]) == 9 and "on paper, not run" in printed and "experts x 2" in printed
