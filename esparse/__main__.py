@@ -20,6 +20,7 @@ BENCHES = {
     "search": ".measure.search_cost",
     "stream": ".measure.streaming_cost",
     "copy": ".measure.streaming_cost",
+    "scale": ".measure.scale_cost",
     "many": ".measure.search_cost",
     "scores": ".measure.scores_cost",
     "peers": ".measure.peers",

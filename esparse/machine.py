@@ -11,6 +11,8 @@ import torch
 import transformers
 from torch import distributed
 
+Timed = Callable[[Callable[[], object]], float]
+
 # The files of a control group, by version and controller: its limit, its use, and what goes before names in memory.stat.
 _GROUPS = {"": ("memory.max", "memory.current", ""), "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")}
 
@@ -113,9 +115,9 @@ def seconds_of(call: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def flop_per_second(dtype: torch.dtype, size: int = 1024, device: str | None = None) -> float:
+def flop_per_second(dtype: torch.dtype, size: int = 1024, device: str | None = None, timed: Timed | None = None) -> float:
     """FLOP per second of one square product of this size, the best of three; device: "cpu" or "cuda" (None: a GPU if there is
-    one).
+    one). timed: what tells the seconds of a call (None: `seconds_of`).
 
     Sizes double from 256 on, up to the first product that takes over 0.1 s: a CPU without instructions for a dtype may be a
     hundred times slower in it.
@@ -123,7 +125,7 @@ def flop_per_second(dtype: torch.dtype, size: int = 1024, device: str | None = N
     device, side = device or ("cuda" if torch.cuda.is_available() else "cpu"), min(256, size)
     while True:
         matrix = torch.ones(side, side, dtype=dtype, device=device)
-        seconds = min(seconds_of(lambda: matrix @ matrix) for _ in range(3))  # noqa: B023
+        seconds = min((timed or seconds_of)(lambda: matrix @ matrix) for _ in range(3))  # noqa: B023
         if side >= size or seconds > 0.1:
             return 2 * side**3 / seconds
         side *= 2

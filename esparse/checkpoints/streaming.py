@@ -173,7 +173,7 @@ class CheckpointWalk(Walk):
             traced, started = self.trace_layer(number, keep, kept), time.perf_counter()
             if traced is None:
                 return {}
-            layer = self.moe
+            layer, self.moe = self.moe, None  # Let go: its experts must not be in memory with the next layer's.
             traced.name = f"{prefix}.{number}.{layer.name}".removesuffix(".")
             record = {"name": traced.name, "gate": gate_digest(layer), "n": layer.n, "k": layer.k, **choose(number, traced)}
             if self.progressive:

@@ -24,19 +24,20 @@ from .timing import MIXTRAL_8X7B, keep, report
 
 
 def write_random_checkpoint(folder: Path, shape: Mapping[str, object], fp8: bool = False) -> None:
-    """Write a Mixtral with random bf16 weights in the hub's layout, with the tiny tokenizer, one layer in memory at a time.
+    """Write a Mixtral with random weights in the hub's layout, with the tiny tokenizer, one layer in memory at a time.
 
-    fp8: with attention and experts in FP8 and a scale of 1 for each block.
+    shape: entries of its config, which may have another number of experts than 8, and another dtype than bfloat16. fp8: with
+    attention and experts in FP8 and a scale of 1 for each block.
     """
     load_tokenizer(str(data_folder() / "tiny")).save_pretrained(folder)
     about = {"num_local_experts": 8, "num_experts_per_tok": 2, "dtype": "bfloat16", "architectures": ["MixtralForCausalLM"]}
-    config = MixtralConfig(**shape, **about)
+    config = MixtralConfig(**about | shape)
     if fp8:
         config.quantization_config = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     config.save_pretrained(folder)
-    layout, generator, places = Layout(config, 8), torch.Generator().manual_seed(0), {}
+    layout, generator, places = Layout(config, config.num_local_experts), torch.Generator().manual_seed(0), {}
     for number in (None, *range(layout.layers)):
-        state = {name: torch.ones(layout.full[name], dtype=torch.bfloat16) for name in layout.published_names(number)}
+        state = {name: torch.ones(layout.full[name], dtype=config.dtype) for name in layout.published_names(number)}
         for name, tensor in state.items():
             if "norm" not in name:
                 tensor.normal_(0.0, 0.02, generator=generator)
