@@ -12,6 +12,7 @@ import subprocess
 import sys
 import weakref
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -610,7 +611,7 @@ def test_a_dry_run_names_the_dtypes_and_bytes_that_are_written(tmp_path):
     ],
 )
 def test_of_a_hub_id_the_hub_names_the_dtypes(parameters, said, monkeypatch):
-    module = sys.modules["esparse.checkpoints.estimate"]
+    module = import_module("esparse.checkpoints.estimate")
     config = transformers.AutoConfig.from_pretrained("data/tiny")
     config.dtype = torch.float16
     stored = SimpleNamespace(parameters=parameters) if parameters else None
@@ -670,14 +671,14 @@ def test_the_command_tells_the_defaults_of_the_function():
 
 @pytest.mark.parametrize("rate", [1e9, 4e11])
 def test_a_cpu_slow_in_half_precision_is_taken_to_multiply_in_float32(monkeypatch, rate, tmp_path):
-    module, rates = sys.modules["esparse.checkpoints.estimate"], {torch.bfloat16: rate, torch.float32: 1e11}
+    module, rates = import_module("esparse.checkpoints.estimate"), {torch.bfloat16: rate, torch.float32: 1e11}
     monkeypatch.setattr(module, "flop_per_second", lambda dtype, **_: rates[dtype])
     assert module.measured_device(torch.bfloat16, tmp_path).flop == max(rate, 1e11)
     assert module.measured_device(torch.float32, tmp_path).flop == 1e11
 
 
 def test_the_time_told_is_that_of_the_products_where_they_are_slow(monkeypatch):
-    module = sys.modules["esparse.checkpoints.estimate"]
+    module = import_module("esparse.checkpoints.estimate")
     monkeypatch.setattr(module, "measured_device", lambda *_: module.Device(1e9, *[math.inf] * 6))  # fast in all else
     needs = esparse.preflight("data/tiny", 6, sequences=10**4)
     (hours,) = (float(word) for word in needs["time"].split() if word.replace(".", "").isdecimal())
