@@ -103,7 +103,7 @@ def preflight(
         "disk": f"{_bytes(result)} for the result in {kinds} and {_bytes(job.stream)} while it works; {_bytes(free)} are free",
         "download": _download(info, folder) if info else "nothing",
         "FLOPs": f"{job.flop:.1e} on {sequences * length} tokens, {job.reach} of {n} experts each",
-        "time": _time(job, device),
+        "time": f"about {_duration(sum(job.seconds(device).values()))} here, without the download",
         "access": _access(info, source) if info else "a local folder",
     }
 
@@ -296,10 +296,6 @@ def _router(layer: MoELayer) -> Router:
                     rows, columns = (torch.arange(size) for size in tensor.shape)
                     held[name] = (rows[:, None] + columns) % layer.n
     return layer.router
-
-
-def _time(job: Estimate, device: Device) -> str:
-    return f"about {_duration(sum(job.seconds(device).values()))} here, without the download"
 
 
 def measured_device(dtype: torch.dtype, folder: Path, file: Path | None = None, timed: Timed | None = None) -> Device:
