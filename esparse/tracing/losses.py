@@ -150,9 +150,9 @@ def mixed(layers: Sequence[LayerTrace], shares: Sequence[float]) -> LayerTrace:
 def losses_of(layer: LayerTrace, subsets: Sequence[Sequence[int]]) -> Tensor:
     """`reconstruction_loss` of subsets of one size, float64 [subsets]."""
     total = torch.zeros(len(subsets), dtype=torch.float64, device=layer.order.device)
-    several = torch.tensor(subsets, device=total.device).split(SUBSETS)
+    several, unpacked = torch.tensor(subsets, device=total.device).split(SUBSETS), layer.order.shape[1] ** 2
     for some, sums in zip(several, total.split(SUBSETS), strict=True):
-        for tokens in parts(layer, max(1, ROUTINGS // len(some))):
+        for tokens in parts(layer, max(1, ROUTINGS // max(len(some), unpacked // SUBSETS))):
             sums += token_losses(tokens, *tokens.routings(some)).sum(0, dtype=torch.float64)
     return layer.sum_over_ranks(total).clamp(min=0).sqrt()
 

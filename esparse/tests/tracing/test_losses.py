@@ -8,12 +8,14 @@ import pytest
 import torch
 
 import esparse
+from esparse.measure.search_cost import expert_layer, normal
 from esparse.moe.layers import decoder_layers, moe_layers
 from esparse.pruning.scores import expert_scores
 from esparse.tests.conftest import apart, block_input, random_model, random_tokens
 from esparse.tests.families import family_model
 from esparse.tests.tracing.test_exactness import pruned_block
-from esparse.tracing.losses import LOSSES, expert_scales, skip_curve, weighed
+from esparse.tracing import losses
+from esparse.tracing.losses import LOSSES, expert_scales, losses_of, skip_curve, weighed
 from esparse.tracing.recorder import recording_stream, trace_block
 
 TOKENS = random_tokens(3, 16)
@@ -211,3 +213,15 @@ def test_on_the_tiny_model_the_relative_loss_keeps_better_experts(tiny):
                     found.append(esparse.perplexity(model, held_out))
             ratios.append(found[0] / found[1])
         assert max(ratios) < 1.005 and ratios[-1] < 0.995, ratios
+
+
+@torch.no_grad()
+def test_of_many_experts_few_grams_are_unpacked_at_once(monkeypatch):
+    """Of a single subset none: its loss reads the entries of the experts that a token uses before and after."""
+    layer, sizes, stock = trace_block(expert_layer(64, 2, hidden=8, inner=8), normal(8192, 8), 2), [], losses.full_gram
+    monkeypatch.setattr(losses, "full_gram", lambda *given: sizes.append((found := stock(*given)).numel()) or found)
+    subsets = [list(range(32)), list(range(16, 48))]
+    alone = [esparse.reconstruction_loss(layer, kept) for kept in subsets]
+    assert not sizes
+    assert losses_of(layer, subsets).tolist() == pytest.approx(alone, rel=1e-5)
+    assert sum(sizes) == 8192 * 64**2 and max(sizes) <= losses.ROUTINGS * losses.SUBSETS
