@@ -83,12 +83,12 @@ def preflight(
     remark = "" if written else " (as its config says)"
     if not written:
         usual = getattr(config, "dtype", None) or torch.bfloat16
-        written[usual] = _numel(layout.small) * usual.itemsize
+        written[usual] = numel(layout.small) * usual.itemsize
     dtype = dtype or max(written, key=written.get)
     result, kinds = written.total(), _kinds(written) + remark
     if quantised and stays:
         full = sum(file.size or 0 for file in info.siblings if file.rfilename.endswith(".safetensors")) if info else 0
-        result = StoredCheckpoint(reader, layout).nbytes(r) if reader else full * _numel(layout.small) / _numel(layout.full)
+        result = StoredCheckpoint(reader, layout).nbytes(r) if reader else full * numel(layout.small) / numel(layout.full)
         kinds = f"{quantised}, as it is stored,"
     elif quantised:
         kinds += f", dequantised from {quantised},"
@@ -108,7 +108,8 @@ def preflight(
     }
 
 
-def _numel(shapes: Mapping[str, Sequence[int]]) -> int:
+def numel(shapes: Mapping[str, Sequence[int]]) -> int:
+    """The number of weights of these shapes."""
     return sum(map(math.prod, shapes.values()))
 
 
@@ -118,7 +119,7 @@ def _written_from_hub(info: ModelInfo, layout: Layout) -> Counter[torch.dtype]:
     counts = {kind: count for kind, count in stored.items() if kind in (FP8, *DTYPES)}
     for kind, count in counts.items():
         dtype = DTYPES["BF16" if kind == FP8 else kind]
-        written[dtype] += count / sum(counts.values()) * _numel(layout.small) * dtype.itemsize
+        written[dtype] += count / sum(counts.values()) * numel(layout.small) * dtype.itemsize
     return written
 
 
@@ -223,8 +224,8 @@ def estimated(
     shape, sequences = _Shape(layout, r if method in BY_LOSS else layout.n), -(-sequences // ranks)
     size, tokens, m, hidden = dtype.itemsize, sequences * length, shape.reach, shape.hidden
     walks, streams = sequences > 0, 2 if method == "progressive" else 1
-    result = result or _numel(layout.small) * size
-    full = result * _numel(layout.full) / _numel(layout.small)
+    result = result or numel(layout.small) * size
+    full = result * numel(layout.full) / numel(layout.small)
     tensors = shape.tensors * (A_TENSOR + A_NEIGHBOUR * shape.tensors / shape.layers)
     gram, state = tokens * m * (m + 1) // 2 * 4, streams * tokens * hidden * size
     pairs = streams * tokens * m * (PAIRED * (hidden + shape.inner) * size + (size < 4) * WIDENING * hidden)

@@ -16,7 +16,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from ..machine import rank, ranks
 from ..moe.identity import gate_digest, remember_stored
-from ..moe.layers import decoder_layers, moe_blocks
+from ..moe.layers import decoder_layers, find_moe, moe_blocks
 from ..tracing.trace import LayerTrace
 from ..tracing.walk import Bypass, State, Walk
 from .folder import write_tensors
@@ -168,12 +168,12 @@ class CheckpointWalk(Walk):
         layers = decoder_layers(self.model)
         prefix = next(name for name, module in self.model.named_modules() if module is layers)
 
-        def visit(number: int, _decoder: nn.Module) -> dict:
+        def visit(number: int, decoder: nn.Module) -> dict:
             kept = (lambda traced: search(number, traced)[0]) if search else None
             traced, started = self.trace_layer(number, keep, kept), time.perf_counter()
             if traced is None:
                 return {}
-            layer, self.moe = self.moe, None  # Let go: its experts must not be in memory with the next layer's.
+            layer = find_moe(decoder)
             traced.name = f"{prefix}.{number}.{layer.name}".removesuffix(".")
             record = {"name": traced.name, "gate": gate_digest(layer), "n": layer.n, "k": layer.k, **choose(number, traced)}
             if self.progressive:

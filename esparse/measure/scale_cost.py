@@ -17,16 +17,15 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoConfig
 
-from ..checkpoints.estimate import Device, estimated, measured_device
+from ..checkpoints.estimate import Device, estimated, measured_device, numel
 from ..checkpoints.jobs import prune_checkpoint
 from ..checkpoints.layout import Layout, opened
 from ..checkpoints.reader import CheckpointReader
 from ..checkpoints.streaming import FileStream
 from ..files import read_json, write_json
 from ..machine import seconds_of
-from .scores_cost import processor_seconds
 from .streaming_cost import write_random_checkpoint
-from .timing import MIXTRAL_8X7B, keep, report, rise_of_memory
+from .timing import MIXTRAL_8X7B, keep, processor_seconds, report, rise_of_memory
 
 CLOCKS = (seconds_of, processor_seconds)  # other work on the machine slows the first alone
 # A run: entries of a Mixtral's config, then what `prune_checkpoint` gets. Three quarters of the experts stay.
@@ -144,9 +143,9 @@ def on_paper() -> list[dict]:
     rows = []
     for name, (kind, entries, r, method, stored) in PUBLISHED.items():
         layout = Layout(AutoConfig.for_model(kind, **entries), r)
-        weights = sum(map(torch.Size.numel, map(torch.Size, layout.small.values())))
         for place, (device, ranks) in DEVICES.items():
-            job = estimated(layout, r, 128, 2048, method=method, result=stored * weights, free=device.free, ranks=ranks)
+            about = {"method": method, "result": stored * numel(layout.small), "free": device.free}
+            job = estimated(layout, r, 128, 2048, **about, ranks=ranks)
             steps = {f"{step}, h": seconds / 3600 for step, seconds in job.seconds(device).items()}
             row = {"model": name, "on": place, "FLOP": f"{job.flop:.1e}", "reach": job.reach} | steps
             row |= {"hours": sum(steps.values()), "read, GB": job.read / 1e9, "written, GB": job.written / 1e9}

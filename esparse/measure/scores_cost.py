@@ -2,8 +2,7 @@
 
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -17,17 +16,10 @@ from ..moe.layers import decoder_layers, moe_layers
 from ..pruning.search import search_experts
 from ..tracing.recorder import trace
 from .streaming_cost import write_random_checkpoint
-from .timing import keep, median_ratio, report, rounds
+from .timing import keep, median_ratio, processor_seconds, report, rounds
 
 WIDE = {"vocab_size": 1024, "hidden_size": 1024, "intermediate_size": 3584, "num_hidden_layers": 4, "num_attention_heads": 16}
 WIDE |= {"num_key_value_heads": 4, "tie_word_embeddings": False}
-
-
-def processor_seconds(call: Callable[[], object]) -> float:
-    """The processor seconds that this process spends on a call, all threads together."""
-    started = time.process_time()
-    call()
-    return time.process_time() - started
 
 
 @torch.no_grad()

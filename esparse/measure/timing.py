@@ -1,6 +1,7 @@
 """Memory and generation speed of a model; and the parts that benchmarks share: turns, records, tables, random weights."""
 
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -86,6 +87,13 @@ def measure_generation(
         "prefill_tokens_per_second": batch_size * prompt / prefill,
         "tokens_per_second": batch_size * new_tokens / decoding,
     }
+
+
+def processor_seconds(call: Callable[[], object]) -> float:
+    """The processor seconds that this process spends on a call, all threads together."""
+    started = time.process_time()
+    call()
+    return time.process_time() - started
 
 
 def rounds(variants: Mapping[str, Callable[[], T]], repeats: int) -> dict[str, list[T]]:

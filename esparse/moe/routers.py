@@ -56,7 +56,8 @@ class Router:
 
     @property
     def ranks_within_groups(self) -> bool:
-        """Whether, besides, nobody is chosen outside the best groups, where a zero may be better than a biased score."""
+        """Whether removing experts leaves the ranking of those in the same group unchanged, and no token chooses outside its
+        best groups, where a zero may exceed a biased score."""
         return not (self.bias and ((self.score == "softmax" and not self.by_logits) or (self.groups > 1 and self.zero_fill)))
 
     def ungrouped(self, logits: Tensor) -> Tensor:

@@ -212,7 +212,8 @@ class GroupRemovals(Removals):
         new = (best[:, :-1].sum(1) <= self.bar[rows]).nonzero()[:, 0]  # they choose within the group, and did not before
         best, experts = _inserted(best, self.ranking[rows, expert], experts, torch.full_like(rows, expert % self.size))
         scores, places = _inserted(scores, self.within[rows, expert], places, self.place[rows, expert])
-        groups = self.others[rows[new]].index_fill(1, self.others.new_tensor([self.others.shape[1] - 1]), self.swept)
+        groups = self.others[rows[new]]
+        groups[:, -1] = self.swept
         places[new], scores[new] = self._choose(rows[new], groups, kept)
         return [places, self._terms(rows, places), scores, best, experts]
 

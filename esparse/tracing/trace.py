@@ -31,10 +31,10 @@ def reach(n: int, k: int, keep: int | None, router: Router) -> int:
     All n where removing experts changes the ranking of the others (a bias added to a softmax) or lets a token choose outside
     its best groups, unless all stay. With `extra_logits`, one more: the extra entry of `LayerTrace.order`.
     """
+    keep = k if keep is None else keep
     groups = 1 if keep == n else router.groups
-    if keep != n and not router.ranks_within_groups:
-        return n + (router.extra_logits > 0)
-    return groups * min(n // groups, k + (n - (k if keep is None else keep)) // groups) + (router.extra_logits > 0)
+    each = k + (n - keep) // groups if keep == n or router.ranks_within_groups else n
+    return groups * min(n // groups, each) + (router.extra_logits > 0)
 
 
 @dataclass

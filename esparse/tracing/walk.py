@@ -122,7 +122,6 @@ class Walk:
 
     def __post_init__(self):
         self.batches, self.scratch = self.tokens.split(self.batch_size), Scratch()
-        self.moe: MoELayer | None = None  # of the decoder layer traced last
 
     def forward(self, decoder: nn.Module, b: int, stream: str = "original") -> State:
         """The output of a decoder layer for one batch of a stream."""
@@ -146,7 +145,7 @@ class Walk:
         results are the same, the trace is complete, and the other sequences pass through the layer unrecorded.
         """
         with single_layer(self.model, number) as decoder:
-            self.moe = layer = find_moe(decoder)
+            layer = find_moe(decoder)
             if layer is None:
                 for stream in ("original", "pruned")[: 1 + self.progressive]:
                     self.advance(decoder, number, stream)
