@@ -21,8 +21,8 @@ from ..pruning.greedy import MAX_PAIRS
 from ..pruning.plan import PruningPlan
 from ..pruning.search import BY_LOSS, MAX_SUBSETS
 from ..tracing.losses import MAX_TABLE
+from ..tracing.reach import reach
 from ..tracing.recorder import CHUNK_TOKENS
-from ..tracing.trace import reach
 from ..tracing.walk import BATCH
 from .folder import DTYPES, named
 from .layout import Checkpoint, Layout, expert_counts

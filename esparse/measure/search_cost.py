@@ -27,7 +27,7 @@ from ..tracing.losses import losses_of
 from ..tracing.recorder import CHUNK_TOKENS, trace, trace_block
 from ..tracing.trace import LayerTrace
 from .evaluation import perplexity
-from .timing import MIB, keep, median_ratio, random_mixtral, report, rise_of_memory, rounds
+from .timing import MIB, keep, median_ratio, one_thread, random_mixtral, report, rise_of_memory, rounds
 
 LAYERS = 32  # Mixtral 8x7B's
 BATCH_TOKENS = 16384  # at most, on which a layer runs again
@@ -157,14 +157,16 @@ def products_of(layer: MoELayer, hidden: torch.Tensor, order: torch.Tensor) -> f
 
 @torch.no_grad()
 def greedy_times(layers: Mapping[str, tuple[MoELayer, int]], tokens: int = 8192, repeats: int = 5) -> list[dict]:
-    """Seconds of the trace and of greedy removal for layers, by name, with the number of experts to keep; all take turns."""
+    """Seconds of the trace and of greedy removal on one thread, for layers by name, with the number of experts to keep. All
+    take turns."""
     scratch, variants, traces = Scratch(), {}, {}
     for name, (layer, r) in layers.items():
         states = normal(tokens, layer.gate.weight.shape[1])
         traces[name] = trace_block(layer, states, r, scratch)
         variants[name, "trace"] = partial(seconds_of, partial(trace_block, layer, states, r, scratch))
         variants[name, "search"] = partial(seconds_of, partial(search_layer, traces[name], r, "greedy"))
-    median = {variant: statistics.median(seconds) for variant, seconds in rounds(variants, repeats).items()}
+    with one_thread():
+        median = {variant: statistics.median(seconds) for variant, seconds in rounds(variants, repeats).items()}
     rows = [{"layer": name, "r": r, "reach": traces[name].order.shape[1]} for name, (_, r) in layers.items()]
     return [row | {part: median[row["layer"], part] for part in ("trace", "search")} for row in rows]
 

@@ -17,7 +17,8 @@ from ..moe.identity import gate_digest
 from ..moe.layers import MoELayer, decoder_layers, experts_returning, flat_output, moe_layers, replaced_experts
 from ..moe.routers import table_ranking
 from ..moe.running import check_tokens, check_unquantised, evaluating, input_device, temporarily, uncompiled
-from .trace import LayerTrace, Trace, check_experts, reach
+from .reach import lost_of_each_group, reach, within_reach
+from .trace import LayerTrace, Trace, check_experts
 
 CHUNK_TOKENS = 2048
 
@@ -26,15 +27,18 @@ class Recorder:
     """Replaces a layer's experts during tracing: it runs the experts within reach, keeps their Gram, and returns the layer's
     own result from the same outputs.
 
-    Recorders that run one after the other share `scratch`. In a progressive trace, `target` is z [tokens, d] for the next call.
+    tokens: how many all calls bring at most. Recorders that run one after the other share `scratch`. In a progressive trace,
+    `target` is z [tokens, d] for the next call.
     """
 
-    def __init__(self, layer: MoELayer, keep: int | None, chunk: int | None, scratch: Scratch):
-        self.layer, self.chunk, self.scratch = layer, chunk, scratch
+    def __init__(self, layer: MoELayer, tokens: int, keep: int | None, chunk: int | None, scratch: Scratch):
+        self.layer, self.tokens, self.chunk, self.scratch = layer, tokens, chunk, scratch
         self.stock = layer.experts.config._experts_implementation
         _ = layer.output_map  # Probe now: later the hooks would record it.
-        self.keep, self.m = keep or layer.k, reach(layer.n, layer.k, keep, layer.router)
-        self.recorded: dict[str, list[Tensor]] = defaultdict(list)  # the trace's tensors, in parts
+        self.keep, self.m = keep or layer.k, reach(layer.n, layer.k, keep, layer.router)  # m: at most
+        self.gram: Tensor | None = None  # for all tokens, from the first call on
+        self.done = 0  # tokens whose Gram is in it
+        self.recorded: dict[str, list[Tensor]] = defaultdict(list)  # the trace's other tensors, in parts
         self.weights: list[Tensor] = []  # the gate's own
         self.target: Tensor | None = None
         self.paused = False
@@ -69,13 +73,17 @@ class Recorder:
         self.recorded["order"].append(torch.cat([chosen, rest, *shared], 1))
 
     def _others(self, ranking: Tensor, chosen: Tensor) -> Tensor:
-        """The experts within reach beside the chosen ones, best first, [tokens, m - k]; with groups, equally many of each."""
-        router, ranking = self.layer.router, ranking.scatter(1, chosen, float("inf"))
-        if router.groups > 1:
-            grouped = ranking.unflatten(1, (router.groups, -1))
-            best, places = grouped.topk(self.m // router.groups)
-            ranking = torch.full_like(grouped, float("-inf")).scatter_(2, places, best).flatten(1)
-        return ranking.topk(self.m - (router.shared > 0)).indices[:, self.layer.k :]
+        """The experts within reach beside the chosen ones, best first, [tokens, m - k]; n where a token reaches fewer."""
+        n, k, router = self.layer.n, self.layer.k, self.layer.router
+        if router.groups > 1 and router.ranks_within_groups:
+            lost = lost_of_each_group(n, k, self.keep, router)
+            inside = [within_reach(part, k, lost, router) for part in ranking.split(CHUNK_TOKENS)]
+            ranking = ranking.masked_fill(~torch.cat(inside), float("-inf"))
+        best = ranking.scatter(1, chosen, float("inf")).topk(self.m - (router.shared > 0))
+        others = best.indices[:, k:]
+        if router.groups > 1 and not router.extra_logits:
+            others = others.masked_fill(best.values[:, k:] == float("-inf"), n)
+        return others
 
     def pass_stream(self, before: Tensor | None, after: Tensor) -> None:
         """Records the squared norm of the residual stream [sequences, length, d] behind the decoder layer, and its cosine with
@@ -96,7 +104,7 @@ class Recorder:
         ranks = self.sorting.argsort(1)  # the place in `order` of the router's first, second, ... choice
         shared = self._shared_output(hidden_states) if self.layer.router.shared else None
         self.chunk = self.chunk or chunk_size(self.layer, self.m, hidden_states)
-        start, first = 0, len(self.recorded["gram"])
+        start, first = 0, self.done
         while start < len(hidden_states):
             part = slice(start, start + self.chunk)
             tensors = (hidden_states, self.recorded["order"][-1], weights, ranks, self.target, shared)
@@ -113,7 +121,7 @@ class Recorder:
             self.scratch.held.clear()
             if hidden_states.is_cuda:
                 torch.cuda.empty_cache()
-        if not torch.stack([gram.isfinite().all() for gram in self.recorded["gram"][first:]]).all():
+        if not torch.stack(self.gram[first : self.done].aminmax()).isfinite().all():
             raise ValueError(
                 f"{self.layer.name}: expert outputs are not finite; the model or its dtype overflows on this text."
             )
@@ -138,18 +146,23 @@ class Recorder:
         if shared is not None:
             outputs[:, -1] = shared
         i, j = torch.triu_indices(self.m, self.m, device=outputs.device)
-        products, places = (outputs @ outputs.mT).flatten(1), (i * self.m + j).expand(len(outputs), -1)
-        found = {"gram": products.gather(1, places)}
+        products = self.scratch.empty("products", outputs, len(outputs), self.m, self.m)
+        torch.bmm(outputs, outputs.mT, out=products)
+        if self.gram is None:
+            self.gram = outputs.new_empty(self.tokens, len(i))
+        found, done = {}, self.done + len(outputs)
+        torch.index_select(products.flatten(1), 1, i * self.m + j, out=self.gram[self.done : done])
         if target is not None:
             found["target_dot"] = (outputs @ target.to(outputs.dtype)[:, :, None])[:, :, 0]
             found["target_norm"] = target.to(outputs.dtype).double().square().sum(1)
         for name, tensor in found.items():
             self.recorded[name].append(tensor)
+        self.done = done
         return result
 
     def finish(self, length: int | None = None) -> LayerTrace:
         """The trace of all calls so far; length: tokens of a sequence, if the calls hold whole sequences."""
-        tensors = {name: torch.cat(recorded) for name, recorded in self.recorded.items()}
+        tensors = {name: torch.cat(recorded) for name, recorded in self.recorded.items()} | {"gram": self.gram[: self.done]}
         traced = LayerTrace(self.layer.name, self.layer.k, self.layer.router, keep=self.keep, length=length, **tensors)
         if not self.layer.router.idle:
             traced.__dict__["weights"] = torch.cat(self.weights)  # so that nobody computes them again
@@ -243,7 +256,7 @@ def trace(model, tokens: Tensor, *, keep: int | None = None, batch_size: int = 8
         check_experts(layer.k if keep is None else keep, layer.n, layer.k)
     check_gram(layers, tokens.numel(), keep, input_device(model))
     scratch = Scratch()
-    recorders = [Recorder(layer, keep, chunk_tokens, scratch) for layer in layers]
+    recorders = [Recorder(layer, tokens.numel(), keep, chunk_tokens, scratch) for layer in layers]
     with evaluating(model), recording(recorders, decoder_layers(model)):
         for batch in tqdm(tokens.split(batch_size), desc="trace", unit="batch"):
             model.base_model(batch.to(input_device(model)), use_cache=False)
@@ -254,7 +267,7 @@ def trace(model, tokens: Tensor, *, keep: int | None = None, batch_size: int = 8
 @torch.no_grad()
 def trace_block(layer: MoELayer, hidden_states: Tensor, keep: int | None, scratch: Scratch | None = None) -> LayerTrace:
     """The trace of one block alone, on hidden states [tokens, d]."""
-    recorder = Recorder(layer, keep, None, scratch or Scratch())
+    recorder = Recorder(layer, len(hidden_states), keep, None, scratch or Scratch())
     with evaluating(layer.block), recording([recorder]):
         layer.block(hidden_states[None])
     return recorder.finish()

@@ -27,10 +27,11 @@ class Removals:
             scores = (layer.logits.double() - layer.logits.double().amax(1, keepdim=True)).exp()  # [tokens, n]
         else:
             scores = layer.router.scores(layer.logits).double()
-        self.raw = scores.gather(1, layer.order)  # [tokens, m]: routing weights before normalisation and scaling
+        # [tokens, m]: routing weights before normalisation and scaling
+        self.raw = nn.functional.pad(scores, (0, 1)).gather(1, layer.order)
         self.all_scores = scores if layer.router.score == "softmax" and not layer.router.renormalise else None
         self.all, ranks = torch.arange(tokens, device=device), torch.arange(m, device=device)
-        self.place = layer.order.new_full((tokens, layer.n), m).scatter_(1, layer.order, ranks.expand(tokens, -1))  # in `order`
+        self.place = layer.order.new_full((tokens, layer.n + 1), m).scatter_(1, layer.order, ranks.expand(tokens, -1))[:, :-1]
         self.group = torch.arange(layer.n, device=device) // (layer.n // layer.router.groups)
         found = [targets(some) for some in parts(layer, SMALL_GRAMS)]
         self.dot, self.norm = (torch.cat(column) for column in zip(*found, strict=True))  # [tokens, m], [tokens]
@@ -59,17 +60,17 @@ class Removals:
 
     def loss(self) -> float:
         """The squared loss of the kept experts."""
-        return self.layer.sum_over_ranks(self.sums.clone())[-1].item()
+        return self.layer.sum_over_ranks(self.sums.sum(0))[-1].item()
 
     def costs(self) -> Tensor:
         """The squared loss without each expert, float64 [n]; infinite for those not kept."""
-        return self.layer.sum_over_ranks(self.sums.clone())[:-1].masked_fill(~self.kept, float("inf"))
+        return self.layer.sum_over_ranks(self.sums.sum(0))[:-1].masked_fill(~self.kept, float("inf"))
 
     def swap_costs(self, back: int) -> Tensor:
         """The squared loss when a removed expert replaces each kept one of its group, float64 [n]; infinite for the others."""
         *_, sums = self._after(back)
         others = ~self.kept | (self.group != self.group[back])
-        return self.layer.sum_over_ranks(sums.clone())[:-1].masked_fill(others, float("inf"))
+        return self.layer.sum_over_ranks(sums.sum(0))[:-1].masked_fill(others, float("inf"))
 
     def _after(self, expert: int) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
         """What `change` makes of `kept`; the tokens whose choice it changes; what is then held of them; `sums`."""
@@ -133,7 +134,8 @@ class Removals:
         return self._loss(rows, *terms.unbind(1), shares.sum(1, keepdim=True) - shares.gather(1, experts))
 
     def _sum(self, rows: Tensor, held: Sequence[Tensor], kept: Tensor) -> Tensor:
-        """The squared loss of some tokens without each expert, and with all kept ones, float64 [n + 1]."""
+        """The squared loss of some tokens without each expert, and with all kept ones, as parts that add up to it: float64
+        [parts, n + 1]."""
         several = zip(*(column.split(SMALL_GRAMS) for column in (rows, *held)), strict=True)
         return sum(self._sum_of(some, now, kept) for some, *now in several)
 
@@ -145,15 +147,15 @@ class Removals:
             everyone = torch.arange(self.layer.n + 1, device=rows.device).expand(len(rows), -1)
             sums = self._losses(rows, last, everyone, kept).sum(0)
         changes = self._losses(rows, terms, chosen, kept) - self._losses(rows, last, chosen, kept)
-        return sums.index_add_(0, chosen.flatten(), changes.flatten())
+        return sums.index_add_(0, chosen.flatten(), changes.flatten())[None]
 
 
 class GroupRemovals(Removals):
     """`Removals` for a router with groups, whose tokens choose within their best ones.
 
     A group's score is the sum of its best experts' scores. Removing one of these may lose a token the group: it then chooses
-    outside, whatever is left of the group. `sums` is right for one group at a time, that of the last expert that was changed
-    or tried.
+    outside, whatever is left of the group. The second part of `sums` is what this adds to the loss, right for one group at a
+    time: that of the last expert that was changed or tried.
     """
 
     def _start(self) -> None:
@@ -190,7 +192,7 @@ class GroupRemovals(Removals):
         if self.swept != (group := int(self.group[expert])):
             self._compare(group)
             self.held[3:] = [column[:, group] for column in self.best]
-            self.sums = self._sum(self.all, self.held, self.kept)
+            self.sums = torch.stack([self.sums[0], self._lost(self.all, self.held, self.kept)])
         return super()._after(expert)
 
     def _reached(self, expert: int) -> Tensor:
@@ -235,7 +237,11 @@ class GroupRemovals(Removals):
         return places.masked_fill(scores == float("-inf"), self.layer.order.shape[1]), scores
 
     def _sum_of(self, rows: Tensor, held: Sequence[Tensor], kept: Tensor) -> Tensor:
-        sums, (places, terms, _, best, experts) = super()._sum_of(rows, held, kept), held
+        return torch.cat([super()._sum_of(rows, held, kept), self._lost(rows, held, kept)[None]])
+
+    def _lost(self, rows: Tensor, held: Sequence[Tensor], kept: Tensor) -> Tensor:
+        """What some tokens that lose the swept group add to the loss without each expert, [n + 1]."""
+        places, terms, _, best, experts = held
         each = torch.eye(best.shape[1], dtype=torch.bool, device=best.device)[:-1]
         without, bar = best[:, None].masked_fill(each, 0.0).sum(2), self.bar[rows, None]  # [rows, group_size]
         row, which = ((without <= bar) & (best[:, :-1].sum(1, keepdim=True) > bar)).nonzero().unbind(1)
@@ -243,7 +249,7 @@ class GroupRemovals(Removals):
         chosen = nn.functional.pad(self.layer.order[rows[:, None], places[row, :-1]] == lost, (0, 1), value=True)
         inside = terms.gather(2, chosen.int().argmax(1)[:, None, None].expand(-1, terms.shape[1], 1))
         changes = self._losses(rows, self._outside(rows), lost, kept) - self._losses(rows, inside, lost, kept)
-        return sums.index_add_(0, lost.flatten(), changes.flatten())
+        return self.norm.new_zeros(self.layer.n + 1).index_add_(0, lost.flatten(), changes.flatten())
 
     def _outside(self, rows: Tensor) -> Tensor:
         """The terms when some tokens choose outside the swept group, [rows, 1 or 2, 1]."""

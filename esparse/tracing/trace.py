@@ -24,27 +24,15 @@ from ..moe.routers import Router, read_router, table_ranking
 FORMAT = 5  # of saved traces
 
 
-def reach(n: int, k: int, keep: int | None, router: Router) -> int:
-    """How many best-ranked experts a token can reach when at least `keep` of n stay: min(n, k + n - keep), with groups as many
-    in each, which loses an equal part of the n - keep.
-
-    All n where removing experts changes the ranking of the others (a bias added to a softmax) or lets a token choose outside
-    its best groups, unless all stay. With `extra_logits`, one more: the extra entry of `LayerTrace.order`.
-    """
-    keep = k if keep is None else keep
-    groups = 1 if keep == n else router.groups
-    each = k + (n - keep) // groups if keep == n or router.ranks_within_groups else n
-    return groups * min(n // groups, each) + (router.extra_logits > 0)
-
-
 @dataclass
 class LayerTrace:
     """One MoE layer on the calibration tokens.
 
     logits: [tokens, n] in the router's dtype, followed by `Router.extra_logits` others. order: [tokens, m] int64, the experts
-    within reach, best first: the k chosen ones, then the others. For a router with `idle`, the number n in `order` means no
-    expert, which contributes 0. For one with `shared`, n comes last and means all shared experts together: their weight is the
-    total minus the chosen experts' weights, so it changes when experts are removed.
+    within reach, best first: the k chosen ones, then the others. The number n in `order` means no expert, which contributes 0:
+    for a router with `idle`, and at the end where groups let a token reach fewer. For a router with `shared`, n comes last and
+    means all shared experts together: their weight is the total minus the chosen experts' weights, so it changes when experts
+    are removed.
     gram: [tokens, m (m + 1) / 2], <f_i, f_j> in `order`, upper triangle by rows, float64 for float64 models, else
     float32. A progressive trace compares with z, the layer's output on the original stream: target_dot [tokens, m] holds
     <f_i, z>, target_norm [tokens] ||z||^2. Without them z is the layer's own output.

@@ -151,7 +151,7 @@ class Walk:
                     self.advance(decoder, number, stream)
                 return None
             check_gram([layer], self.tokens.numel(), keep, input_device(self.model))
-            recorder = Recorder(layer, keep, self.chunk_tokens, self.scratch)
+            recorder = Recorder(layer, self.tokens.numel(), keep, self.chunk_tokens, self.scratch)
             self.advance(decoder, number, forward=self._until_settled(recorder, choose))
         traced = recorder.finish(self.tokens.shape[1])
         traced.split = self.split

@@ -16,7 +16,7 @@ from esparse.moe.layers import moe_layers
 from esparse.tests.checkpoints.test_streaming import saved, tensors
 from esparse.tests.conftest import random_tokens, sampled
 from esparse.tests.families import FAMILIES, SAMPLE, family_model
-from esparse.tracing.trace import reach
+from esparse.tracing.reach import reach
 
 FAST = Device(*[math.inf] * 7)
 TOKENS = random_tokens(sequences=6, length=20)

@@ -240,11 +240,11 @@ def test_groups_keep_equally_many():
 @pytest.mark.parametrize("top", [1, 2])
 @pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3", "glm4_moe"])
 @torch.no_grad()
-def test_a_token_reaches_equally_far_into_each_group(family, top):
-    """Five experts of each are enough, whichever two every group loses."""
+def test_a_token_reaches_few_experts_whichever_two_each_group_loses(family, top):
+    """Beside these, three of its best group and of each group that it leaves out."""
     model, tokens = family_model(family, 32, 3, **GROUPED | {"n_group": 4, "topk_group": top}), random_tokens()
     layer, traced = moe_layers(model)[-1], esparse.trace(model, tokens, keep=24).layers[-1]
-    assert traced.router.groups == 4 and sorted(traced.order[0] // 8) == sorted([0, 1, 2, 3] * 5)
+    assert traced.router.groups == 4 and traced.order.shape[1] == 8 + 3 * (5 - top)
     (call,), generator = block_inputs(layer, model, tokens), torch.Generator().manual_seed(0)
     before = output(layer, call)
     for _ in range(8):

@@ -167,7 +167,7 @@ def test_in_bfloat16_what_a_traced_layer_gives_out_is_rounded_as_stock_rounds_it
     states = torch.randint(-1, 2, (1, 64, 32), generator=generator).bfloat16()
     model.set_experts_implementation(implementation)
     expected = layer.block(states)
-    with recording([Recorder(layer, 6, None, Scratch())]):
+    with recording([Recorder(layer, 64, 6, None, Scratch())]):
         found = layer.block(states)
     assert torch.equal(found, expected) and layer.experts.config._experts_implementation == implementation
 

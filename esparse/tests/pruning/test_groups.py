@@ -85,11 +85,11 @@ def test_what_swaps_within_groups_would_cost_is_what_they_cost(kind, k):
 
 
 @torch.no_grad()
-def test_swaps_cost_what_they_cost_where_tokens_reach_half_of_the_experts():
+def test_swaps_cost_what_they_cost_where_tokens_reach_less_than_half_of_the_experts():
     layer = grouped_layer_of(64, 4, 4, hidden=32, inner=16)
     traced = trace_block(layer, normal(300, 32), 48)
     state = GroupRemovals(traced, kept := sorted(best_by_score(traced, 48, expert_scores(traced, "reap"))))
-    assert traced.order.shape[1] == 32
+    assert traced.order.shape[1] == 28 and (traced.order == 64).any()
     for back in sorted(set(range(64)) - set(kept)):
         costs, options = state.swap_costs(back), swaps(traced, kept, back)
         assert torch.allclose(costs[costs.isfinite()].sqrt(), losses_of(traced, options), rtol=1e-5)
