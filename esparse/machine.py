@@ -4,6 +4,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import date
 from pathlib import Path
 
@@ -64,6 +65,16 @@ def everyone(value) -> list:
     if ranks() > 1:
         distributed.all_gather_object(values, value)
     return values
+
+
+def peak_memory() -> int:
+    """The most bytes of this process that were resident at once, mapped pages of files among them."""
+    with suppress(OSError, KeyError):
+        lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return int(lines["VmHWM"].split()[0]) * 1024
+    import resource  # on Linux this maximum may be that of the process that started this one; on macOS it is in bytes
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
 
 
 def free_memory(device: torch.device | None = None) -> float:

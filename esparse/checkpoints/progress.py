@@ -1,7 +1,6 @@
 """Builds a folder layer by layer, and resumes after a crash."""
 
 import os
-import resource
 import shutil
 import time
 from collections.abc import Callable
@@ -13,7 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..files import read_json, write_json
-from ..machine import rank, together
+from ..machine import peak_memory, rank, together
 
 
 class ResumableJob:
@@ -93,4 +92,4 @@ def peak_gb() -> float:
     """This process's peak memory so far, in GB: on the GPU, else resident, with mapped pages of files."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return peak_memory() / 1e9

@@ -2,8 +2,10 @@
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
+from threading import Thread
 
 import torch
 import transformers
@@ -16,6 +18,7 @@ from .folder import ADAPTER, CARRIED, CONFIG, INDEX, QUANTISERS, SINGLE, Entry, 
 
 FP8, FP8_SCALE = "F8_E4M3", "_scale_inv"  # block FP8: `weight` beside `weight_scale_inv`
 MXFP4, MXFP4_SCALE = "_blocks", "_scales"  # two 4-bit numbers a byte, and an exponent for 32 of them
+AHEAD = 2**17  # bytes that Linux is asked to read ahead at a time; of a longer range it reads only the beginning
 DECODED = (None, "fp8", "mxfp4")  # the quantisations that are read here
 
 
@@ -56,10 +59,15 @@ class CheckpointReader:
         return digest(sizes, shapes, self.config.to_dict())
 
     def announce(self, names: list[str]) -> None:
-        """Ask the system to read these tensors into its cache in the background, if it supports that."""
-        for entry in [self.entries[name] for name in names] if hasattr(os, "posix_fadvise") else ():
-            with entry.file.open("rb") as file:
-                os.posix_fadvise(file.fileno(), entry.start, entry.stop - entry.start, os.POSIX_FADV_WILLNEED)
+        """Ask the system to read these tensors into its cache, in the background, if it supports that."""
+        if hasattr(os, "posix_fadvise"):
+            Thread(target=self._announce, args=(names,), daemon=True).start()  # a call waits while the disk's queue is full
+
+    def _announce(self, names: list[str]) -> None:
+        for entry in map(self.entries.get, names):
+            with suppress(OSError), entry.file.open("rb") as file:
+                for start in range(entry.start, entry.stop, AHEAD):
+                    os.posix_fadvise(file.fileno(), start, min(AHEAD, entry.stop - start), os.POSIX_FADV_WILLNEED)
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, dequantised."""

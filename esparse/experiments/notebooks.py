@@ -26,8 +26,7 @@ from .figures import figures, list_figures, publish
 from .run import default_folder
 
 NOISE = ("application/vnd.jupyter.widget-view+json",)  # outputs that need a kernel
-# Peak resident memory of the kernel in MiB; ru_maxrss is in KiB on Linux, in bytes on macOS.
-_PEAK = "import resource, sys; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == 'darwin' else 2**10))"  # fmt: skip  # noqa: E501
+_PEAK = "from esparse.machine import peak_memory; print(peak_memory() / 2**20)"  # of the kernel, in MiB
 
 
 # The folder is not called esparse, or the next start would import it instead of the package.

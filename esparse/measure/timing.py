@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache, MixtralConfig, StaticCache
 
 from ..files import write_json
-from ..machine import machine, seconds_of
+from ..machine import machine, peak_memory, seconds_of
 from ..moe.layers import moe_layers
 from ..moe.running import evaluating, input_device
 
@@ -34,15 +34,9 @@ def rise_of_memory(call: Callable[[], object]) -> int:
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the present memory
     except OSError:
         return 0
-    before = _peak()
+    before = peak_memory()
     call()
-    return _peak() - before
-
-
-def _peak() -> int:
-    """Bytes. getrusage's maximum is not used: it may include the process that started this one."""
-    lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines["VmHWM"].split()[0]) * 1024
+    return peak_memory() - before
 
 
 def measure_memory(model) -> dict:

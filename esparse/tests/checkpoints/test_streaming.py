@@ -352,20 +352,25 @@ def test_sources_and_requests_that_cannot_be(source, tmp_path):
 
 
 def test_the_next_layer_is_announced_while_one_is_computed(source, tmp_path, monkeypatch):
-    """What the system is asked to read ahead are the bytes of just those tensors."""
+    """What the system is asked to read ahead, in small pieces, are the bytes of just those tensors."""
     opened, asked = reader.CheckpointReader(source), []
 
     def advise(file, offset, length, _advice):
+        assert length <= 1000
         asked.append(os.pread(file, length, offset))
 
     monkeypatch.setattr(os, "posix_fadvise", advise)
+    monkeypatch.setattr(reader, "AHEAD", 1000)
+    monkeypatch.setattr(reader, "Thread", lambda target, args, daemon: SimpleNamespace(start=lambda: target(*args)))
     whole = Checkpoint(opened, Layout(opened.config, 8))
     names = whole.stored(1)
     opened.announce(names)
-    assert sorted(asked) == sorted(opened.read(name).contiguous().view(torch.uint8).numpy().tobytes() for name in names)
+    stored = [opened.read(name).contiguous().view(torch.uint8).numpy().tobytes() for name in names]
+    assert b"".join(asked) == b"".join(stored) and len(asked) > len(stored)
     asked.clear()
     esparse.prune_checkpoint(source, tmp_path / "pruned", 6, calibration=TOKENS)
-    assert len(asked) == sum(len(whole.stored(number)) for number in (1, 2))  # of three; the first has nothing before it
+    layers = [name for number in (1, 2) for name in whole.stored(number)]  # of three; the first has nothing before it
+    assert sum(map(len, asked)) == sum(opened.entries[name].nbytes for name in layers)
 
 
 # --- nothing lost ---------------------------------------------------------------------------------------------------------
