@@ -8,14 +8,11 @@ One calibration pass gives a trace; pruning, skipping and their losses are arith
     esparse.prune(model, plan)
 """
 
-import os
 from importlib import import_module
 
 from .environment import check
 
 check()  # before the other modules: they import torch and transformers
-# On Linux torch then allocates tensors in huge pages: page faults took most of the time to put a large layer together.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 __version__ = "0.1.0"
 

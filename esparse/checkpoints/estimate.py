@@ -34,15 +34,15 @@ GB = 1e9
 OWN = 0.5 * GB  # memory of the interpreter with its libraries
 # What was fitted to runs of `bench scale`. Bytes moved in memory: for each byte of hidden states in a decoder layer, for each
 # byte of a token and expert, for each choice and expert tried, for each token's expert in line.
-PASSES, PAIRED, WIDENING, ENUMERATED, REMOVED = 24, 0.5, 20, 130, 170
+PASSES, PAIRED, WIDENING, ENUMERATED, REMOVED = 24, 0.5, 20, 130, 120
 # Bytes moved by the host, for each byte of weights put together for a layer, or written.
 ASSEMBLY, WRITING = 3, 1.2
 # Bytes held, for each of a layer while it is put together, of a batch's hidden states, and of an output in half precision; for
 # each tensor of a layer, in mapped pages; for each of up to 1,024 products in half precision, whose code oneDNN keeps; always.
-ASSEMBLED, HELD, WIDENED, MAPPED, KERNEL, ALWAYS = 1.6, 12, 5, 220e3, 0.5e6, 35e6
+ASSEMBLED, HELD, WIDENED, MAPPED, KERNEL, ALWAYS = 1.6, 12, 5, 220e3, 0.5e6, 25e6
 # Seconds of a run, a layer, a pass of the search; of a tensor that is read or written, and of each other one in its file, whose
 # header is read with it.
-A_RUN, A_LAYER, A_PASS, A_TENSOR, A_NEIGHBOUR = 0.2, 0.02, 0.0004, 0.00011, 0.9e-6
+A_RUN, A_LAYER, A_PASS, A_TENSOR, A_NEIGHBOUR = 0.1, 0.02, 0.0004, 0.00011, 0.9e-6
 
 
 def preflight(
