@@ -36,13 +36,13 @@ OWN = 0.5 * GB  # memory of the interpreter with its libraries
 # byte of a token and expert, for each choice and expert tried, for each token's expert in line.
 PASSES, PAIRED, WIDENING, ENUMERATED, REMOVED = 24, 0.5, 20, 130, 120
 # Bytes moved by the host, for each byte of weights put together for a layer, or written.
-ASSEMBLY, WRITING = 3, 1.2
+ASSEMBLY, WRITING = 2.5, 1.2
 # Bytes held, for each of a layer while it is put together, of a batch's hidden states, and of an output in half precision; for
 # each tensor of a layer, in mapped pages; for each of up to 1,024 products in half precision, whose code oneDNN keeps; always.
 ASSEMBLED, HELD, WIDENED, MAPPED, KERNEL, ALWAYS = 1.6, 12, 5, 220e3, 0.5e6, 25e6
 # Seconds of a run, a layer, a pass of the search; of a tensor that is read or written, and of each other one in its file, whose
 # header is read with it.
-A_RUN, A_LAYER, A_PASS, A_TENSOR, A_NEIGHBOUR = 0.1, 0.02, 0.0004, 0.00011, 0.9e-6
+A_RUN, A_LAYER, A_PASS, A_TENSOR, A_NEIGHBOUR = 0.1, 0.02, 0.0004, 0.00011, 0.6e-6
 
 
 def preflight(
@@ -306,7 +306,7 @@ def measured_device(dtype: torch.dtype, folder: Path, file: Path | None = None, 
     timed = timed or seconds_of
     places = ("cuda" if torch.cuda.is_available() else "cpu", "cpu")
     blocks = [torch.ones(2**26, dtype=torch.uint8, device=place) for place in places]
-    copies = [len(block) / min(timed(block.clone) for _ in range(3)) for block in blocks]
+    copies = [len(block) / min(timed(block.clone) for _ in range(10)) for block in blocks]
     there = os.access(folder, os.W_OK) and shutil.disk_usage(folder).free > 2 * len(blocks[1])
     with tempfile.NamedTemporaryFile(dir=folder if there else None) as temporary:
         numbers = blocks[1].numpy()

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import esparse
 from esparse.checkpoints.folder import INDEX, SINGLE
-from esparse.checkpoints.layout import PREDICTING, Checkpoint, Layout, written_config
+from esparse.checkpoints.layout import PREDICTING, Checkpoint, Group, Layout, written_config
 from esparse.checkpoints.reader import CheckpointReader
 from esparse.moe.identity import fingerprint
 from esparse.moe.layers import moe_layers
@@ -292,3 +292,16 @@ def test_a_model_is_told_by_its_stored_bits_whatever_dtype_holds_it(stored, tmp_
     moe_layers(model)[0].gate.weight.data[0, 0] += 1  # no longer what was loaded
     with pytest.raises(ValueError, match="made with another model"), esparse.masked(model, plan):
         pass
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3"])
+def test_experts_joined_in_one_copy_are_those_of_transformers_converter(family, tmp_path, monkeypatch):
+    family_model(family).save_pretrained(tmp_path)
+    reader = CheckpointReader(tmp_path)
+    groups = [group for group in Checkpoint(reader, Layout(reader.config, 8)).of.values() if group.converter]
+    joined = {group.parameter: found for group in groups if (found := group._joined(reader.read)) is not None}
+    assert joined and len(joined) < len(groups)
+    monkeypatch.setattr(Group, "_joined", lambda group, read: None)
+    for group in groups:
+        expected = group.make(Layout(reader.config, 8).model, reader.read)[group.parameter]
+        assert torch.equal(joined.get(group.parameter, expected), expected)
