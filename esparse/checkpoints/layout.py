@@ -157,9 +157,11 @@ class Group:
         if operations != [(MergeModulelist, 0), (Concatenate, 1)]:
             return None
         columns = [self.names.get(pattern, []) for pattern in self.converter.source_patterns]
-        tensors = [read(name) for names in zip(*columns, strict=False) for name in names]
-        if len({len(names) for names in columns}) != 1 or len({tensor.shape for tensor in tensors}) != 1:
-            return None  # the converter says why
+        if len({len(names) for names in columns}) != 1:
+            return None  # the converter says why; so it does below
+        tensors = [read(name) for names in zip(*columns, strict=True) for name in names]
+        if len({tensor.shape for tensor in tensors}) != 1:
+            return None
         return torch.cat(tensors).view(len(columns[0]), -1, *tensors[0].shape[1:])
 
 

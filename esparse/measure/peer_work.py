@@ -21,6 +21,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..machine import peak_memory
+
 KEPT = 6
 BATCH = 8  # sequences in one forward pass
 
@@ -121,8 +123,7 @@ def work(name: str, folder: Path) -> None:
     started = time.process_time()
     kept, pruned = call(model, tokens)
     seconds = time.process_time() - started
-    lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-    result = {"seconds": seconds, "peak_mib": int(lines["VmHWM"].split()[0]) / 1024, "kept": kept}
+    result = {"seconds": seconds, "peak_mib": peak_memory() / 2**20, "kept": kept}
     result["transformers"] = transformers.__version__
     (folder.parent / f"{name}.json").write_text(json.dumps(result))
     if pruned is not None:

@@ -150,13 +150,13 @@ class Recorder:
         torch.bmm(outputs, outputs.mT, out=products)
         if self.gram is None:
             self.gram = outputs.new_empty(self.tokens, len(i))
-        found, done = {}, self.done + len(outputs)
+        done = self.done + len(outputs)
         torch.index_select(products.flatten(1), 1, i * self.m + j, out=self.gram[self.done : done])
         if target is not None:
-            found["target_dot"] = (outputs @ target.to(outputs.dtype)[:, :, None])[:, :, 0]
-            found["target_norm"] = target.to(outputs.dtype).double().square().sum(1)
-        for name, tensor in found.items():
-            self.recorded[name].append(tensor)
+            target = target.to(outputs.dtype)
+            dot, norm = (outputs @ target[:, :, None])[:, :, 0], target.double().square().sum(1)
+            self.recorded["target_dot"].append(dot)
+            self.recorded["target_norm"].append(norm)
         self.done = done
         return result
 
